@@ -1,0 +1,64 @@
+"""``linear_logprobs``: log-probabilities straight from hidden states, without the logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .head import check_head
+from .layout import Packing, layout_of
+from .ops.linear_logprobs import linear_logprobs as op
+from .types import LinearLogprobs
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+    return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    process_group: object | None = None,
+) -> LinearLogprobs:
+    """log softmax(z)[action] with z = softcap(hidden @ weight.T + bias) / temperature, differentiable in all three outputs.
+
+    Forward is one matrix product over the vocabulary, done a chunk of rows at a time; backward recomputes each chunk
+    (four products in all, against three in ``fused_klq_loss``). Only valid tokens are computed.
+
+    Args:
+        hidden: last hidden states, [B, T, H], or [N, H] with ``cu_seqlens``; fp32, bf16 or fp16. hidden[t] predicts
+            actions[t]: shift before calling.
+        weight: the lm_head, [V, H], in hidden's dtype or fp32.
+        actions: taken token ids, [B, T] or [N], int64 or int32.
+        bias: [V].
+        temperature: divides the logits, > 0.
+        softcap: z -> softcap * tanh(z / softcap) before the temperature (Gemma).
+        mask: bool, the shape of actions, True at valid tokens. What masked tokens hold changes nothing.
+        cu_seqlens: int32 [B + 1], makes the layout packed.
+        packing: a ``pack(...)`` in place of mask and cu_seqlens.
+        return_entropy: also the entropy of softmax(z), in nats.
+        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU.
+        process_group: reserved; must be None.
+
+    Returns:
+        ``LinearLogprobs(logprobs, logsumexp, entropy)``: fp32, the shape of actions, 0 at masked tokens; entropy is
+        None unless asked for.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
+            positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their log-prob is NaN.
+    """
+    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
+    inputs = check_head(
+        layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
+        workspace_bytes=workspace_bytes, process_group=process_group,
+    )  # fmt: skip
+    logp, lse, entropy = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
+    return LinearLogprobs(
+        logp.reshape(layout.shape), lse.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else None
+    )

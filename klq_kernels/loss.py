@@ -1,0 +1,235 @@
+"""``fused_klq_loss`` from hidden states, and ``klq_loss`` from log-probabilities that are at hand already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import check_head
+from .layout import Layout, Packing, layout_of, require, require_number
+from .metrics import metric_names
+from .ops.fused_loss import fused_klq_loss as fused_op
+from .ops.klq_loss import klq_loss as unfused_op
+from .types import KLQLoss, KLQTargets
+
+LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
+
+
+def fused_klq_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    values: Tensor,
+    *,
+    targets: KLQTargets | None = None,
+    ref_logprobs: Tensor | None = None,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    trace: Tensor | None = None,
+    tau: float = 0.05,
+    alpha: float = 1.0,
+    loss_type: str = "l2",
+    huber_delta: float = 1.0,
+    value_clip: float = 0.2,
+    log_ratio_clip: float = 0.2,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+    denom: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    process_group: object | None = None,
+) -> KLQLoss:
+    """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; ``reference`` has the math).
+
+    Two ways to call it. With ``targets`` made at rollout time by ``klq_targets``, several epochs of updates can run on
+    them. Without, ``ref_logprobs`` and ``rewards`` are needed, and the pass itself computes log-ratios, TD errors,
+    lambda-errors and the loss on-policy, walking the tokens in reverse time. Either way three matrix products, a
+    workspace of logits, and gradients for hidden, weight, bias and values as far as they are required.
+
+    Args:
+        hidden: last hidden states, [B, T, H], or [N, H] with ``cu_seqlens``; fp32, bf16 or fp16. hidden[t] predicts
+            actions[t]: shift before calling.
+        weight: the lm_head, [V, H], in hidden's dtype or fp32.
+        actions: taken token ids, [B, T] or [N], int64 or int32.
+        values: V of the state before each token, the shape of actions.
+        targets: ``KLQTargets`` in the layout of actions.
+        ref_logprobs: log pi_b of the taken tokens. Needed on-policy; with targets it only adds metrics.
+        rewards: per token, or [B]: one score per sequence on its last valid token. On-policy only.
+        bootstrap_values: [B], V beyond the last valid token of truncated sequences. On-policy only.
+        gamma, lam: discount and trace decay, in [0, 1]. On-policy only.
+        trace: per-token factor on the decay (Retrace). On-policy only.
+        tau: strength of the KL regularisation, > 0.
+        alpha: step towards the target, in (0, 1] (eq. 7).
+        loss_type: "l2", "huber", "value_clipped", "ratio_clipped" or "double_clipped"
+            (``reference.klq_residual_loss`` states them).
+        huber_delta, value_clip, log_ratio_clip: their thresholds, > 0.
+        weights: a factor on each token's loss, the shape of actions.
+        mask: bool, the shape of actions, True at trained tokens. What masked tokens hold changes nothing.
+        cu_seqlens: int32 [B + 1], makes the layout packed.
+        packing: a ``pack(...)`` in place of mask and cu_seqlens.
+        denom: what the sum of losses is divided by; by default the number of valid tokens of this call. Trainers pass
+            the count over all micro-batches and ranks, as a number or a 0-d tensor.
+        bias, temperature, softcap: of the head, as in ``linear_logprobs``.
+        return_entropy: also the mean entropy in the metrics.
+        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU.
+        process_group: reserved; must be None.
+
+    Returns:
+        ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``metrics.klq_metrics``).
+        Without a single valid token the loss is 0 and so are all gradients.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
+            positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
+    """
+    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
+    inputs = check_head(
+        layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
+        workspace_bytes=workspace_bytes, process_group=process_group,
+    )  # fmt: skip
+    _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    if targets is None:
+        require(ref_logprobs is not None, "ref_logprobs", "is needed where no targets are given")
+        require(rewards is not None, "rewards", "is needed where no targets are given")
+        require_number("gamma", gamma, low=0.0, high=1.0)
+        require_number("lam", lam, low=0.0, high=1.0)
+        assert rewards is not None
+        per_token, scores = layout.rewards(rewards)
+        old = (None, None, None)
+    else:
+        for name, given in (("rewards", rewards), ("bootstrap_values", bootstrap_values), ("trace", trace)):
+            require(given is None, name, "is already in targets; give one or the other")
+        per_token = scores = None
+        old = _flat_targets(layout, targets)
+    flat_values = layout.flat("values", values)
+    assert flat_values is not None
+    learning = torch.is_grad_enabled()
+    loss, numbers, *_ = fused_op(
+        *inputs,
+        flat_values,
+        *old,
+        layout.flat("ref_logprobs", ref_logprobs),
+        per_token,
+        scores,
+        layout.per_sequence("bootstrap_values", bootstrap_values),
+        layout.flat("trace", trace),
+        layout.flat("weights", weights),
+        *layout.row_args(),
+        _denominator(denom, hidden.device),
+        gamma,
+        lam,
+        tau,
+        alpha,
+        loss_type,
+        huber_delta,
+        value_clip,
+        log_ratio_clip,
+        temperature,
+        softcap,
+        return_entropy,
+        workspace_bytes,
+        learning and inputs.hidden.requires_grad,
+        learning and weight.requires_grad,
+        learning and bias is not None and bias.requires_grad,
+        learning and flat_values.requires_grad,
+    )
+    names = metric_names(
+        on_policy=targets is None, reference=ref_logprobs is not None, loss_type=loss_type, entropy=return_entropy
+    )
+    return KLQLoss(loss, dict(zip(names, numbers.detach().unbind(), strict=True)))
+
+
+def klq_loss(
+    logprobs: Tensor,
+    values: Tensor,
+    targets: KLQTargets,
+    *,
+    ref_logprobs: Tensor | None = None,
+    tau: float = 0.05,
+    alpha: float = 1.0,
+    loss_type: str = "l2",
+    huber_delta: float = 1.0,
+    value_clip: float = 0.2,
+    log_ratio_clip: float = 0.2,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+    denom: Tensor | float | None = None,
+) -> KLQLoss:
+    """The KLQ loss from log-probabilities (arXiv 2508.17000, eq. 6), differentiable in logprobs and values.
+
+    For trainers that already have them; ``fused_klq_loss`` gives the same numbers from hidden states for less memory.
+
+    Args:
+        logprobs: log pi of the taken tokens, [B, T], or [N] with ``cu_seqlens``.
+        values: V, same shape.
+        targets: from ``klq_targets``, same layout.
+        ref_logprobs: log pi_b of the taken tokens; only adds metrics.
+        tau ... denom: as in ``fused_klq_loss``.
+
+    Returns:
+        ``KLQLoss(loss, metrics)``.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong.
+    """
+    layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
+    _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    flat = (layout.flat(name, tensor) for name, tensor in (("logprobs", logprobs), ("values", values)))
+    loss, numbers, *_ = unfused_op(
+        *flat,
+        *_flat_targets(layout, targets),
+        layout.flat("ref_logprobs", ref_logprobs),
+        layout.flat("weights", weights),
+        *layout.row_args(),
+        _denominator(denom, logprobs.device),
+        tau,
+        alpha,
+        loss_type,
+        huber_delta,
+        value_clip,
+        log_ratio_clip,
+    )
+    names = metric_names(on_policy=False, reference=ref_logprobs is not None, loss_type=loss_type, entropy=False)
+    return KLQLoss(loss, dict(zip(names, numbers.detach().unbind(), strict=True)))
+
+
+def _check_loss(
+    tau: float, alpha: float, loss_type: str, huber_delta: float, value_clip: float, log_ratio_clip: float
+) -> None:
+    require_number("tau", tau, low=0.0, open_low=True)
+    require_number("alpha", alpha, low=0.0, high=1.0, open_low=True)
+    require(loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
+    for name, value in (("huber_delta", huber_delta), ("value_clip", value_clip), ("log_ratio_clip", log_ratio_clip)):
+        require_number(name, value, low=0.0, open_low=True)
+
+
+def _flat_targets(layout: Layout, targets: KLQTargets) -> tuple[Any, ...]:
+    require(
+        isinstance(targets, tuple) and len(targets) == 3,
+        "targets",
+        "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns",
+    )
+    return tuple(
+        layout.flat(f"targets.{name}", tensor) for name, tensor in zip(KLQTargets._fields, targets, strict=True)
+    )
+
+
+def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if denom is None:
+        return None
+    if isinstance(denom, Tensor):
+        require(denom.numel() == 1, "denom", f"must be a number or a 0-d tensor, got shape {list(denom.shape)}")
+        return denom.detach().reshape(())
+    require_number("denom", denom, low=0.0, open_low=True)
+    return torch.full((), float(denom), dtype=torch.float32, device=device)

@@ -1,0 +1,99 @@
+"""What a step of training wants to know of its batch, from the per-row vectors the pass leaves behind.
+
+Means are true means over the valid tokens, whatever ``denom`` and ``weights`` the loss was given. rho is the log-ratio
+against the reference, d the one against the old policy; tokens are taken as sampled from the policy (kl_ref) or from the
+old policy (kl_old). k1 and k3 are the usual one-sample estimators: k1 unbiased, k3 unbiased and never negative.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowVectors(NamedTuple):
+    """fp32 [n] each; None where the call has no such thing."""
+
+    logp: Tensor
+    values: Tensor
+    advantages: Tensor
+    old_logp: Tensor | None
+    old_values: Tensor | None
+    ref_logp: Tensor | None
+    entropy: Tensor | None
+    decay_next: Tensor | None  # gamma lambda c_{t+1}, 0 at sequence ends; on-policy only
+
+
+def metric_names(*, on_policy: bool, reference: bool, loss_type: str, entropy: bool) -> list[str]:
+    """The keys of ``KLQLoss.metrics``, in the order in which ``klq_metrics`` computes them."""
+    names = ["loss", "value_mean", "advantage_mean", "residual_rms", "explained_variance"]
+    if on_policy:
+        names += ["td_error_rms"]
+    else:
+        names += ["kl_old_k1", "kl_old_k3"]
+    if reference:
+        names += ["q_mean", "log_ratio_mean", "kl_ref_k1", "kl_ref_k3"]
+    if loss_type in ("value_clipped", "double_clipped"):
+        names += ["value_clip_fraction"]
+    if loss_type in ("ratio_clipped", "double_clipped"):
+        names += ["log_ratio_clip_fraction"]
+    if entropy:
+        names += ["entropy"]
+    return names
+
+
+def klq_metrics(
+    loss: Tensor,
+    rows: RowVectors,
+    *,
+    tau: float,
+    alpha: float,
+    loss_type: str,
+    value_clip: float,
+    log_ratio_clip: float,
+) -> Tensor:
+    """fp32 [K], one number per name in ``metric_names``; all zero where there is no valid row.
+
+    residual_rms is the root mean square of Q_t - G_t; td_error_rms that of the one-step delta_t; explained_variance is
+    1 - Var(R - V) / Var(R) with R = A + V the lambda-return at the old policy.
+    """
+    names = metric_names(
+        on_policy=rows.old_logp is None,
+        reference=rows.ref_logp is not None,
+        loss_type=loss_type,
+        entropy=rows.entropy is not None,
+    )
+    n = rows.logp.numel()
+    if n == 0:
+        return loss.new_zeros(len(names))
+    old_values = rows.values if rows.old_values is None else rows.old_values
+    d = torch.zeros_like(rows.logp) if rows.old_logp is None else rows.logp - rows.old_logp
+    change = tau * d + (rows.values - old_values)
+    returns = rows.advantages + old_values
+    spread = returns.var(correction=0)
+    unexplained = (returns - rows.values).var(correction=0)
+    out = {
+        "loss": loss,
+        "value_mean": rows.values.mean(),
+        "advantage_mean": rows.advantages.mean(),
+        "residual_rms": (change - alpha * rows.advantages).square().mean().sqrt(),
+        "explained_variance": torch.where(spread > 0, 1 - unexplained / spread, 0.0),
+    }
+    if rows.decay_next is not None:
+        following = torch.where(rows.decay_next == 0, 0.0, rows.decay_next * rows.advantages.roll(-1))
+        out["td_error_rms"] = (rows.advantages - following).square().mean().sqrt()
+    if rows.old_logp is not None:
+        out["kl_old_k1"] = -d.mean()
+        out["kl_old_k3"] = (torch.expm1(d) - d).mean()
+    if rows.ref_logp is not None:
+        rho = rows.logp - rows.ref_logp
+        out["q_mean"] = (tau * rho + rows.values).mean()
+        out["log_ratio_mean"] = out["kl_ref_k1"] = rho.mean()
+        out["kl_ref_k3"] = (torch.expm1(-rho) + rho).mean()
+    out["value_clip_fraction"] = (change.abs() > value_clip).float().mean()
+    out["log_ratio_clip_fraction"] = (d.abs() > log_ratio_clip).float().mean()
+    if rows.entropy is not None:
+        out["entropy"] = rows.entropy.mean()
+    return torch.stack([out[name] for name in names])

@@ -1,0 +1,197 @@
+"""klq_kernels::fused_klq_loss: the loss and all its gradients in one pass over the vocabulary.
+
+The gradients are outputs of the forward; backward only multiplies them by the incoming scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from ..metrics import RowVectors, klq_metrics, metric_names
+from ..one_pass import Head, LossShape, Needs, Rows, ScanInputs, Targets, klq_pass
+from .dispatch import backend_for
+from .gradients import scaled_gradient
+from .scans import tail_values
+
+
+class GradientScale:
+    """loss = sum / denom, with 1 / denom = grad_scale * unit and unit a power of two (see ``one_pass``)."""
+
+    def __init__(self, denom: Tensor | None, n: int, device: torch.device) -> None:
+        if denom is None:
+            mantissa, exponent = math.frexp(max(n, 1))
+            self.grad_scale = torch.full((), 1.0 / mantissa, dtype=torch.float32, device=device)
+            self.unit = torch.full((), math.ldexp(1.0, -exponent), dtype=torch.float32, device=device)
+        else:
+            fraction, power = torch.frexp(denom.detach().to(device=device, dtype=torch.float32).reshape(()))
+            self.grad_scale = fraction.reciprocal()
+            self.unit = torch.ldexp(torch.ones_like(fraction), -power)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """sum(losses) / denom; 0 where there is no row at all."""
+        if losses.numel() == 0:
+            return torch.zeros((), dtype=torch.float32, device=losses.device)
+        return losses.sum() * self.grad_scale * self.unit
+
+
+def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
+    """The head in the dtype of ``hidden``: products run in it, an fp32 master weight is cast for them."""
+    weight = weight.detach().to(hidden.dtype)
+    return Head(weight, None if bias is None else bias.detach().to(hidden.dtype), 1.0 / temperature, softcap)
+
+
+@torch.library.custom_op("klq_kernels::fused_klq_loss", mutates_args=())
+def fused_klq_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    values: Tensor,
+    old_logp: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor | None,
+    ref_logp: Tensor | None,
+    rewards: Tensor | None,
+    scores: Tensor | None,
+    bootstrap_values: Tensor | None,
+    trace: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    denom: Tensor | None,
+    gamma: float,
+    lam: float,
+    tau: float,
+    alpha: float,
+    loss_type: str,
+    huber_delta: float,
+    value_clip: float,
+    log_ratio_clip: float,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, d_hidden, d_weight, d_bias, d_values, unit); gradients nobody needs are empty."""
+    positions = actions.numel()
+    index, row_cu_seqlens = layout.valid_rows(mask, cu_seqlens, rows, positions)
+
+    def take(tensor: Tensor | None) -> Any:
+        return layout.fp32_rows(tensor, index)
+
+    taken = layout.take_rows(actions, index)
+    assert taken is not None
+    layout.check_actions(taken, weight.shape[0])
+    n = taken.numel()
+    row_values = take(values)
+    ref_rows = take(ref_logp)
+    targets = None if old_logp is None else Targets(take(old_logp), take(old_values), take(advantages))
+    scan = decay_next = None
+    if targets is None:
+        tail = tail_values(row_cu_seqlens, bootstrap_values, scores, gamma)
+        scan = ScanInputs(ref_rows, take(rewards), take(trace), tail, row_cu_seqlens, gamma, lam)
+        decay = torch.full_like(row_values, gamma * lam) if scan.trace is None else gamma * lam * scan.trace.roll(-1)
+        decay_next = decay.masked_fill(layout.sequence_ends(row_cu_seqlens, n), 0.0)
+    shape = LossShape(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    scale = GradientScale(denom, n, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = klq_pass(
+            backend_for(hidden.device),
+            Rows(hidden.detach(), index, taken),
+            make_head(hidden, weight, bias, temperature, softcap),
+            Needs(need_hidden, need_weight, need_bias),
+            row_values,
+            targets,
+            scan,
+            take(weights),
+            shape,
+            grad_scale=scale.grad_scale,
+            entropy=return_entropy,
+            workspace_bytes=workspace_bytes,
+        )
+    loss = scale.mean(result.losses)
+    vectors = RowVectors(
+        result.logp,
+        row_values,
+        result.advantages,
+        None if targets is None else targets.old_logp,
+        None if targets is None else targets.old_values,
+        ref_rows,
+        result.entropy,
+        decay_next,
+    )
+    metrics = klq_metrics(
+        loss, vectors, tau=tau, alpha=alpha, loss_type=loss_type, value_clip=value_clip, log_ratio_clip=log_ratio_clip
+    )
+    d_values = layout.put_rows(result.d_values, index, positions) if need_values else loss.new_empty(0)
+
+    def given(gradient: Tensor | None) -> Tensor:
+        return loss.new_empty(0) if gradient is None else gradient
+
+    return (
+        loss,
+        metrics,
+        given(result.d_hidden),
+        given(result.d_weight),
+        given(result.d_bias),
+        d_values,
+        scale.unit,
+    )
+
+
+@fused_klq_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    (ref_logp, loss_type, return_entropy) = args[4], args[18], args[24]
+    need_hidden, need_weight, need_bias, need_values = args[-4:]
+    names = metric_names(
+        on_policy=args[1] is None, reference=ref_logp is not None, loss_type=loss_type, entropy=return_entropy
+    )
+    scalar = hidden.new_empty((), dtype=torch.float32)
+
+    def shaped(needed: bool, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return hidden.new_empty(shape, dtype=dtype) if needed else scalar.new_empty(0)
+
+    return (
+        scalar,
+        scalar.new_empty(len(names)),
+        shaped(need_hidden, *hidden.shape, dtype=hidden.dtype),
+        shaped(need_weight, *weight.shape),
+        shaped(need_bias, weight.shape[0]),
+        shaped(need_values, actions.shape[0]),
+        scalar.new_empty(()),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, metrics, *gradients, unit = output
+    ctx.mark_non_differentiable(metrics, *gradients, unit)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients, unit)
+    ctx.needs = inputs[-4:]
+    hidden, weight, bias, _, values = inputs[:5]
+    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, values)]
+    ctx.inputs = len(inputs)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    out: list[Tensor | None] = [None] * ctx.inputs
+    if d_loss is not None:
+        *saved, unit = ctx.saved_tensors
+        scale = d_loss.float() * unit
+        for slot, gradient, needed, dtype in zip((0, 1, 2, 4), saved, ctx.needs, ctx.dtypes, strict=True):
+            if needed:
+                out[slot] = scaled_gradient(gradient, scale, dtype)
+    return tuple(out)
+
+
+fused_klq_loss.register_autograd(_backward, setup_context=_setup_context)

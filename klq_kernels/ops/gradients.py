@@ -1,0 +1,22 @@
+"""Handing out gradients that were computed in the forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
+    from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
+except ImportError:  # then never overwrite what was saved
+
+    def _graph_is_kept() -> bool:
+        return True
+
+
+def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * scale (fp32, 0-d) in ``dtype``, rounded once; overwrites ``saved`` where nobody will read it again."""
+    reuse = not _graph_is_kept()
+    if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
+        out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
+        return torch.mul(saved, scale.reshape(1), out=out)
+    return (saved.mul_(scale) if reuse else saved * scale).to(dtype)

@@ -1,0 +1,90 @@
+"""klq_kernels::klq_loss: the loss and its metrics from log-probabilities that somebody else computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from ..metrics import RowVectors, klq_metrics, metric_names
+from .dispatch import backend_for
+from .fused_loss import GradientScale
+from .gradients import scaled_gradient
+
+
+@torch.library.custom_op("klq_kernels::klq_loss", mutates_args=())
+def klq_loss(
+    logp: Tensor,
+    values: Tensor,
+    old_logp: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    ref_logp: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    denom: Tensor | None,
+    tau: float,
+    alpha: float,
+    loss_type: str,
+    huber_delta: float,
+    value_clip: float,
+    log_ratio_clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, d_logp, d_values, unit)."""
+    positions = logp.numel()
+    index, _ = layout.valid_rows(mask, cu_seqlens, rows, positions)
+
+    def take(tensor: Tensor | None) -> Any:
+        return layout.fp32_rows(tensor, index)
+
+    vectors = RowVectors(
+        take(logp), take(values), take(advantages), take(old_logp), take(old_values), take(ref_logp), None, None
+    )
+    scale = GradientScale(denom, vectors.logp.numel(), logp.device)
+    losses, d_logp, d_values = (torch.empty_like(vectors.logp) for _ in range(3))
+    backend_for(logp.device).klq_residual(
+        vectors.logp, vectors.values, vectors.old_logp, vectors.old_values, vectors.advantages, take(weights),
+        losses, d_logp, d_values, grad_scale=scale.grad_scale, tau=tau, alpha=alpha, loss_type=loss_type,
+        huber_delta=huber_delta, value_clip=value_clip, log_ratio_clip=log_ratio_clip,
+    )  # fmt: skip
+    loss = scale.mean(losses)
+    metrics = klq_metrics(
+        loss, vectors, tau=tau, alpha=alpha, loss_type=loss_type, value_clip=value_clip, log_ratio_clip=log_ratio_clip
+    )
+    d_logp, d_values = (layout.put_rows(d, index, positions) for d in (d_logp, d_values))
+    return loss, metrics, d_logp, d_values, scale.unit
+
+
+@klq_loss.register_fake
+def _(logp: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    names = metric_names(on_policy=False, reference=args[4] is not None, loss_type=args[12], entropy=False)
+    scalar = logp.new_empty((), dtype=torch.float32)
+    per_token = [torch.empty_like(logp, dtype=torch.float32) for _ in range(2)]
+    return scalar, scalar.new_empty(len(names)), *per_token, scalar.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *described = output
+    ctx.mark_non_differentiable(*described)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*described[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.inputs = len(inputs)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    out: list[Tensor | None] = [None] * ctx.inputs
+    if d_loss is not None:
+        *saved, unit = ctx.saved_tensors
+        scale = d_loss.float() * unit
+        for slot in (0, 1):
+            if ctx.needs_input_grad[slot]:
+                out[slot] = scaled_gradient(saved[slot], scale, ctx.dtypes[slot])
+    return tuple(out)
+
+
+klq_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,140 @@
+"""klq_kernels::linear_logprobs: log-probability, log-normaliser and entropy of the taken token under a linear head.
+
+Forward keeps three numbers per row. Backward recomputes each chunk of logits: the gradient depends on what the caller
+does with the outputs, so, unlike in ``fused_loss``, it cannot be formed ahead of time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from ..one_pass import Needs, Rows, logprobs_backward_pass, logprobs_pass
+from .dispatch import backend_for
+from .fused_loss import make_head
+
+
+@torch.library.custom_op("klq_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, lse, entropy), fp32 [M], 0 at masked positions; entropy is empty unless asked for."""
+    index, _ = layout.valid_rows(mask, cu_seqlens, rows, actions.numel())
+    taken = layout.take_rows(actions, index)
+    assert taken is not None
+    layout.check_actions(taken, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        results = logprobs_pass(
+            backend_for(hidden.device),
+            Rows(hidden.detach(), index, taken),
+            make_head(hidden, weight, bias, temperature, softcap),
+            entropy=return_entropy,
+            workspace_bytes=workspace_bytes,
+        )
+    logp, lse, entropy = (None if r is None else layout.put_rows(r, index, actions.numel()) for r in results)
+    assert logp is not None and lse is not None
+    return logp, lse, logp.new_empty(0) if entropy is None else entropy
+
+
+@linear_logprobs.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    logp = hidden.new_empty(actions.shape[0], dtype=torch.float32)
+    return logp, torch.empty_like(logp), torch.empty_like(logp) if args[5] else logp.new_empty(0)
+
+
+@torch.library.custom_op("klq_kernels::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    rows: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    d_logp: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    workspace_bytes: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden, d_weight, d_bias) in the dtypes of hidden, weight and bias; gradients nobody needs are empty."""
+    index, _ = layout.valid_rows(mask, cu_seqlens, rows, actions.numel())
+
+    def take(tensor: Tensor | None) -> Any:
+        return layout.fp32_rows(tensor, index)
+
+    taken = layout.take_rows(actions, index)
+    assert taken is not None
+    row_lse = take(lse)
+    row_d_logp = torch.zeros_like(row_lse) if d_logp is None else take(d_logp)
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = logprobs_backward_pass(
+            backend_for(hidden.device),
+            Rows(hidden.detach(), index, taken),
+            make_head(hidden, weight, bias, temperature, softcap),
+            Needs(need_hidden, need_weight, need_bias),
+            row_lse,
+            take(entropy),
+            row_d_logp,
+            take(d_lse),
+            take(d_entropy),
+            workspace_bytes=workspace_bytes,
+        )
+
+    def given(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+        if gradient is None or like is None:
+            return hidden.new_empty(0)
+        return gradient.to(like.dtype)
+
+    return given(gradients.hidden, hidden), given(gradients.weight, weight), given(gradients.bias, bias)
+
+
+@linear_logprobs_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    empty = hidden.new_empty(0)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else empty.new_empty(0)
+        for t, needed in zip((hidden, weight, bias), args[-3:], strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, actions, mask, cu_seqlens, rows, *ctx.settings = inputs
+    _, lse, entropy = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, actions, mask, cu_seqlens, rows, lse, entropy)
+
+
+def _backward(
+    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, lse, entropy = ctx.saved_tensors
+    temperature, softcap, return_entropy, workspace_bytes = ctx.settings
+    needs = ctx.needs_input_grad[:3]
+    gradients = linear_logprobs_backward(
+        *inputs, lse, entropy if return_entropy else None, d_logp, d_lse, d_entropy if return_entropy else None,
+        temperature, softcap, workspace_bytes, *needs,
+    )  # fmt: skip
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8)
+
+
+linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,111 @@
+"""klq_kernels::reverse_scan and klq_kernels::lambda_errors: the backward recurrences over time.
+
+Both step over masked tokens by themselves, so neither needs to know how many there are: no synchronisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from .dispatch import backend_for
+
+
+@torch.library.custom_op("klq_kernels::reverse_scan", mutates_args=())
+def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """A_t = delta_t + decay_t A_{t+1}, fp32 [M]; ``decay`` is [M] or holds one element."""
+    layout.check_cu_seqlens(cu_seqlens, delta.numel())
+    out = torch.empty(delta.shape, dtype=torch.float32, device=delta.device)
+    if out.numel():
+        backend_for(delta.device).reverse_scan(delta.contiguous(), decay.contiguous(), mask, cu_seqlens, out)
+    return out
+
+
+@reverse_scan.register_fake
+def _(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    return torch.empty_like(delta, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    delta, decay, mask, cu_seqlens = inputs
+    ctx.save_for_backward(decay, mask, cu_seqlens, output)
+    ctx.dtypes = delta.dtype, decay.dtype
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    """The adjoint runs forwards in time: D_t = dA_t + decay_{t-1} D_{t-1}, and ddecay_t = D_t A_{t+1}.
+
+    That is a reverse scan over the mirrored array, each token bringing the decay of the valid token before it.
+    """
+    decay, mask, cu_seqlens, out = ctx.saved_tensors
+    m = d_out.numel()
+    decays = decay.detach().float().expand(m)
+    previous, following = _neighbours(mask, cu_seqlens, m)
+    carried = torch.where(previous < 0, 0.0, decays[previous.clamp(min=0)])
+    mirrored_ends = (m - cu_seqlens).flip(0).to(torch.int32)
+    mirrored_mask = None if mask is None else mask.flip(0)
+    d_delta = reverse_scan(d_out.float().flip(0), carried.flip(0), mirrored_mask, mirrored_ends).flip(0)
+    d_decay = None
+    if ctx.needs_input_grad[1]:
+        next_out = torch.where(following < 0, 0.0, out[following.clamp(min=0)])
+        d_decay = (d_delta * next_out).to(ctx.dtypes[1])
+        if decay.numel() != m:
+            d_decay = d_decay.sum().reshape(decay.shape)
+    return (d_delta.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None), d_decay, None, None
+
+
+def _neighbours(mask: Tensor | None, cu_seqlens: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """(position of the previous valid token, of the next one) in the same sequence, int64 [m], -1 where none."""
+    position = torch.arange(m, device=cu_seqlens.device)
+    sequence = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
+    begin, end = cu_seqlens.long()[sequence], cu_seqlens.long()[sequence + 1]
+    valid = position if mask is None else torch.where(mask, position, -1)
+    latest = torch.cummax(valid, 0).values.roll(1)
+    valid = position if mask is None else torch.where(mask, position, m)
+    earliest = torch.cummin(valid.flip(0), 0).values.flip(0).roll(-1)
+    previous = torch.where((position > begin) & (latest >= begin), latest, -1)
+    return previous, torch.where((position + 1 < end) & (earliest < end), earliest, -1)
+
+
+reverse_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def tail_values(cu_seqlens: Tensor, bootstrap_values: Tensor | None, scores: Tensor | None, gamma: float) -> Tensor:
+    """fp32 [B]: what stands beyond the last token of each sequence, gamma * bootstrap + score (``lambda_errors``)."""
+    tail = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float32, device=cu_seqlens.device)
+    if bootstrap_values is not None:
+        tail = tail + gamma * bootstrap_values.detach().float()
+    if scores is not None:
+        tail = tail + scores.detach().float()
+    return tail
+
+
+@torch.library.custom_op("klq_kernels::lambda_errors", mutates_args=())
+def lambda_errors(
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    values: Tensor,
+    rewards: Tensor | None,
+    trace: Tensor | None,
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    tau: float,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """The lambda-errors of ``portable.lambda_errors``, fp32 [M]. Not differentiable: targets carry no gradient."""
+    layout.check_cu_seqlens(cu_seqlens, values.numel())
+    out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    if out.numel():
+        inputs = (None if t is None else t.contiguous() for t in (logp, ref_logp, values, rewards, trace))
+        backend_for(values.device).lambda_errors(*inputs, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
+    return out
+
+
+@lambda_errors.register_fake
+def _(logp: Tensor | None, ref_logp: Tensor | None, values: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(values, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -1,0 +1,281 @@
+"""KL-regularised Q-learning in plain PyTorch: the oracle every kernel is held against.
+
+Read this file instead of the paper ("KLQ", arXiv 2508.17000; equation numbers below are its own). Nothing here
+is fast, nothing here is clever: each function is one equation, written out over explicit time steps, in whatever
+dtype its inputs have (the tests use float64).
+
+Notation. State s_t is the prompt plus the response before position t, a_t the response token at t, pi the policy
+being trained, pi_b the frozen reference, V the Boltzmann state value.
+
+    rho_t = log pi(a_t|s_t) - log pi_b(a_t|s_t)          log-ratio
+    Q_t   = tau rho_t + V_t                              action value            (eq. 13)
+    delta_t = r_t + gamma V_{t+1} - Q_t                  TD error                (eq. 14)
+    A_t   = delta_t + gamma lambda c_{t+1} A_{t+1}       lambda-error
+    G_t   = Q_t + alpha A_t                              target, no gradient     (eq. 7)
+    L     = (1/denom) sum_t w_t (Q_t - G_t)^2            loss                    (eq. 6)
+
+V beyond the last trained token is the bootstrap value (0 where the sequence terminated); c is an optional Retrace
+trace (1 by default). With targets fixed at rollout time the residual does not mention the reference any more:
+
+    Q_t - G_t = tau (logp_t - old_logp_t) + (V_t - old_V_t) - alpha A_t.
+
+Two layouts are understood everywhere. *Padded*: tensors [B, T] with an optional bool mask. *Packed*: tensors [N] with
+int32 ``cu_seqlens`` [B + 1] marking where sequences begin and end, and an optional mask [N]. Only valid tokens exist:
+a masked token is skipped, so "t + 1" always means the next valid token of the same sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import KLQLoss, KLQTargets, LinearLogprobs
+
+__all__ = [
+    "gae",
+    "klq_loss",
+    "klq_residual_loss",
+    "klq_targets",
+    "lambda_returns",
+    "linear_logprobs",
+    "naive_klq_loss",
+    "reverse_scan",
+]
+
+
+def sequences(shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[list[int]]:
+    """Yields, for each sequence, the flat positions of its valid tokens in time order."""
+    if cu_seqlens is None:
+        batch, length = shape
+        bounds = [(b * length, (b + 1) * length) for b in range(batch)]
+    else:
+        ends = cu_seqlens.tolist()
+        bounds = list(zip(ends[:-1], ends[1:], strict=True))
+    keep = None if mask is None else mask.reshape(-1).tolist()
+    for begin, end in bounds:
+        yield [i for i in range(begin, end) if keep is None or keep[i]]
+
+
+def reverse_scan(
+    delta: Tensor, decay: Tensor | float, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """A_t = delta_t + decay_t A_{t+1}, with A = 0 beyond the end of each sequence and at masked tokens."""
+    flat = delta.reshape(-1)
+    decays = torch.as_tensor(decay, dtype=delta.dtype).expand(delta.shape).reshape(-1)
+    out: list[Tensor] = [flat.new_zeros(())] * flat.numel()
+    for steps in sequences(delta.shape, mask, cu_seqlens):
+        following = flat.new_zeros(())
+        for i in reversed(steps):
+            following = flat[i] + decays[i] * following
+            out[i] = following
+    return torch.stack(out).reshape(delta.shape) if out else torch.zeros_like(delta)
+
+
+def _lambda_errors(
+    q: Tensor,
+    values: Tensor,
+    rewards: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None,
+    trace: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The TD errors (eq. 14) and their reverse lambda-scan. ``rewards`` per token, or [B] scores on the last token."""
+    shape = values.shape
+    q, values = q.reshape(-1), values.reshape(-1)
+    per_sequence = rewards.dim() == 1 and (cu_seqlens is None or rewards.numel() == cu_seqlens.numel() - 1 != q.numel())
+    out = torch.zeros_like(q)
+    for b, steps in enumerate(sequences(shape, mask, cu_seqlens)):
+        value_next = q.new_zeros(()) if bootstrap_values is None else bootstrap_values[b].to(q.dtype)
+        carried = q.new_zeros(())
+        for k, i in enumerate(reversed(steps)):
+            if per_sequence:
+                reward = rewards[b] if k == 0 else q.new_zeros(())
+            else:
+                reward = rewards.reshape(-1)[i]
+            delta = reward + gamma * value_next - q[i]
+            out[i] = delta + gamma * lam * carried
+            value_next = values[i]
+            carried = out[i] if trace is None else trace.reshape(-1)[i] * out[i]
+    return out.reshape(shape)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Generalised advantage estimation: the lambda-errors with Q_t = V_t."""
+    return _lambda_errors(
+        values, values, rewards, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values,
+        trace=None, mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``gae`` + values at valid tokens, 0 elsewhere."""
+    advantages = gae(
+        rewards, values, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values, mask=mask, cu_seqlens=cu_seqlens
+    )
+    returns = advantages + values
+    return returns if mask is None else torch.where(mask, returns, 0)
+
+
+def klq_targets(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    rewards: Tensor,
+    *,
+    tau: float = 0.05,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    trace: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> KLQTargets:
+    """Everything an update needs to know of the rollout: old log-probs, old values, and A."""
+    q = tau * (logprobs - ref_logprobs) + values  # eq. 13
+    advantages = _lambda_errors(
+        q, values, rewards, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values,
+        trace=trace, mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if mask is not None:
+        logprobs, values = torch.where(mask, logprobs, 0), torch.where(mask, values, 0)
+    return KLQTargets(logprobs.detach(), values.detach(), advantages.detach())
+
+
+def klq_residual_loss(
+    d: Tensor,
+    v: Tensor,
+    advantages: Tensor,
+    *,
+    tau: float = 0.05,
+    alpha: float = 1.0,
+    loss_type: str = "l2",
+    huber_delta: float = 1.0,
+    value_clip: float = 0.2,
+    log_ratio_clip: float = 0.2,
+) -> Tensor:
+    """The loss of each token from d = logp - old_logp, v = V - old_V and A (the residual identity).
+
+    l2              e^2                                    with e = tau d + v - alpha A = Q - G
+    huber           e^2/2 if |e| <= huber_delta, else huber_delta (|e| - huber_delta/2)
+    value_clipped   max(e^2, (clip(tau d + v, +-value_clip) - alpha A)^2)
+    ratio_clipped   max(e^2, (tau clip(d, +-log_ratio_clip) + v - alpha A)^2)
+    double_clipped  the largest of the three squares
+    """
+    e = tau * d + v - alpha * advantages
+    if loss_type == "l2":
+        return e.square()
+    if loss_type == "huber":
+        return F.huber_loss(e, torch.zeros_like(e), reduction="none", delta=huber_delta)
+    by_value = ((tau * d + v).clamp(-value_clip, value_clip) - alpha * advantages).square()
+    by_ratio = (tau * d.clamp(-log_ratio_clip, log_ratio_clip) + v - alpha * advantages).square()
+    if loss_type == "value_clipped":
+        return torch.maximum(e.square(), by_value)
+    if loss_type == "ratio_clipped":
+        return torch.maximum(e.square(), by_ratio)
+    if loss_type == "double_clipped":
+        return torch.maximum(torch.maximum(e.square(), by_value), by_ratio)
+    raise ValueError(f"loss_type: unknown loss {loss_type!r}")
+
+
+def klq_loss(
+    logprobs: Tensor,
+    values: Tensor,
+    targets: KLQTargets,
+    *,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    denom: Tensor | float | None = None,
+    **loss: float | str,
+) -> KLQLoss:
+    """L = (1/denom) sum_t w_t loss_t over the valid tokens (eq. 6); ``denom`` defaults to their number."""
+    keep = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    old_logprobs, old_values, advantages = (t.detach()[keep] for t in targets)
+    per_token = klq_residual_loss(
+        logprobs[keep] - old_logprobs,
+        values[keep] - old_values,
+        advantages,
+        **loss,  # type: ignore[arg-type]
+    )
+    if weights is not None:
+        per_token = per_token * weights[keep]
+    count = max(int(keep.sum()), 1) if denom is None else denom
+    return KLQLoss(per_token.sum() / count, {})
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> LinearLogprobs:
+    """log softmax(hidden @ weight.T)[action], its log-normaliser and its entropy, through the full logits."""
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    logp = logits.log_softmax(-1)
+    taken = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return LinearLogprobs(taken, logits.logsumexp(-1), -(logp.exp() * logp).sum(-1))
+
+
+def naive_klq_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    values: Tensor,
+    *,
+    targets: KLQTargets | None = None,
+    ref_logprobs: Tensor | None = None,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    trace: Tensor | None = None,
+    tau: float = 0.05,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    denom: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    **loss: float | str,
+) -> KLQLoss:
+    """What ``fused_klq_loss`` computes, the plain way: full logits, then targets, then the loss, then autograd."""
+    logprobs = linear_logprobs(hidden, weight, actions, bias=bias, temperature=temperature, softcap=softcap).logprobs
+    if targets is None:
+        if ref_logprobs is None or rewards is None:
+            raise ValueError("targets: give rollout targets, or ref_logprobs and rewards")
+        targets = klq_targets(
+            logprobs.detach(), ref_logprobs, values.detach(), rewards, tau=tau, gamma=gamma, lam=lam,
+            bootstrap_values=bootstrap_values, trace=trace, mask=mask, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    return klq_loss(logprobs, values, targets, mask=mask, denom=denom, weights=weights, tau=tau, **loss)

@@ -1,0 +1,180 @@
+"""Returns and targets: the backward scans over time (``reverse_scan``, ``gae``, ``lambda_returns``, ``klq_targets``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Packing, layout_of, require, require_number
+from .ops import scans
+from .types import KLQTargets
+
+
+def reverse_scan(
+    delta: Tensor,
+    decay: Tensor | float,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """The reverse first-order linear recurrence A_t = delta_t + decay_t A_{t+1}, differentiable.
+
+    A is 0 beyond the end of each sequence. A masked token is stepped over: t + 1 is the next valid token.
+
+    Args:
+        delta: [B, T], or [N] with ``cu_seqlens``; fp32, bf16 or fp16.
+        decay: a number, or a tensor of delta's shape.
+        mask: bool, delta's shape; False tokens take no part, whatever they hold.
+        cu_seqlens: int32 [B + 1], makes the layout packed.
+        packing: a ``pack(...)`` in place of mask and cu_seqlens.
+
+    Returns:
+        fp32, delta's shape, 0 at masked tokens.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong.
+    """
+    layout = layout_of(delta, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="delta")
+    flat = layout.flat("delta", delta)
+    if isinstance(decay, Tensor) and decay.dim() > 0:
+        decays = layout.flat("decay", decay)
+    elif isinstance(decay, Tensor):
+        decays = decay.reshape(1).to(delta.device)
+    else:
+        require_number("decay", decay)
+        decays = torch.full((1,), decay, dtype=torch.float32, device=delta.device)
+    return scans.reverse_scan(flat, decays, *layout.scan_args()).reshape(delta.shape)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), without gradient.
+
+    A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Args:
+        rewards: per token ([B, T] or [N]), or [B]: one score per sequence, landing on its last valid token.
+        values: [B, T] or [N].
+        gamma, lam: discount and trace decay, in [0, 1].
+        bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
+        mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
+
+    Returns:
+        fp32, the shape of values, 0 at masked tokens.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong.
+    """
+    layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
+    return _lambda_errors(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    """TD(lambda) returns: ``gae`` + values (arguments, result and errors as there), without gradient."""
+    layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
+    advantages = _lambda_errors(
+        layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam
+    )
+    return advantages + _at_valid_tokens(layout, values)
+
+
+def klq_targets(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    rewards: Tensor,
+    *,
+    tau: float = 0.05,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_values: Tensor | None = None,
+    trace: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
+) -> KLQTargets:
+    """Rollout targets of KLQ (arXiv 2508.17000, eq. 13-14 and 7), without gradient.
+
+    A_t = delta_t + gamma lam c_{t+1} A_{t+1}, delta_t = r_t + gamma V_{t+1} - Q_t,
+    Q_t = tau (logprobs_t - ref_logprobs_t) + V_t.
+
+    Args:
+        logprobs, ref_logprobs: log pi and log pi_b of the taken tokens, [B, T] or [N], at the training temperature.
+        values: V of the state before each token, same shape.
+        rewards: per token, or [B]: one score per sequence, landing on its last valid token.
+        tau: strength of the KL regularisation, > 0.
+        gamma, lam: discount and trace decay, in [0, 1].
+        bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
+        trace: c_t per token (Retrace), same shape; 1 where None.
+        mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
+
+    Returns:
+        ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong.
+    """
+    layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
+    advantages = _lambda_errors(
+        layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
+    )
+    return KLQTargets(_at_valid_tokens(layout, logprobs), _at_valid_tokens(layout, values), advantages)
+
+
+def _lambda_errors(
+    layout: Layout,
+    logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+    rewards: Tensor,
+    trace: Tensor | None,
+    bootstrap_values: Tensor | None,
+    *,
+    tau: float,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    if logprobs is not None:
+        require_number("tau", tau, low=0.0, open_low=True)
+    require_number("gamma", gamma, low=0.0, high=1.0)
+    require_number("lam", lam, low=0.0, high=1.0)
+    require(isinstance(rewards, Tensor), "rewards", f"must be a tensor, got {type(rewards).__name__}")
+    per_token, scores = layout.rewards(rewards)
+    tail = scans.tail_values(
+        layout.cu_seqlens, layout.per_sequence("bootstrap_values", bootstrap_values), scores, gamma
+    )
+    flat = (
+        layout.flat(name, tensor)
+        for name, tensor in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("values", values))
+    )
+    with torch.no_grad():
+        out = scans.lambda_errors(
+            *flat, per_token, layout.flat("trace", trace), tail, *layout.scan_args(), tau, gamma, lam
+        )
+    return out.reshape(layout.shape)
+
+
+def _at_valid_tokens(layout: Layout, tensor: Tensor) -> Tensor:
+    """A detached fp32 copy, 0 at masked tokens."""
+    copy = tensor.detach().to(torch.float32, copy=True)
+    return copy if layout.mask is None else copy.masked_fill_(~layout.mask.reshape(layout.shape), 0.0)

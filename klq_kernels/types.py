@@ -1,0 +1,33 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LinearLogprobs(NamedTuple):
+    """Per-token log-probabilities of a linear head, fp32, in the caller's layout, 0 at masked tokens."""
+
+    logprobs: Tensor
+    logsumexp: Tensor
+    entropy: Tensor | None
+
+
+class KLQTargets(NamedTuple):
+    """What an update needs of its rollout: three fp32 tensors in the caller's layout, 0 at masked tokens.
+
+    ``advantages`` is the lambda-error A_t, unscaled by alpha and never whitened.
+    """
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+
+
+class KLQLoss(NamedTuple):
+    """The scalar loss, and a dict of detached 0-d fp32 tensors describing it."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
