@@ -21,6 +21,8 @@ GPU_WORKSPACE = 1024 * MIB
 ROWS_WORTHWHILE = 24_576
 # Rows of a logits buffer start at multiples of this many elements, so that every row can be read 16 bytes at a time.
 ROW_ALIGNMENT = 64
+# Chunks begin at multiples of this many rows, so that slices of per-row fp32 vectors begin at 16-byte addresses.
+CHUNK_MULTIPLE = 16
 
 
 def row_stride(vocab: int) -> int:
@@ -53,5 +55,8 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
         most = max(CPU_WORKSPACE // row_bytes, 1)
     else:
         most = max(min(GPU_WORKSPACE // row_bytes, ROWS_WORTHWHILE), 1)
+    if most >= CHUNK_MULTIPLE:
+        most -= most % CHUNK_MULTIPLE
     chunks = math.ceil(n / most)
-    return math.ceil(n / chunks) if chunks else 0
+    even = math.ceil(n / chunks) if chunks else 0
+    return min(math.ceil(even / CHUNK_MULTIPLE) * CHUNK_MULTIPLE, most)

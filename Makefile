@@ -1,0 +1,62 @@
+# Every target makes .venv and installs what it needs, once: nothing has to be installed by hand beforehand.
+# PYTHON=python3.12 picks the interpreter, TORCH="torch==2.11.0" the PyTorch that a new .venv gets.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Twice quiet: no progress and no warnings about the machine's package indexes; errors are printed in full.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench gpu clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
+	@$(BIN)/klq demo $(ARGS)
+
+test: $(READY)  ## run the tests (ARGS="-k scan" picks some)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(READY)  ## measure the fused loss against its peers, side by side
+	@$(BIN)/klq bench loss --preset quick $(ARGS)
+
+# A machine with a GPU usually has its own PyTorch, and perhaps no network: that one runs the suite from the source tree.
+gpu:  ## on a machine with a GPU: tests, benchmarks and memory limits in one run
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		PYTHONPATH="$(CURDIR)" $(PYTHON) bench/gpu_suite.py $(ARGS); \
+	else \
+		$(MAKE) --no-print-directory $(READY) && $(BIN)/python bench/gpu_suite.py $(ARGS); \
+	fi
+
+clean:  ## remove what was built and cached; .venv stays
+	@rm -rf build dist *.egg-info klq_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	@find klq_kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "klq_kernels needs Python 3.10 or newer, and '$(PYTHON)' is not one: install it, or name it: make PYTHON=python3.12"; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' lacks the venv module: install it (Debian and Ubuntu: apt install python3-venv)"; exit 1; } >&2
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first, because the editable install runs setup.py, which builds the native extension against it.
+$(READY): pyproject.toml $(wildcard setup.py csrc/*) | $(BIN)/python
+	@$(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null || { \
+		echo "installing $(TORCH) (minutes, the first time)"; $(PIP) "$(TORCH)"; }
+	@echo "installing klq_kernels and what its tests and tools need"
+	@$(PIP) "setuptools>=77" wheel
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@

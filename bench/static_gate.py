@@ -1,0 +1,291 @@
+"""What the compiler makes of every kernel, without a GPU: registers, stack, shared memory, wide accesses, instructions.
+
+    python -m bench.static_gate                    print the table
+    python -m bench.static_gate --write            record it in bench/results/static_gate.json
+    python -m bench.static_gate --check            compare with the record; exit 1 where anything got worse
+
+Each variant of each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 as the launcher would on aligned tensors.
+For NVIDIA the machine code is read back with the disassembler that ships with Triton. Rules that hold whatever the
+record: no stack (a stack frame is a register spill), and 16-byte accesses where bulk data moves.
+
+The budget of the row kernels comes from bandwidth. A Hopper SM moves about 8 bf16 logits per clock from memory, issues
+4 warp instructions (128 lanes) and evaluates 16 special functions. So 16 issue slots and 2 special functions per logit
+keep up with memory; the inner loops have to stay below. A soft cap costs two special functions and about nine slots more,
+so those variants have 1.5 times the budget: they run at about two thirds of the memory rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from klq_kernels.kernels import launch
+
+RECORD = Path(__file__).parent / "results" / "static_gate.json"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ISSUE_SLOTS_PER_LOGIT = 16.0
+SPECIAL_FUNCTIONS_PER_LOGIT = 2.0
+SPECIAL_SLACK = 0.25  # the rescaling of each lane, once per group of logits
+LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel: what its arguments are, and which are absent (None) or constant."""
+
+    name: str
+    module: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    config: launch.Config
+    logits_per_turn: int = 0  # logits that one turn of the inner loop handles, per thread; 0: no such loop
+    wide: bool = True  # whether bulk data should move 16 bytes at a time
+
+
+class Report(NamedTuple):
+    """What was found. Instruction counts are per logit and thread in the inner loop; None where they do not apply."""
+
+    registers: int | None
+    stack: int | None
+    shared: int
+    wide_accesses: int
+    issue_slots: float | None
+    special_functions: float | None
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel and configuration that the launchers use."""
+    row = {"actions": "*i64", "lse": "*fp32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
+    stats = row | {"logp": "*fp32", "entropy": "*fp32", "vocab": "i32"}
+    grad = row | dict.fromkeys(("d_action", "d_softmax", "d_entropy", "entropy"), "*fp32")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for softcap in (False, True):
+            for entropy in (False, True):
+                marks = dtype + ("+softcap" if softcap else "") + ("+entropy" if entropy else "")
+                absent = [] if softcap else ["softcap"]
+                sizes = launch.ROW_STATS[4 if dtype == "fp32" else 2]
+                yield Variant(
+                    f"row_stats[{marks}]", "row_stats", "row_stats_kernel", stats | {"logits": f"*{dtype}"},
+                    dict.fromkeys(absent + ([] if entropy else ["entropy"])), sizes,
+                    sizes.sizes["GROUPS"] * sizes.sizes["LANES"] // (32 * sizes.num_warps),
+                )  # fmt: skip
+                yield Variant(
+                    f"row_grad[{marks}]", "row_grad", "row_grad_kernel", grad | {"logits": f"*{dtype}"},
+                    dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])), launch.ROW_GRAD,
+                )  # fmt: skip
+    vectors = ("logp", "values", "old_logp", "old_values", "advantages", "weights", "losses", "d_logp", "d_values")
+    numbers = ("tau", "alpha", "huber_delta", "value_clip", "log_ratio_clip")
+    residual = dict.fromkeys((*vectors, "grad_scale"), "*fp32") | dict.fromkeys(numbers, "fp32") | {"n": "i32"}
+    for loss_type in LOSS_TYPES:
+        for on_policy in (False, True):
+            absent = ["weights", *(["old_logp", "old_values"] if on_policy else [])]
+            yield Variant(
+                f"klq_residual[{loss_type}{'+on_policy' if on_policy else ''}]", "klq_residual", "klq_residual_kernel",
+                residual, dict.fromkeys(absent) | {"LOSS_TYPE": loss_type}, launch.KLQ_RESIDUAL, wide=False,
+            )  # fmt: skip
+    common = {"mask": "*i1", "cu_seqlens": "*i32", "out": "*fp32", "pairs_a": "*fp32", "pairs_b": "*fp32"}
+    common |= {"n": "i32", "batch": "i32"}
+    lambdas = ("logp", "ref_logp", "values", "rewards", "trace")
+    for dtype in ("fp32", "bf16"):
+        for stage, summarise in (("pairs", True), ("scan", False), ("alone", False)):
+            no_pairs = ["pairs_a", "pairs_b"] if stage == "alone" else []
+            for masked in (False, True):
+                marks = f"{dtype}+{stage}{'+mask' if masked else ''}"
+                absent = no_pairs + ([] if masked else ["mask"])
+                yield Variant(
+                    f"reverse_scan[{marks}]", "scans", "reverse_scan_kernel",
+                    common | {"delta": f"*{dtype}", "decay": "*fp32"},
+                    dict.fromkeys(absent) | {"ONE_DECAY": True, "SUMMARISE": summarise}, launch.SCAN,
+                )  # fmt: skip
+                yield Variant(
+                    f"lambda_errors[{marks}]", "scans", "lambda_errors_kernel",
+                    common | dict.fromkeys(lambdas, f"*{dtype}") | {"tail": "*fp32", "carry": "*fp32"}
+                    | {"first_row": "i32"} | dict.fromkeys(("tau", "gamma", "lam"), "fp32"),
+                    dict.fromkeys([*absent, "rewards", "trace"]) | {"SUMMARISE": summarise}, launch.SCAN,
+                )  # fmt: skip
+
+
+def compile_for(variant: Variant, target: GPUTarget) -> Any:
+    """The compiled kernel; pointers and row strides are taken as multiples of 16, as the driver allocates them."""
+    kernel = getattr(import_module(f"klq_kernels.kernels.{variant.module}"), variant.kernel)
+    constants = variant.constants | variant.config.sizes
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name == "stride"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=target, options={"num_warps": variant.config.num_warps})
+
+
+def inspect(variant: Variant, target: GPUTarget) -> Report:
+    """Compiles a variant for a target and reads the result back."""
+    compiled = compile_for(variant, target)
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        wide = len(re.findall(r"(?:global|buffer)_(?:load|store)_(?:dwordx4|b128)", code))
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", code)
+        spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
+        counts = [int(m.group(1)) if m else None for m in (registers, spills)]
+        return Report(counts[0], counts[1], shared, wide, None, None)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {variant.name}")
+    wide = len(re.findall(r"\b(?:LDG|STG)\.E[.\w]*\.128", code))
+    loop = longest_loop(code) if variant.logits_per_turn else []
+    per_logit = 1 / variant.logits_per_turn if loop else 0.0
+    special = sum("MUFU" in line for line in loop)
+    return Report(
+        int(found.group(1)),
+        int(found.group(2)),
+        shared,
+        wide,
+        round(len(loop) * per_logit, 2) if loop else None,
+        round(special * per_logit, 3) if loop else None,
+    )
+
+
+def longest_loop(sass: str) -> list[str]:
+    """The instructions of the longest backward branch's body: the inner loop of a kernel that has one."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = len(instructions)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)
+        if found:
+            instructions.append(found.group(1))
+    longest: list[str] = []
+    for at, instruction in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        if branch and labels.get(branch.group(1), at) < at:
+            body = instructions[labels[branch.group(1)] : at + 1]
+            longest = max(longest, body, key=len)
+    return longest
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
+    """The rules that hold whatever is on record."""
+    out = []
+    if report.stack:
+        out.append(f"uses {report.stack} bytes of stack")
+    if variant.wide and report.wide_accesses == 0 and target.startswith("sm_"):
+        out.append("has no 16-byte access")
+    allowance = 1.5 if "softcap" in variant.name else 1.0
+    if (report.issue_slots or 0) > allowance * ISSUE_SLOTS_PER_LOGIT:
+        out.append(f"issues {report.issue_slots} instructions per logit")
+    if (report.special_functions or 0) > allowance * SPECIAL_FUNCTIONS_PER_LOGIT + SPECIAL_SLACK:
+        out.append(f"needs {report.special_functions} special functions per logit")
+    return [f"{variant.name} on {target} {what}" for what in out]
+
+
+def regressions(name: str, report: Report, recorded: dict[str, Any] | None) -> list[str]:
+    """What got worse against the record, beyond the small changes that another compiler version may make."""
+    if recorded is None:
+        return [f"{name} is not in the record; run python -m bench.static_gate --write"]
+    out = []
+    for field, slack in (
+        ("registers", 8),
+        ("stack", 0),
+        ("shared", 0),
+        ("issue_slots", 0.5),
+        ("special_functions", 0.05),
+    ):
+        now, then = getattr(report, field), recorded[field]
+        if now is not None and then is not None and now > then + slack:
+            out.append(f"{name}: {field} rose from {then} to {now}")
+    if report.wide_accesses < recorded["wide_accesses"]:
+        out.append(f"{name}: 16-byte accesses fell from {recorded['wide_accesses']} to {report.wide_accesses}")
+    return out
+
+
+def _work(job: tuple[int, str]) -> Report:
+    return inspect(list(variants())[job[0]], TARGETS[job[1]])
+
+
+def measure(targets: list[str]) -> tuple[dict[str, dict[str, Report]], list[str]]:
+    """(reports by target and variant, broken rules), compiling on all cores."""
+    every = list(variants())
+    jobs = [(i, target) for target in targets for i in range(len(every))]
+    reports: dict[str, dict[str, Report]] = {target: {} for target in targets}
+    complaints: list[str] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for done, ((i, target), report) in enumerate(zip(jobs, pool.map(_work, jobs, chunksize=4), strict=True), 1):
+            if sys.stderr.isatty():
+                print(f"\r{done}/{len(jobs)} kernels", end="", file=sys.stderr)
+            reports[target][every[i].name] = report
+            complaints += broken_rules(every[i], target, report)
+    return reports, complaints
+
+
+def show(reports: dict[str, dict[str, Report]]) -> None:
+    header = ("kernel", *Report._fields)
+    for target, rows in reports.items():
+        print(f"\n{target}\n{header[0]:44}" + "".join(f"{name:>18}" for name in header[1:]))
+        for name, report in rows.items():
+            print(f"{name:44}" + "".join(f"{'-' if cell is None else cell:>18}" for cell in report))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record the table")
+    parser.add_argument("--check", action="store_true", help="compare with the recorded table")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    arguments = parser.parse_args()
+    reports, complaints = measure(arguments.targets)
+    if not arguments.check:
+        show(reports)
+    if arguments.write:
+        table = {t: {name: r._asdict() for name, r in rows.items()} for t, rows in reports.items()}
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        RECORD.write_text(json.dumps({"triton": triton.__version__, "targets": table}, indent=1) + "\n")
+    if arguments.check:
+        record = json.loads(RECORD.read_text())
+        same_compiler = record["triton"].split(".")[:2] == triton.__version__.split(".")[:2]
+        if not same_compiler:
+            print(f"the record is of triton {record['triton']}, this is {triton.__version__}: fixed rules only")
+        for target, rows in reports.items() if same_compiler else ():
+            for name, report in rows.items():
+                complaints += regressions(f"{name} on {target}", report, record["targets"][target].get(name))
+    for complaint in complaints:
+        print(complaint)
+    print(f"{sum(map(len, reports.values()))} kernels compiled, {len(complaints)} complaints")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""The row operations in Triton, for CUDA and ROCm; ``portable`` documents what each of them means.
+
+Conventions of every kernel here: arithmetic in fp32 whatever is loaded; 64-bit offsets wherever rows meet the
+vocabulary; exponentials as exp2 of a fused multiply-add; no atomics, so the same inputs give the same bits.
+
+Rows of logits come from ``one_pass.Logits``: they begin at multiples of 64 elements, and what lies between V and the
+next row is padding that ``row_grad_`` may overwrite. So every access is 16 bytes wide whatever V is.
+"""
+
+from .klq_residual import klq_residual
+from .row_grad import row_grad_
+from .row_stats import row_stats
+from .scans import lambda_errors, reverse_scan
+
+NAME = "triton"
+
+__all__ = ["NAME", "klq_residual", "lambda_errors", "reverse_scan", "row_grad_", "row_stats"]

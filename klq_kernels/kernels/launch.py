@@ -1,0 +1,32 @@
+"""What all launchers share: the block sizes, and the device the tensors live on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """Constexpr sizes of a kernel and its warps. One per kernel: these are bandwidth-bound and not fussy."""
+
+    sizes: dict[str, int]
+    num_warps: int
+
+
+# A row program streams tiles of GROUPS x LANES logits; each thread owns 8 neighbouring lanes (16 bytes of bf16) in each
+# of the GROUPS, so maxima and sums stay in its registers until the end of the row. By bytes per logit.
+ROW_STATS = {
+    2: Config({"GROUPS": 8, "LANES": 1024}, num_warps=4),
+    4: Config({"GROUPS": 4, "LANES": 1024}, num_warps=4),
+}
+ROW_GRAD = Config({"BLOCK": 4096}, num_warps=4)
+KLQ_RESIDUAL = Config({"BLOCK": 1024}, num_warps=4)
+SCAN = Config({"TILE": 1024, "SLOTS": 128}, num_warps=4)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU current: Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
