@@ -49,6 +49,9 @@ def check_head(
         f"must be [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}",
     )
     device = hidden.device
+    for name, given in (("hidden", hidden), ("weight", weight)):  # a sharded parameter has the shape of the whole one
+        whole = not hasattr(given, "full_tensor")
+        require(whole, name, "is a DTensor; pass the whole tensor (gather it, or call inside the module that owns it)")
     for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
         require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
     if torch.is_autocast_enabled(device.type) and hidden.dtype == torch.float32:

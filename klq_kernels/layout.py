@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -102,10 +103,12 @@ def require_number(
     name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
     """Checks that a hyperparameter is a finite number within [low, high] (or (low, high] with ``open_low``)."""
-    ok = isinstance(value, (int, float)) and math.isfinite(value)
+    # comparisons alone, which torch.compile can trace for numbers that change from call to call (an annealed lam)
+    ok = isinstance(value, (int, float)) and -math.inf < value < math.inf
     ok = ok and value <= high and (value > low if open_low else value >= low)
-    bounds = f"{'(' if open_low else '['}{low}, {high}]"
-    require(ok, name, f"must be a finite number in {bounds}, got {value!r}")
+    if not ok:
+        bounds = f"{'(' if open_low else '['}{low}, {high}]"
+        raise ValueError(f"{name}: must be a finite number in {bounds}, got {value!r}")
 
 
 def checks_on_device() -> bool:
@@ -154,11 +157,11 @@ def layout_of(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
-    """Values of ``cu_seqlens``: always checked on the CPU, on a GPU only under ``KLQ_CHECK=1`` (it would synchronise)."""
+    """Values of ``cu_seqlens``: checked on the CPU, on a GPU only under ``KLQ_CHECK=1`` (it would synchronise)."""
     if cu_seqlens.device.type != "cpu" and not checks_on_device():
         return
     ends = cu_seqlens.tolist()
-    ok = ends[0] == 0 and ends[-1] == positions and all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+    ok = ends[0] == 0 and ends[-1] == positions and all(a <= b for a, b in pairwise(ends))
     require(ok, "cu_seqlens", f"must rise from 0 to the number of tokens, {positions}; got {_short(ends)}")
 
 
@@ -167,13 +170,13 @@ def check_actions(actions: Tensor, vocab: int) -> None:
     if actions.numel() == 0 or (actions.device.type != "cpu" and not checks_on_device()):
         return
     low, high = (int(x) for x in actions.aminmax())
-    require(0 <= low and high < vocab, "actions", f"must lie in [0, {vocab}) at valid tokens, found {low} .. {high}")
+    require(0 <= low <= high < vocab, "actions", f"must lie in [0, {vocab}) at valid tokens, found {low} .. {high}")
 
 
 def valid_rows(
     mask: Tensor | None, cu_seqlens: Tensor, rows: Tensor | None, positions: int
 ) -> tuple[Tensor | None, Tensor]:
-    """(rows, cu_seqlens in rows) from the arguments that ``Layout.row_args`` made. Synchronises where a mask is given."""
+    """(rows, cu_seqlens in rows) from the arguments that ``Layout.row_args`` made. Synchronises if there is a mask."""
     if rows is not None:
         return rows, cu_seqlens
     check_cu_seqlens(cu_seqlens, positions)

@@ -25,7 +25,7 @@ def linear_logprobs(
     workspace_bytes: int | None = None,
     process_group: object | None = None,
 ) -> LinearLogprobs:
-    """log softmax(z)[action] with z = softcap(hidden @ weight.T + bias) / temperature, differentiable in all three outputs.
+    """log softmax(z)[action] with z = softcap(hidden @ weight.T + bias) / temperature, differentiable in all three.
 
     Forward is one matrix product over the vocabulary, done a chunk of rows at a time; backward recomputes each chunk
     (four products in all, against three in ``fused_klq_loss``). Only valid tokens are computed.

@@ -48,7 +48,7 @@ def fused_klq_loss(
     workspace_bytes: int | None = None,
     process_group: object | None = None,
 ) -> KLQLoss:
-    """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; ``reference`` has the math).
+    """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; the math: ``reference``).
 
     Two ways to call it. With ``targets`` made at rollout time by ``klq_targets``, several epochs of updates can run on
     them. Without, ``ref_logprobs`` and ``rewards`` are needed, and the pass itself computes log-ratios, TD errors,
@@ -137,6 +137,7 @@ def fused_klq_loss(
         softcap,
         return_entropy,
         workspace_bytes,
+        True,  # the gradients among the outputs are autograd's alone: they are dropped here
         learning and inputs.hidden.requires_grad,
         learning and weight.requires_grad,
         learning and bias is not None and bias.requires_grad,

@@ -1,8 +1,8 @@
 """What a step of training wants to know of its batch, from the per-row vectors the pass leaves behind.
 
 Means are true means over the valid tokens, whatever ``denom`` and ``weights`` the loss was given. rho is the log-ratio
-against the reference, d the one against the old policy; tokens are taken as sampled from the policy (kl_ref) or from the
-old policy (kl_old). k1 and k3 are the usual one-sample estimators: k1 unbiased, k3 unbiased and never negative.
+against the reference, d the one against the old policy; tokens are taken as sampled from the policy (kl_ref) or from
+the old policy (kl_old). k1 and k3 are the usual one-sample estimators: k1 unbiased, k3 unbiased and never negative.
 """
 
 from __future__ import annotations

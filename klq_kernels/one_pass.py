@@ -12,8 +12,8 @@ A token's gradient needs its lambda-error, and that needs only tokens after it. 
 and one scalar is carried over the boundary; the gradient is exact and is ready when the loss is. With rollout targets
 A is given and the same loop runs without the scan. Each product is left out where nobody needs its result.
 
-Gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in backward.
-So fp16 gradients of a mean over many thousand tokens do not underflow on the way, and bf16 ones round once.
+Gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
+backward. So fp16 gradients of a mean over many thousand tokens do not underflow on the way, and bf16 ones round once.
 
 The loop is written once, over the row operations of a backend (``portable`` documents the five of them).
 """
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .layout import put_rows
 
 # Rows of the fp32 accumulator updated at a time where the device's GEMM cannot write fp32 from 16-bit inputs.
 STRIP_ROWS = 4096
@@ -47,11 +46,11 @@ class Rows(NamedTuple):
     """The valid rows of a call: where they lie, what was taken there, and how many there are."""
 
     hidden: Tensor  # [M, H], the caller's
-    index: Tensor | None  # int64 [n] into hidden, None for all
+    positions: Tensor | None  # int64 [n] into hidden, None for all
     actions: Tensor  # int64 [n]
 
     def take(self, chunk: slice) -> Tensor:
-        return self.hidden[chunk] if self.index is None else self.hidden.index_select(0, self.index[chunk])
+        return self.hidden[chunk] if self.positions is None else self.hidden.index_select(0, self.positions[chunk])
 
 
 class Needs(NamedTuple):
@@ -129,35 +128,34 @@ class Logits:
 
 
 class HeadGradients:
-    """Sums the gradients of a linear head over chunks of dlogits: d_weight and d_bias in fp32, each row of d_hidden once."""
+    """Sums a linear head's gradients over chunks of dlogits.
+
+    ``weight`` and ``bias`` add up in fp32; ``hidden`` gets each row once, at the caller's position, and is 0 elsewhere.
+    """
 
     def __init__(self, rows: Rows, head: Head, needs: Needs) -> None:
         self._rows, self._head = rows, head
         vocab, width = head.weight.shape
         device = head.weight.device
-        n = rows.actions.numel()
-        empty = n == 0
-        make = torch.zeros if empty else torch.empty
-        self._hidden = head.weight.new_empty(n, width) if needs.hidden else None
+        rowless = rows.actions.numel() == 0
+        make = torch.zeros if rowless or rows.positions is not None else torch.empty
+        self.hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
+        make = torch.zeros if rowless else torch.empty
         self.weight = make(vocab, width, dtype=torch.float32, device=device) if needs.weight else None
         self.bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
         self._first = True
 
     def add(self, chunk: slice, hidden: Tensor, dlogits: Tensor) -> None:
-        if self._hidden is not None:
-            torch.mm(dlogits, self._head.weight, out=self._hidden[chunk])
+        positions = self._rows.positions
+        if self.hidden is not None and positions is None:
+            torch.mm(dlogits, self._head.weight, out=self.hidden[chunk])
+        elif self.hidden is not None and positions is not None:
+            self.hidden.index_copy_(0, positions[chunk], torch.mm(dlogits, self._head.weight))
         if self.weight is not None:
             accumulate_product(self.weight, dlogits.T, hidden, first=self._first)
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
         self._first = False
-
-    @property
-    def hidden(self) -> Tensor | None:
-        """d_hidden at the caller's positions, 0 at masked ones."""
-        if self._hidden is None:
-            return None
-        return put_rows(self._hidden, self._rows.index, self._rows.hidden.shape[0])
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

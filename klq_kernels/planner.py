@@ -1,13 +1,16 @@
-"""How many rows of logits to hold at once.
+"""What the loss costs: how many rows of logits to hold at once, and the memory and time that follow from it.
 
 Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 V H bytes moved), against 6 rows V H
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
 only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the default is 256 MiB.
+
+``chunk_rows`` is what the library itself asks; ``fused_memory`` and ``naive_memory`` predict the bytes of a call from it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,13 +24,13 @@ GPU_WORKSPACE = 1024 * MIB
 ROWS_WORTHWHILE = 24_576
 # Rows of a logits buffer start at multiples of this many elements, so that every row can be read 16 bytes at a time.
 ROW_ALIGNMENT = 64
-# Chunks begin at multiples of this many rows, so that slices of per-row fp32 vectors begin at 16-byte addresses.
-CHUNK_MULTIPLE = 16
+# Rows of the fp32 accumulator updated at a time where the device's GEMM cannot write fp32 from 16-bit inputs.
+STRIP_ROWS = 4096
 
 
 def row_stride(vocab: int) -> int:
     """Elements from one row of a logits buffer to the next."""
-    return math.ceil(vocab / ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return _round_up(vocab, ROW_ALIGNMENT)
 
 
 def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None) -> int:
@@ -55,8 +58,139 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
         most = max(CPU_WORKSPACE // row_bytes, 1)
     else:
         most = max(min(GPU_WORKSPACE // row_bytes, ROWS_WORTHWHILE), 1)
-    if most >= CHUNK_MULTIPLE:
-        most -= most % CHUNK_MULTIPLE
+    # Chunks begin at multiples of 16 rows, so that slices of per-row fp32 vectors stay 16-byte aligned, and large ones
+    # at multiples of 256, so that no chunk but the last leaves a GEMM tile half empty.
+    multiple = next(m for m in (256, 16, 1) if most >= m)
     chunks = math.ceil(n / most)
     even = math.ceil(n / chunks) if chunks else 0
-    return min(math.ceil(even / CHUNK_MULTIPLE) * CHUNK_MULTIPLE, most)
+    return min(_round_up(even, multiple), most // multiple * multiple, n)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return math.ceil(x / multiple) * multiple
+
+
+class Problem(NamedTuple):
+    """A call of the loss: ``tokens`` valid rows among ``positions``, and which gradients somebody will read."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    device: torch.device
+    positions: int | None = None  # of hidden; None where all are valid
+    weight_dtype: torch.dtype | None = None  # None: as dtype
+    hidden_gradient: bool = True
+    weight_gradient: bool = True
+    workspace_bytes: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits held at a time."""
+        return chunk_rows(self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes)
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.tokens / self.rows) if self.rows else 0
+
+    @property
+    def gemm_flop(self) -> int:
+        """G: one matrix product over the vocabulary."""
+        return 2 * self.tokens * self.vocab * self.hidden
+
+
+class Memory(NamedTuple):
+    """Bytes over the inputs, term by term, of the moment that needs most (``forward`` or ``backward``)."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.forward.values()), sum(self.backward.values()))
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """The terms of the larger of the two."""
+        return max(self.forward, self.backward, key=lambda terms: sum(terms.values()))
+
+
+def _head_gradients(p: Problem) -> tuple[int, int]:
+    """Bytes of the gradients that the caller receives: (hidden, weight)."""
+    positions = p.tokens if p.positions is None else p.positions
+    weight_dtype = p.weight_dtype or p.dtype
+    return (
+        positions * p.hidden * p.dtype.itemsize * p.hidden_gradient,
+        p.vocab * p.hidden * weight_dtype.itemsize * p.weight_gradient,
+    )
+
+
+def _nonzero(**terms: int) -> dict[str, int]:
+    return {name.replace("_", " "): size for name, size in terms.items() if size}
+
+
+def fused_memory(p: Problem) -> Memory:
+    """``fused_klq_loss``: one chunk of logits, an fp32 weight gradient, and the gradients themselves.
+
+    Forward makes the gradients; backward scales them, which for a 16-bit weight writes a second, 16-bit gradient beside
+    the fp32 accumulator. On a CPU a 16-bit accumulation goes through an extra strip of products.
+    """
+    d_hidden, d_weight = _head_gradients(p)
+    masked = p.positions is not None and p.positions != p.tokens
+    row_bytes = p.hidden * p.dtype.itemsize
+    accumulator = 4 * p.vocab * p.hidden * p.weight_gradient
+    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != torch.float32
+    cast = p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0
+    forward = _nonzero(
+        logits_chunk=p.rows * row_stride(p.vocab) * p.dtype.itemsize,
+        weight_gradient_fp32=accumulator,
+        hidden_gradient=d_hidden,
+        gathered_hidden_chunk=p.rows * row_bytes * masked,
+        hidden_gradient_chunk=p.rows * row_bytes * (masked and p.hidden_gradient),
+        weight_cast=cast,
+        product_strip=min(STRIP_ROWS, p.vocab) * row_bytes * strips,
+    )
+    backward = _nonzero(
+        weight_gradient_fp32=accumulator,
+        weight_gradient=d_weight if (p.weight_dtype or p.dtype) != torch.float32 else 0,
+        hidden_gradient=d_hidden,
+    )
+    return Memory(forward, backward)
+
+
+def naive_memory(p: Problem) -> Memory:
+    """Full logits through ``F.linear``, ``log_softmax`` and autograd, all in the dtype of the model.
+
+    Backward holds the log-softmax, the gradient by it and the gradient by the logits; later the last of them beside the
+    gradients of hidden and weight.
+    """
+    d_hidden, d_weight = _head_gradients(p)
+    masked = p.positions is not None and p.positions != p.tokens
+    gathered = p.tokens * p.hidden * p.dtype.itemsize * masked
+    logits = p.tokens * p.vocab * p.dtype.itemsize
+    largest = _nonzero(log_softmax=logits, its_gradient=logits, logits_gradient=logits, gathered_hidden=gathered)
+    last = _nonzero(
+        logits_gradient=logits,
+        weight_gradient=d_weight,
+        hidden_gradient=d_hidden,
+        gathered_hidden=gathered,
+        hidden_gradient_of_valid_rows=gathered * p.hidden_gradient,
+    )
+    return Memory(largest, last)
+
+
+def why_chunks(p: Problem) -> str:
+    """The chunk size that ``chunk_rows`` chose and the reason for it, in a sentence."""
+    row_bytes = row_stride(p.vocab) * p.dtype.itemsize
+    size = f"{p.rows:,} rows of logits at a time, {p.rows * row_bytes / MIB:,.0f} MiB"
+    if p.chunks <= 1:
+        return f"all {size}: they fit the workspace, so there is one chunk and no chunking overhead"
+    if p.workspace_bytes is not None:
+        limit = f"the {p.workspace_bytes / MIB:,.0f} MiB of workspace_bytes"
+    elif p.device.type == "cpu":
+        limit = f"the {CPU_WORKSPACE // MIB} MiB that a CPU gets by default"
+    elif p.rows * row_bytes > GPU_WORKSPACE * 0.5:
+        limit = f"the {GPU_WORKSPACE // MIB} MiB that a GPU gets by default"
+    else:
+        limit = f"{ROWS_WORTHWHILE:,} rows, beyond which a larger chunk saves less than 1% of the time"
+    return f"{size}, in {p.chunks} even chunks: bounded by {limit}"

@@ -198,6 +198,8 @@ def lambda_errors(
     lam: float,
     first_row: int = 0,
     carry: Tensor | None = None,
+    kept_logp: Tensor | None = None,
+    kept_values: Tensor | None = None,
 ) -> None:
     """Writes the lambda-error A_t of every valid token, 0 at masked ones.
 
@@ -216,6 +218,7 @@ def lambda_errors(
         cu_seqlens: int32 [B + 1]; element j here is position ``first_row + j`` there.
         out: fp32 [M], written.
         carry: fp32 [1], in and out: S beyond the last element (where no sequence ends there), then S of the first.
+        kept_logp, kept_values: fp32 [M] or None, written: logp and values at valid tokens, 0 at masked ones.
     """
     keep, ends, owners = _ends(mask, cu_seqlens, first_row, values.numel())
 
@@ -237,6 +240,9 @@ def lambda_errors(
     a = gamma * v + b * torch.where(stop, u + beyond, u)
     following = _doubling_scan(a, b.masked_fill(stop, 0.0))
     _write(u + torch.where(stop, beyond, following.roll(-1)), keep, out)
+    for source, kept in ((logp, kept_logp), (values, kept_values)):
+        if source is not None and kept is not None:
+            _write(rows(source), keep, kept)
     if carry is not None and v.numel():
         carry.copy_(following[:1])
 

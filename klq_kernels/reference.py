@@ -27,6 +27,7 @@ a masked token is skipped, so "t + 1" always means the next valid token of the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def sequences(shape: torch.Size, mask: Tensor | None, cu_seqlens: Tensor | None)
         bounds = [(b * length, (b + 1) * length) for b in range(batch)]
     else:
         ends = cu_seqlens.tolist()
-        bounds = list(zip(ends[:-1], ends[1:], strict=True))
+        bounds = list(pairwise(ends))
     keep = None if mask is None else mask.reshape(-1).tolist()
     for begin, end in bounds:
         yield [i for i in range(begin, end) if keep is None or keep[i]]

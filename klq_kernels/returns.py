@@ -1,6 +1,8 @@
-"""Returns and targets: the backward scans over time (``reverse_scan``, ``gae``, ``lambda_returns``, ``klq_targets``)."""
+"""Returns and targets, backward scans over time (``reverse_scan``, ``gae``, ``lambda_returns``, ``klq_targets``)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +78,8 @@ def gae(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
-    return _lambda_errors(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    inputs = _scan_inputs(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    return scans.lambda_errors(*inputs).reshape(layout.shape)
 
 
 def lambda_returns(
@@ -92,10 +95,9 @@ def lambda_returns(
 ) -> Tensor:
     """TD(lambda) returns: ``gae`` + values (arguments, result and errors as there), without gradient."""
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
-    advantages = _lambda_errors(
-        layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam
-    )
-    return advantages + _at_valid_tokens(layout, values)
+    inputs = _scan_inputs(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    _, valid_values, advantages = scans.klq_targets(*inputs)
+    return advantages.add_(valid_values).reshape(layout.shape)
 
 
 def klq_targets(
@@ -135,13 +137,13 @@ def klq_targets(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
-    advantages = _lambda_errors(
+    inputs = _scan_inputs(
         layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
     )
-    return KLQTargets(_at_valid_tokens(layout, logprobs), _at_valid_tokens(layout, values), advantages)
+    return KLQTargets(*(t.reshape(layout.shape) for t in scans.klq_targets(*inputs)))
 
 
-def _lambda_errors(
+def _scan_inputs(
     layout: Layout,
     logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
@@ -153,7 +155,8 @@ def _lambda_errors(
     tau: float,
     gamma: float,
     lam: float,
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """The checked arguments of ``scans.lambda_errors`` and ``scans.klq_targets``, without their gradients."""
     if logprobs is not None:
         require_number("tau", tau, low=0.0, open_low=True)
     require_number("gamma", gamma, low=0.0, high=1.0)
@@ -163,18 +166,12 @@ def _lambda_errors(
     tail = scans.tail_values(
         layout.cu_seqlens, layout.per_sequence("bootstrap_values", bootstrap_values), scores, gamma
     )
-    flat = (
-        layout.flat(name, tensor)
-        for name, tensor in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("values", values))
+    columns = (
+        layout.flat("logprobs", logprobs),
+        layout.flat("ref_logprobs", ref_logprobs),
+        layout.flat("values", values),
+        per_token,
+        layout.flat("trace", trace),
     )
-    with torch.no_grad():
-        out = scans.lambda_errors(
-            *flat, per_token, layout.flat("trace", trace), tail, *layout.scan_args(), tau, gamma, lam
-        )
-    return out.reshape(layout.shape)
-
-
-def _at_valid_tokens(layout: Layout, tensor: Tensor) -> Tensor:
-    """A detached fp32 copy, 0 at masked tokens."""
-    copy = tensor.detach().to(torch.float32, copy=True)
-    return copy if layout.mask is None else copy.masked_fill_(~layout.mask.reshape(layout.shape), 0.0)
+    detached = (None if t is None else t.detach() for t in columns)
+    return *detached, tail, *layout.scan_args(), tau, gamma, lam

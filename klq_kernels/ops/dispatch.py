@@ -1,8 +1,8 @@
 """Which backend runs the row operations of a device: Triton, the compiled extension, or plain PyTorch.
 
 CUDA and ROCm tensors take the Triton kernels; CPU tensors the compiled extension where it is built, and otherwise plain
-PyTorch; any other device plain PyTorch. ``KLQ_BACKEND=torch|triton`` overrides the choice (Triton on CPU tensors needs
-``TRITON_INTERPRET=1`` and is for testing the kernels, not for use).
+PyTorch; any other device plain PyTorch. ``KLQ_BACKEND=torch|native|triton`` overrides the choice (Triton on CPU tensors
+needs ``TRITON_INTERPRET=1`` and is for testing the kernels, not for use).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"torch": "klq_kernels.portable", "triton": "klq_kernels.kernels"}
+BACKENDS = {"torch": "klq_kernels.portable", "native": "klq_kernels.native", "triton": "klq_kernels.kernels"}
 
 
 @cache
@@ -23,6 +23,10 @@ def why_unavailable(name: str) -> str | None:
     """None where a backend can be loaded here, else the reason in a few words."""
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if name == "native":
+        from .. import native
+
+        return native.WHY_UNAVAILABLE
     return None
 
 
@@ -37,12 +41,20 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def backend_name(device: torch.device) -> str:
     """The backend that tensors on this device use."""
     forced = os.environ.get("KLQ_BACKEND")
     if forced:
+        serves = {"native": device.type == "cpu", "triton": device.type == "cuda" or _interpreting()}
+        if not serves.get(forced, True):
+            raise ValueError(f"KLQ_BACKEND: {forced} does not run on {device.type} tensors")
         return forced
-    return "triton" if device.type == "cuda" and why_unavailable("triton") is None else "torch"
+    preferred = {"cuda": "triton", "cpu": "native"}.get(device.type)
+    return preferred if preferred is not None and why_unavailable(preferred) is None else "torch"
 
 
 def backend_for(device: torch.device) -> ModuleType:

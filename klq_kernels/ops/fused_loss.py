@@ -77,12 +77,17 @@ def fused_klq_loss(
     softcap: float | None,
     return_entropy: bool,
     workspace_bytes: int | None,
+    own_gradients: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, d_hidden, d_weight, d_bias, d_values, unit); gradients nobody needs are empty."""
+    """(loss, metrics, d_hidden, d_weight, d_bias, d_values, unit); gradients nobody needs are empty.
+
+    ``own_gradients`` is the caller's word that it drops the gradients among the outputs, so that backward may scale
+    them in place instead of allocating them a second time.
+    """
     positions = actions.numel()
     index, row_cu_seqlens = layout.valid_rows(mask, cu_seqlens, rows, positions)
 
@@ -177,7 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(metrics, *gradients, unit)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients, unit)
-    ctx.needs = inputs[-4:]
+    ctx.own_gradients, *ctx.needs = inputs[-5:]
     hidden, weight, bias, _, values = inputs[:5]
     ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, values)]
     ctx.inputs = len(inputs)
@@ -190,7 +195,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         scale = d_loss.float() * unit
         for slot, gradient, needed, dtype in zip((0, 1, 2, 4), saved, ctx.needs, ctx.dtypes, strict=True):
             if needed:
-                out[slot] = scaled_gradient(gradient, scale, dtype)
+                out[slot] = scaled_gradient(gradient, scale, dtype, owned=ctx.own_gradients)
     return tuple(out)
 
 

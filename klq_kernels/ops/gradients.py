@@ -13,9 +13,13 @@ except ImportError:  # then never overwrite what was saved
         return True
 
 
-def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """saved * scale (fp32, 0-d) in ``dtype``, rounded once; overwrites ``saved`` where nobody will read it again."""
-    reuse = not _graph_is_kept()
+def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: bool) -> Tensor:
+    """saved * scale (fp32, 0-d) in ``dtype``, rounded once.
+
+    Where ``saved`` is ``owned``, no one but autograd holding it, and the graph is not kept for another backward, it is
+    overwritten.
+    """
+    reuse = owned and not _graph_is_kept()
     if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
         return torch.mul(saved, scale.reshape(1), out=out)

@@ -83,7 +83,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         scale = d_loss.float() * unit
         for slot in (0, 1):
             if ctx.needs_input_grad[slot]:
-                out[slot] = scaled_gradient(saved[slot], scale, ctx.dtypes[slot])
+                out[slot] = scaled_gradient(saved[slot], scale, ctx.dtypes[slot], owned=False)
     return tuple(out)
 
 

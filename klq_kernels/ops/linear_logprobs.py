@@ -45,7 +45,8 @@ def linear_logprobs(
             workspace_bytes=workspace_bytes,
         )
     logp, lse, entropy = (None if r is None else layout.put_rows(r, index, actions.numel()) for r in results)
-    assert logp is not None and lse is not None
+    assert logp is not None
+    assert lse is not None
     return logp, lse, logp.new_empty(0) if entropy is None else entropy
 
 

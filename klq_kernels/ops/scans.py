@@ -1,6 +1,6 @@
-"""klq_kernels::reverse_scan and klq_kernels::lambda_errors: the backward recurrences over time.
+"""klq_kernels::reverse_scan, ::lambda_errors and ::klq_targets: the backward recurrences over time.
 
-Both step over masked tokens by themselves, so neither needs to know how many there are: no synchronisation.
+All step over masked tokens by themselves, so none needs to know how many there are: no synchronisation.
 """
 
 from __future__ import annotations
@@ -98,14 +98,56 @@ def lambda_errors(
     lam: float,
 ) -> Tensor:
     """The lambda-errors of ``portable.lambda_errors``, fp32 [M]. Not differentiable: targets carry no gradient."""
-    layout.check_cu_seqlens(cu_seqlens, values.numel())
     out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    if out.numel():
-        inputs = (None if t is None else t.contiguous() for t in (logp, ref_logp, values, rewards, trace))
-        backend_for(values.device).lambda_errors(*inputs, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
+    columns = (logp, ref_logp, values, rewards, trace)
+    _write_lambda_errors(columns, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
     return out
 
 
 @lambda_errors.register_fake
 def _(logp: Tensor | None, ref_logp: Tensor | None, values: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(values, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("klq_kernels::klq_targets", mutates_args=())
+def klq_targets(
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    values: Tensor,
+    rewards: Tensor | None,
+    trace: Tensor | None,
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    tau: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lambda_errors`` after the fp32 copies of logp (empty where None) and values that a rollout keeps beside them."""
+    out, old_values = (torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(2))
+    old_logp = torch.empty_like(out) if logp is not None else out.new_empty(0)
+    _write_lambda_errors(
+        (logp, ref_logp, values, rewards, trace), tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam,
+        kept_logp=None if logp is None else old_logp, kept_values=old_values,
+    )  # fmt: skip
+    return old_logp, old_values, out
+
+
+@klq_targets.register_fake
+def _(logp: Tensor | None, ref_logp: Tensor | None, values: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(values, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return out.new_empty(0 if logp is None else out.numel()), torch.empty_like(out), out
+
+
+def _write_lambda_errors(
+    columns: tuple[Tensor | None, ...],
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    **options: Any,
+) -> None:
+    layout.check_cu_seqlens(cu_seqlens, out.numel())
+    if out.numel():
+        contiguous = (None if t is None else t.contiguous() for t in columns)
+        backend_for(out.device).lambda_errors(*contiguous, tail, mask, cu_seqlens, out, **options)

@@ -1,0 +1,89 @@
+// What a row kernel is told, and the table through which an instruction set offers its kernels.
+//
+// Plain data, no torch: ops.cpp fills these structs from tensors, kernels_<isa>.cpp run on them. Every kernel does a
+// range of independent pieces (rows, sequences, tokens), so any split of the range over threads gives the same bits.
+#pragma once
+
+#include <stdint.h>
+
+constexpr int LANES = 16;  // of the vectors all kernels are written in
+
+struct bf16 {  // 16-bit floats by their bits
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class Dtype { f32, bf16, f16, f64 };
+
+struct Column {  // one number per token, contiguous; absent where data is null
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+};
+
+struct RowStats {
+  const void* logits;
+  Dtype dtype;
+  int64_t vocab, stride;  // stride: elements from one row to the next
+  const int64_t* actions;
+  float *lse, *logp, *entropy;  // entropy may be null
+  float scale, softcap;         // softcap 0: none
+};
+
+struct RowGrad {
+  void* logits;
+  Dtype dtype;
+  int64_t vocab, stride;
+  const int64_t* actions;
+  const float *lse, *d_action, *d_softmax, *d_entropy, *entropy;  // the last two may be null, together
+  float scale, softcap;
+};
+
+enum class Loss : int64_t { l2, huber, value_clipped, ratio_clipped, double_clipped };
+
+struct Residual {
+  const float *logp, *values, *old_logp, *old_values, *advantages, *weights;  // old_* and weights may be null
+  float *losses, *d_logp, *d_values;
+  float grad_scale, tau, alpha, huber_delta, value_clip, log_ratio_clip;
+  Loss loss;
+};
+
+// The tokens a scan walks: element j of the columns is position first_row + j in cu_seqlens.
+struct Sequences {
+  const uint8_t* mask;  // null: all valid
+  const int32_t* cu_seqlens;
+  int64_t batch, first_row, tokens;
+};
+
+struct ReverseScan {
+  Sequences sequences;
+  Column delta, decay;  // decay absent: constant_decay throughout
+  float constant_decay;
+  float* out;
+};
+
+struct LambdaErrors {
+  Sequences sequences;
+  Column logp, ref_logp, values, rewards, trace;  // all but values may be absent
+  const float* tail;                              // [batch]
+  float carry;                                    // beyond the last token, where no sequence ends there
+  float* first;                                   // receives the state at the first token; may be null
+  float* out;
+  float *kept_logp, *kept_values;                 // receive logp and values, 0 at masked tokens; may be null
+  float tau, gamma, decay;                        // decay = gamma lambda
+};
+
+struct Kernels {
+  void (*row_stats)(const RowStats&, int64_t begin, int64_t end);           // rows
+  void (*row_grad)(const RowGrad&, int64_t begin, int64_t end);             // rows
+  void (*residual)(const Residual&, int64_t begin, int64_t end);            // tokens
+  void (*reverse_scan)(const ReverseScan&, int64_t begin, int64_t end);     // sequences that begin at these tokens
+  void (*lambda_errors)(const LambdaErrors&, int64_t begin, int64_t end);   // likewise
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif

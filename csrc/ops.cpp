@@ -1,0 +1,214 @@
+// The klq_native operators: tensors in, kernels run over torch's threads. klq_kernels/portable.py documents each of them.
+//
+// Written against torch's stable ABI, so that one build serves every torch from 2.10 on. What would make a kernel touch
+// memory that is not the caller's is checked here; what the numbers should be is checked in Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+constexpr int64_t ROW_ELEMENTS = 32768;  // of logits, worth waking a thread for
+constexpr int64_t TOKENS = 16384;        // likewise, of per-token columns
+
+// ---- which instruction set --------------------------------------------------------------------------------------
+
+constexpr int64_t PORTABLE = 0, AVX2 = 1, AVX512 = 2;
+
+int64_t best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+#else
+  return PORTABLE;
+#endif
+}
+
+const Kernels* kernels_of(int64_t isa) {
+#if defined(__x86_64__)
+  if (isa == AVX512) return &kernels_avx512;
+  if (isa == AVX2) return &kernels_avx2;
+#endif
+  return &kernels_portable;
+}
+
+std::atomic<const Kernels*> kernels{kernels_of(best_isa())};
+
+int64_t use_isa(int64_t isa) {  // -1: the best this processor has
+  const int64_t best = best_isa();
+  STD_TORCH_CHECK(isa >= -1 && isa <= best, "use_isa: this processor has instruction sets up to ", best, ", not ", isa);
+  const int64_t chosen = isa < 0 ? best : isa;
+  kernels = kernels_of(chosen);
+  return chosen;
+}
+
+// ---- tensors to pointers ----------------------------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Double: return Dtype::f64;
+    default: STD_TORCH_CHECK(false, name, ": must be a floating-point tensor");
+  }
+}
+
+template <class T>
+T* vector_of(const Tensor& t, int64_t size, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, ": has the wrong dtype");
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, ": must be contiguous with ", size, " elements");
+  return static_cast<T*>(t.data_ptr());
+}
+
+float* floats(const Tensor& t, int64_t size, const char* name) {
+  return vector_of<float>(t, size, ScalarType::Float, name);
+}
+
+float* floats(const Maybe& t, int64_t size, const char* name) { return t ? floats(*t, size, name) : nullptr; }
+
+Column column(const Tensor& t, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, ": must be contiguous with ", size, " elements");
+  return {t.data_ptr(), dtype_of(t, name)};
+}
+
+Column column(const Maybe& t, int64_t size, const char* name) { return t ? column(*t, size, name) : Column{}; }
+
+Sequences sequences(const Maybe& mask, const Tensor& cu_seqlens, int64_t first_row, int64_t tokens) {
+  const int64_t batch = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(batch >= 0 && first_row >= 0, "cu_seqlens: must be [B + 1], and first_row not negative");
+  return {mask ? vector_of<uint8_t>(*mask, tokens, ScalarType::Bool, "mask") : nullptr,
+          vector_of<int32_t>(cu_seqlens, batch + 1, ScalarType::Int, "cu_seqlens"), batch, first_row, tokens};
+}
+
+struct LogitRows {
+  void* data;
+  Dtype dtype;
+  int64_t rows, vocab, stride;
+};
+
+LogitRows logit_rows(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1), "logits: must be [n, V] with contiguous rows");
+  const Dtype dtype = dtype_of(t, "logits");
+  STD_TORCH_CHECK(dtype != Dtype::f64, "logits: must be float32, bfloat16 or float16");
+  return {t.data_ptr(), dtype, t.size(0), t.size(1), t.stride(0)};
+}
+
+int64_t rows_worth_a_thread(int64_t vocab) { return vocab > ROW_ELEMENTS ? 1 : ROW_ELEMENTS / (vocab + 1) + 1; }
+
+template <class Arguments>
+void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t size, int64_t grain) {
+  torch::stable::parallel_for(
+      0, size, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+// ---- operators --------------------------------------------------------------------------------------------------
+
+void row_stats(Tensor logits, Tensor actions, Tensor lse, Tensor logp, Maybe entropy, double scale,
+               std::optional<double> softcap) {
+  const LogitRows l = logit_rows(logits);
+  const RowStats a{l.data, l.dtype, l.vocab, l.stride,
+                   vector_of<int64_t>(actions, l.rows, ScalarType::Long, "actions"),
+                   floats(lse, l.rows, "lse"), floats(logp, l.rows, "logp"), floats(entropy, l.rows, "entropy"),
+                   float(scale), float(softcap.value_or(0.0))};
+  run(kernels.load()->row_stats, a, l.rows, rows_worth_a_thread(l.vocab));
+}
+
+void row_grad(Tensor logits, Tensor actions, Tensor lse, Tensor d_action, Tensor d_softmax, Maybe d_entropy,
+              Maybe entropy, double scale, std::optional<double> softcap) {
+  const LogitRows l = logit_rows(logits);
+  const bool with_entropy = d_entropy && entropy;
+  const RowGrad a{l.data, l.dtype, l.vocab, l.stride,
+                  vector_of<int64_t>(actions, l.rows, ScalarType::Long, "actions"),
+                  floats(lse, l.rows, "lse"), floats(d_action, l.rows, "d_action"),
+                  floats(d_softmax, l.rows, "d_softmax"),
+                  with_entropy ? floats(d_entropy, l.rows, "d_entropy") : nullptr,
+                  with_entropy ? floats(entropy, l.rows, "entropy") : nullptr,
+                  float(scale), float(softcap.value_or(0.0))};
+  run(kernels.load()->row_grad, a, l.rows, rows_worth_a_thread(l.vocab));
+}
+
+void klq_residual(Tensor logp, Tensor values, Maybe old_logp, Maybe old_values, Tensor advantages, Maybe weights,
+                  Tensor losses, Tensor d_logp, Tensor d_values, Tensor grad_scale, double tau, double alpha,
+                  int64_t loss, double huber_delta, double value_clip, double log_ratio_clip) {
+  const int64_t n = logp.numel();
+  const Residual a{floats(logp, n, "logp"), floats(values, n, "values"), floats(old_logp, n, "old_logp"),
+                   floats(old_values, n, "old_values"), floats(advantages, n, "advantages"),
+                   floats(weights, n, "weights"), floats(losses, n, "losses"), floats(d_logp, n, "d_logp"),
+                   floats(d_values, n, "d_values"), *floats(grad_scale, 1, "grad_scale"), float(tau), float(alpha),
+                   float(huber_delta), float(value_clip), float(log_ratio_clip), Loss(loss)};
+  run(kernels.load()->residual, a, n, TOKENS);
+}
+
+void reverse_scan(Tensor delta, Tensor decay, Maybe mask, Tensor cu_seqlens, Tensor out) {
+  const int64_t n = delta.numel();
+  ReverseScan a{sequences(mask, cu_seqlens, 0, n), column(delta, n, "delta"), {}, 0.0f, floats(out, n, "out")};
+  if (decay.numel() == 1) {
+    a.constant_decay = *floats(decay, 1, "decay");
+  } else {
+    a.decay = column(decay, n, "decay");
+  }
+  run(kernels.load()->reverse_scan, a, n, TOKENS);
+}
+
+void lambda_errors(Maybe logp, Maybe ref_logp, Tensor values, Maybe rewards, Maybe trace, Tensor tail, Maybe mask,
+                   Tensor cu_seqlens, Tensor out, double tau, double gamma, double lam, int64_t first_row,
+                   Maybe carry, Maybe kept_logp, Maybe kept_values) {
+  const int64_t n = values.numel();
+  float* carried = floats(carry, 1, "carry");
+  const bool with_logp = logp && ref_logp;
+  float state = carried ? *carried : 0.0f;
+  const LambdaErrors a{sequences(mask, cu_seqlens, first_row, n),
+                       with_logp ? column(logp, n, "logp") : Column{},
+                       with_logp ? column(ref_logp, n, "ref_logp") : Column{},
+                       column(values, n, "values"), column(rewards, n, "rewards"), column(trace, n, "trace"),
+                       floats(tail, cu_seqlens.numel() - 1, "tail"),
+                       state, &state, floats(out, n, "out"),
+                       with_logp ? floats(kept_logp, n, "kept_logp") : nullptr,
+                       floats(kept_values, n, "kept_values"), float(tau), float(gamma), float(gamma * lam)};
+  run(kernels.load()->lambda_errors, a, n, TOKENS);
+  if (carried) *carried = state;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(klq_native, m) {
+  m.def("use_isa(int isa) -> int");
+  m.def(
+      "row_stats(Tensor logits, Tensor actions, Tensor(a!) lse, Tensor(b!) logp, Tensor(c!)? entropy, float scale, "
+      "float? softcap) -> ()");
+  m.def(
+      "row_grad_(Tensor(a!) logits, Tensor actions, Tensor lse, Tensor d_action, Tensor d_softmax, Tensor? d_entropy, "
+      "Tensor? entropy, float scale, float? softcap) -> ()");
+  m.def(
+      "klq_residual(Tensor logp, Tensor values, Tensor? old_logp, Tensor? old_values, Tensor advantages, "
+      "Tensor? weights, Tensor(a!) losses, Tensor(b!) d_logp, Tensor(c!) d_values, Tensor grad_scale, float tau, "
+      "float alpha, int loss, float huber_delta, float value_clip, float log_ratio_clip) -> ()");
+  m.def("reverse_scan(Tensor delta, Tensor decay, Tensor? mask, Tensor cu_seqlens, Tensor(a!) out) -> ()");
+  m.def(
+      "lambda_errors(Tensor? logp, Tensor? ref_logp, Tensor values, Tensor? rewards, Tensor? trace, Tensor tail, "
+      "Tensor? mask, Tensor cu_seqlens, Tensor(a!) out, float tau, float gamma, float lam, int first_row, "
+      "Tensor(b!)? carry, Tensor(c!)? kept_logp, Tensor(d!)? kept_values) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(klq_native, CompositeExplicitAutograd, m) { m.impl("use_isa", TORCH_BOX(&use_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(klq_native, CPU, m) {
+  m.impl("row_stats", TORCH_BOX(&row_stats));
+  m.impl("row_grad_", TORCH_BOX(&row_grad));
+  m.impl("klq_residual", TORCH_BOX(&klq_residual));
+  m.impl("reverse_scan", TORCH_BOX(&reverse_scan));
+  m.impl("lambda_errors", TORCH_BOX(&lambda_errors));
+}

@@ -1,0 +1,132 @@
+"""The compiled row operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
+
+A backend module like ``portable``, which documents the functions. The library picks the best of its instruction sets
+(portable, avx2, avx512) for the processor at run time. Two environment variables are for testing it: ``KLQ_NATIVE_ISA``
+names an instruction set to use instead, ``KLQ_NATIVE_LIBRARY`` the path of another build (one with sanitizers, say).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAME = "native"
+ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
+LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")  # in the order of csrc/kernels.h
+
+
+def use_isa(name: str | None = None) -> str:
+    """Makes every later call use this instruction set, by default the best; returns its name.
+
+    Raises:
+        ValueError: where it is unknown, or this processor does not have it.
+    """
+    if name is not None and name not in ISAS:
+        raise ValueError(f"KLQ_NATIVE_ISA: must be one of {', '.join(ISAS)}, got {name!r}")
+    try:
+        return ISAS[torch.ops.klq_native.use_isa(-1 if name is None else ISAS.index(name))]
+    except RuntimeError as error:
+        raise ValueError(f"KLQ_NATIVE_ISA: this processor does not have {name}") from error
+
+
+def _load() -> str | None:
+    """Loads the library; returns None, or the reason why there is none in a few words."""
+    given = os.environ.get("KLQ_NATIVE_LIBRARY")
+    built = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return "not built (install with a C++ compiler, torch and --no-build-isolation)"
+    try:
+        torch.ops.load_library(str(built[0]))
+        use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{built[0].name} does not load: {error}"
+    return None
+
+
+WHY_UNAVAILABLE = _load()
+
+
+def row_stats(
+    logits: Tensor,
+    actions: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    entropy: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    torch.ops.klq_native.row_stats(logits, actions, lse, logp, entropy, scale, softcap)
+
+
+def row_grad_(
+    logits: Tensor,
+    actions: Tensor,
+    lse: Tensor,
+    d_action: Tensor,
+    d_softmax: Tensor,
+    d_entropy: Tensor | None,
+    entropy: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    torch.ops.klq_native.row_grad_(logits, actions, lse, d_action, d_softmax, d_entropy, entropy, scale, softcap)
+
+
+def klq_residual(
+    logp: Tensor,
+    values: Tensor,
+    old_logp: Tensor | None,
+    old_values: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor | None,
+    losses: Tensor,
+    d_logp: Tensor,
+    d_values: Tensor,
+    *,
+    grad_scale: Tensor,
+    tau: float,
+    alpha: float,
+    loss_type: str,
+    huber_delta: float,
+    value_clip: float,
+    log_ratio_clip: float,
+) -> None:
+    torch.ops.klq_native.klq_residual(
+        logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
+        tau, alpha, LOSS_TYPES.index(loss_type), huber_delta, value_clip, log_ratio_clip,
+    )  # fmt: skip
+
+
+def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
+    decay = decay.float() if decay.numel() == 1 else decay
+    torch.ops.klq_native.reverse_scan(delta, decay, mask, cu_seqlens, out)
+
+
+def lambda_errors(
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    values: Tensor,
+    rewards: Tensor | None,
+    trace: Tensor | None,
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    *,
+    tau: float,
+    gamma: float,
+    lam: float,
+    first_row: int = 0,
+    carry: Tensor | None = None,
+    kept_logp: Tensor | None = None,
+    kept_values: Tensor | None = None,
+) -> None:
+    torch.ops.klq_native.lambda_errors(
+        logp, ref_logp, values, rewards, trace, tail, mask, cu_seqlens, out, tau, gamma, lam, first_row, carry,
+        kept_logp, kept_values,
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Sees every tensor that is allocated, also inside the library's own operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs, scans
+
+OPERATORS = {
+    op._opoverload: op
+    for op in (
+        fused_loss.fused_klq_loss,
+        klq_loss.klq_loss,
+        linear_logprobs.linear_logprobs,
+        linear_logprobs.linear_logprobs_backward,
+        scans.reverse_scan,
+        scans.lambda_errors,
+    )
+}
+
+
+class Watch(TorchDispatchMode):
+    """Records (operator name, bytes of storage) of each allocation made while it is active, and every operator run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocations: list[tuple[str, int]] = []
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.calls.append(str(func))
+        if func in OPERATORS:  # step inside: to the dispatcher they are opaque
+            with self:
+                return OPERATORS[func]._init_fn(*args, **kwargs)
+        known = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in known:
+                self.allocations.append((str(func), tensor.untyped_storage().nbytes()))
+        return out
+
+    def largest(self) -> int:
+        return max((size for _, size in self.allocations), default=0)
+
+    def at_least(self, size: int) -> list[tuple[str, int]]:
+        return [a for a in self.allocations if a[1] >= size]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
