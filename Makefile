@@ -35,9 +35,9 @@ bench: $(READY)  ## measure the fused loss against its peers, side by side
 # A machine with a GPU usually has its own PyTorch, and perhaps no network: that one runs the suite from the source tree.
 gpu:  ## on a machine with a GPU: tests, benchmarks and memory limits in one run
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-		PYTHONPATH="$(CURDIR)" $(PYTHON) bench/gpu_suite.py $(ARGS); \
+		$(PYTHON) -m bench.gpu_suite $(ARGS); \
 	else \
-		$(MAKE) --no-print-directory $(READY) && $(BIN)/python bench/gpu_suite.py $(ARGS); \
+		$(MAKE) --no-print-directory $(READY) && $(BIN)/python -m bench.gpu_suite $(ARGS); \
 	fi
 
 clean:  ## remove what was built and cached; .venv stays

@@ -10,8 +10,8 @@ record: no stack (a stack frame is a register spill), and 16-byte accesses where
 
 The budget of the row kernels comes from bandwidth. A Hopper SM moves about 8 bf16 logits per clock from memory, issues
 4 warp instructions (128 lanes) and evaluates 16 special functions. So 16 issue slots and 2 special functions per logit
-keep up with memory; the inner loops have to stay below. A soft cap costs two special functions and about nine slots more,
-so those variants have 1.5 times the budget: they run at about two thirds of the memory rate.
+keep up with memory; the inner loops have to stay below. A soft cap costs two special functions and about nine slots
+more, so those variants have 1.5 times the budget: they run at about two thirds of the memory rate.
 """
 
 from __future__ import annotations

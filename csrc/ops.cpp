@@ -88,7 +88,7 @@ Column column(const Maybe& t, int64_t size, const char* name) { return t ? colum
 
 Sequences sequences(const Maybe& mask, const Tensor& cu_seqlens, int64_t first_row, int64_t tokens) {
   const int64_t batch = cu_seqlens.numel() - 1;
-  STD_TORCH_CHECK(batch >= 0 && first_row >= 0, "cu_seqlens: must be [B + 1], and first_row not negative");
+  STD_TORCH_CHECK(batch >= (tokens > 0) && first_row >= 0, "cu_seqlens: must be [B + 1], and first_row not negative");
   return {mask ? vector_of<uint8_t>(*mask, tokens, ScalarType::Bool, "mask") : nullptr,
           vector_of<int32_t>(cu_seqlens, batch + 1, ScalarType::Int, "cu_seqlens"), batch, first_row, tokens};
 }
@@ -107,6 +107,9 @@ LogitRows logit_rows(const Tensor& t) {
 }
 
 int64_t rows_worth_a_thread(int64_t vocab) { return vocab > ROW_ELEMENTS ? 1 : ROW_ELEMENTS / (vocab + 1) + 1; }
+
+// A sequence is one thread's work, so a single one wakes nobody else.
+int64_t tokens_worth_a_thread(const Sequences& s) { return s.batch > 1 ? TOKENS : s.tokens + 1; }
 
 template <class Arguments>
 void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t size, int64_t grain) {
@@ -160,7 +163,7 @@ void reverse_scan(Tensor delta, Tensor decay, Maybe mask, Tensor cu_seqlens, Ten
   } else {
     a.decay = column(decay, n, "decay");
   }
-  run(kernels.load()->reverse_scan, a, n, TOKENS);
+  run(kernels.load()->reverse_scan, a, n, tokens_worth_a_thread(a.sequences));
 }
 
 void lambda_errors(Maybe logp, Maybe ref_logp, Tensor values, Maybe rewards, Maybe trace, Tensor tail, Maybe mask,
@@ -178,7 +181,7 @@ void lambda_errors(Maybe logp, Maybe ref_logp, Tensor values, Maybe rewards, May
                        state, &state, floats(out, n, "out"),
                        with_logp ? floats(kept_logp, n, "kept_logp") : nullptr,
                        floats(kept_values, n, "kept_values"), float(tau), float(gamma), float(gamma * lam)};
-  run(kernels.load()->lambda_errors, a, n, TOKENS);
+  run(kernels.load()->lambda_errors, a, n, tokens_worth_a_thread(a.sequences));
   if (carried) *carried = state;
 }
 

@@ -149,65 +149,59 @@ inline uint32_t flags_of_some(const uint8_t* mask, int64_t count) {
   return flags_of(copy);
 }
 
-// Widens the valid tokens of [begin, end) into `to`, which has LANES spare elements. A null mask means all.
+// Widens the valid tokens of [begin, end) into the `valid` elements at `to`. A null mask means all. Like everything here
+// it goes backwards, so that memory is read in one direction throughout.
 template <class T>
-inline void gather(const T* from, const uint8_t* mask, int64_t begin, int64_t end, float* to) {
-  for (int64_t i = begin; i < end; i += LANES) {
-    const int64_t count = end - i < LANES ? end - i : LANES;
+inline void gather(const T* from, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
+  to += valid;
+  for (int64_t stop = end; stop > begin; stop -= LANES) {
+    const int64_t count = stop - begin < LANES ? stop - begin : LANES, i = stop - count;
     const Vec v = count == LANES ? load(from + i) : load_some(from + i, count, 0.0f);
     const uint32_t flags = mask ? flags_of_some(mask + i, count) : (1u << count) - 1;
+    to -= __builtin_popcount(flags);
     if (flags == 0xffff) {
       store(to, v);
     } else {
       compress(to, v, flags);
     }
-    to += __builtin_popcount(flags);
   }
 }
 
-inline void gather(const Column& column, const uint8_t* mask, int64_t begin, int64_t end, float* to) {
+inline void gather(const Column& column, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
   switch (column.dtype) {
-    case Dtype::f32: return gather(static_cast<const float*>(column.data), mask, begin, end, to);
-    case Dtype::bf16: return gather(static_cast<const bf16*>(column.data), mask, begin, end, to);
-    case Dtype::f16: return gather(static_cast<const f16*>(column.data), mask, begin, end, to);
-    case Dtype::f64: return gather(static_cast<const double*>(column.data), mask, begin, end, to);
+    case Dtype::f32: return gather(static_cast<const float*>(column.data), mask, begin, end, valid, to);
+    case Dtype::bf16: return gather(static_cast<const bf16*>(column.data), mask, begin, end, valid, to);
+    case Dtype::f16: return gather(static_cast<const f16*>(column.data), mask, begin, end, valid, to);
+    case Dtype::f64: return gather(static_cast<const double*>(column.data), mask, begin, end, valid, to);
   }
 }
 
-// The inverse: valid positions of [begin, end) take successive elements, the others 0.
-inline void scatter(const float* from, const uint8_t* mask, int64_t begin, int64_t end, float* to) {
-  for (int64_t i = begin; i < end; i += LANES) {
-    const int64_t count = end - i < LANES ? end - i : LANES;
+// The inverse: valid positions of [begin, end) take the `valid` elements at `from`, the others 0.
+inline void scatter(const float* from, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
+  from += valid;
+  for (int64_t stop = end; stop > begin; stop -= LANES) {
+    const int64_t count = stop - begin < LANES ? stop - begin : LANES, i = stop - count;
     const uint32_t flags = mask ? flags_of_some(mask + i, count) : (1u << count) - 1;
+    from -= __builtin_popcount(flags);
     const Vec v = flags == 0xffff ? load(from) : expand(from, flags);
     if (count == LANES) {
       store(to + i, v);
     } else {
       store_some(to + i, v, count);
     }
-    from += __builtin_popcount(flags);
   }
-}
-
-// Windows are walked backwards and read forwards, which the processor's own prefetching does not see through.
-inline void prefetch(const Column& column, int64_t begin, int64_t end) {
-  if (!column.data) return;
-  const int64_t size = column.dtype == Dtype::f32 ? 4 : column.dtype == Dtype::f64 ? 8 : 2;
-  const char* data = static_cast<const char*>(column.data);
-  for (int64_t i = begin * size; i < end * size; i += 64) __builtin_prefetch(data + i);
 }
 
 // Walks one sequence, or the piece [begin, end) of it; returns the state at its first valid token.
 template <class Step>
 float walk(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, float state, bool ends_here) {
   constexpr int COLUMNS = Step::COLUMNS;
-  float staged[COLUMNS][WINDOW + LANES], results[WINDOW + LANES];
+  float staged[COLUMNS][WINDOW], results[WINDOW];
   bool last = ends_here;
   while (end > begin) {
     int64_t valid = end - begin < WINDOW ? end - begin : WINDOW;
     const int64_t start = mask ? window_start(mask, begin, end, WINDOW, &valid) : end - valid;
     const bool dense = valid == end - start;
-    for (int c = 0; c < COLUMNS; ++c) prefetch(step.column(c), start - WINDOW > begin ? start - WINDOW : begin, start);
     const float* in[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       const Column& column = step.column(c);
@@ -216,7 +210,7 @@ float walk(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, fl
       } else if (dense && column.dtype == Dtype::f32) {
         in[c] = static_cast<const float*>(column.data) + start;
       } else {
-        gather(column, dense ? nullptr : mask, start, end, staged[c]);
+        gather(column, dense ? nullptr : mask, start, end, valid, staged[c]);
         in[c] = staged[c];
       }
     }
@@ -226,9 +220,9 @@ float walk(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, fl
       state = step(in, out, Block{stop - count, count}, state, last);
       last = false;
     }
-    if (!dense) scatter(results, mask, start, end, step.out());
+    if (!dense) scatter(results, mask, start, end, valid, step.out());
     for (int c = 0; c < COLUMNS; ++c) {
-      if (float* kept = step.kept(c)) scatter(in[c], dense ? nullptr : mask, start, end, kept);
+      if (float* kept = step.kept(c)) scatter(in[c], dense ? nullptr : mask, start, end, valid, kept);
     }
     end = start;
   }
@@ -245,14 +239,14 @@ inline int64_t sequence_at(const Sequences& s, int64_t position) {
   return low;
 }
 
-// Walks the sequences whose first token here lies in [from, to).
+// Walks the sequences whose first token here lies in [from, to), the last one first: one sweep through memory.
 template <class Step>
 void walk_all(const Step& step, const Sequences& s, int64_t from, int64_t to) {
-  for (int64_t i = sequence_at(s, s.first_row + from); i < s.batch; ++i) {
+  for (int64_t i = sequence_at(s, s.first_row + to - 1); i >= 0; --i) {
     const int64_t begin = s.cu_seqlens[i] - s.first_row, end = s.cu_seqlens[i + 1] - s.first_row;
     const int64_t here = begin > 0 ? begin : 0;
-    if (here >= to) break;
-    if (here < from || end <= here) continue;
+    if (here < from || end <= 0) break;
+    if (here >= to || end <= here) continue;
     const bool ends_here = end <= s.tokens;
     const float beyond = ends_here ? step.beyond_sequence(i) : step.beyond_tokens();
     const float state = walk(step, s.mask, here, ends_here ? end : s.tokens, beyond, ends_here);

@@ -75,10 +75,7 @@ inline float first(Vec v) { return _mm256_cvtss_f32(v.lo); }
 inline void compress(float* p, Vec v, uint32_t flags) {
   float lane[LANES];
   store(lane, v);
-  for (int i = 0; i < LANES; ++i) {
-    *p = lane[i];
-    p += flags >> i & 1;
-  }
+  for (; flags; flags &= flags - 1) *p++ = lane[__builtin_ctz(flags)];
 }
 
 inline Vec expand(const float* p, uint32_t flags) {

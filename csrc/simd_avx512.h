@@ -41,7 +41,8 @@ inline Vec shift(Vec v, Vec fill) {
 inline float first(Vec v) { return _mm512_cvtss_f32(v.v); }
 
 inline void compress(float* p, Vec v, uint32_t flags) {  // in a register: compressing to memory is slow on some cores
-  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(flags), v.v));
+  const __mmask16 filled = __mmask16((1u << __builtin_popcount(flags)) - 1);
+  _mm512_mask_storeu_ps(p, filled, _mm512_maskz_compress_ps(__mmask16(flags), v.v));
 }
 
 inline Vec expand(const float* p, uint32_t flags) {

@@ -65,11 +65,10 @@ inline Vec shift(Vec v, Vec fill) {
 
 inline float first(Vec v) { return v.lane[0]; }
 
-// Stores the flagged lanes next to each other. May write LANES elements.
+// Stores the flagged lanes next to each other, and nothing else.
 inline void compress(float* p, Vec v, uint32_t flags) {
   for (int i = 0; i < LANES; ++i) {
-    *p = v.lane[i];
-    p += flags >> i & 1;
+    if (flags >> i & 1) *p++ = v.lane[i];
   }
 }
 

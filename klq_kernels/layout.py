@@ -26,9 +26,9 @@ class Packing(NamedTuple):
     """A layout whose valid rows are already known. Build it with ``pack``, pass it as ``packing=``."""
 
     shape: tuple[int, ...]  # of the caller's per-token tensors: (B, T) or (N,)
-    mask: Tensor | None  # bool [M], flat
+    mask: Tensor  # bool [M], flat
     cu_seqlens: Tensor  # int32 [B + 1], in flat positions
-    rows: Tensor | None  # int64 [n], flat positions of the valid tokens; None where all are valid
+    rows: Tensor  # int64 [n], flat positions of the valid tokens
     row_cu_seqlens: Tensor  # int32 [B + 1], in rows
 
 
@@ -187,29 +187,25 @@ def valid_rows(
     return mask.nonzero().squeeze(1), counts[cu_seqlens]
 
 
-def pack(
-    *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, shape: tuple[int, ...] | None = None
-) -> Packing:
-    """Finds the valid rows once, so that every later call on this batch skips the search and its synchronisation.
+def pack(mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Packing:
+    """Finds the valid rows of a mask once, so that every later call on this batch skips the search and its wait.
+
+    Without a mask there is nothing to find: pass ``cu_seqlens`` itself.
 
     Args:
-        mask: bool [B, T] (padded) or [N] (packed), True at trained tokens.
+        mask: bool [B, T] (padded), or [N] with ``cu_seqlens`` (packed); True at trained tokens.
         cu_seqlens: int32 [B + 1]; makes the layout packed.
-        shape: (B, T) or (N,), needed only where there is no mask.
 
     Returns:
         A ``Packing`` to pass as ``packing=`` in place of ``mask`` and ``cu_seqlens``.
 
     Raises:
-        ValueError: naming the argument that is missing or inconsistent.
+        ValueError: naming the argument that is inconsistent.
     """
-    if mask is not None:
-        tokens = mask
-    else:
-        require(shape is not None, "shape", "is needed where there is no mask: (B, T), or (N,) with cu_seqlens")
-        tokens = torch.empty(shape or (), device=None if cu_seqlens is None else cu_seqlens.device)
-    layout = layout_of(tokens, mask=mask, cu_seqlens=cu_seqlens, name="shape" if mask is None else "mask")
-    rows, row_cu_seqlens = valid_rows(layout.mask, layout.cu_seqlens, None, tokens.numel())
+    layout = layout_of(mask, mask=mask, cu_seqlens=cu_seqlens, name="mask")
+    rows, row_cu_seqlens = valid_rows(layout.mask, layout.cu_seqlens, None, mask.numel())
+    assert layout.mask is not None
+    assert rows is not None
     return Packing(layout.shape, layout.mask, layout.cu_seqlens, rows, row_cu_seqlens)
 
 

@@ -72,7 +72,7 @@ def fused_klq_loss(
         loss_type: "l2", "huber", "value_clipped", "ratio_clipped" or "double_clipped"
             (``reference.klq_residual_loss`` states them).
         huber_delta, value_clip, log_ratio_clip: their thresholds, > 0.
-        weights: a factor on each token's loss, the shape of actions.
+        weights: a constant factor on each token's loss, the shape of actions.
         mask: bool, the shape of actions, True at trained tokens. What masked tokens hold changes nothing.
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
@@ -112,6 +112,7 @@ def fused_klq_loss(
         old = _flat_targets(layout, targets)
     flat_values = layout.flat("values", values)
     assert flat_values is not None
+    _check_weights(weights)
     learning = torch.is_grad_enabled()
     loss, numbers, *_ = fused_op(
         *inputs,
@@ -186,6 +187,7 @@ def klq_loss(
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    _check_weights(weights)
     flat = (layout.flat(name, tensor) for name, tensor in (("logprobs", logprobs), ("values", values)))
     loss, numbers, *_ = unfused_op(
         *flat,
@@ -213,6 +215,10 @@ def _check_loss(
     require(loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
     for name, value in (("huber_delta", huber_delta), ("value_clip", value_clip), ("log_ratio_clip", log_ratio_clip)):
         require_number(name, value, low=0.0, open_low=True)
+
+
+def _check_weights(weights: Tensor | None) -> None:
+    require(weights is None or not weights.requires_grad, "weights", "carry no gradient; pass weights.detach()")
 
 
 def _flat_targets(layout: Layout, targets: KLQTargets) -> tuple[Any, ...]:

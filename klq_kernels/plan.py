@@ -211,9 +211,9 @@ def loss_seconds(head: Problem, flop_per_second: float) -> float:
 
 
 def step_seconds(model: Model, run: Run, flop_per_second: float) -> float:
-    """Time of the body's matrix products: 2 FLOP per parameter and token forward, twice that backward, one more to recompute."""
+    """Time of the body's matrix products: one pass forward, two backward (one under LoRA), one more to recompute."""
     body = model.size - (1 if model.tied else 2) * model.vocab * model.hidden
-    passes = 2 + (0 if run.lora else 1) + 1 * run.checkpointing
+    passes = 2 + (not run.lora) + run.checkpointing
     return passes * 2 * body * run.batch * run.length / flop_per_second
 
 
@@ -307,4 +307,4 @@ def show(content: dict[str, Any]) -> None:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB" if size else "–"
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB" if size else "-"

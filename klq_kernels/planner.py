@@ -4,7 +4,7 @@ Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
 only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the default is 256 MiB.
 
-``chunk_rows`` is what the library itself asks; ``fused_memory`` and ``naive_memory`` predict the bytes of a call from it.
+``chunk_rows`` is what the library itself asks; ``fused_memory`` and ``naive_memory`` predict a call's bytes from it.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
         most = max(CPU_WORKSPACE // row_bytes, 1)
     else:
         most = max(min(GPU_WORKSPACE // row_bytes, ROWS_WORTHWHILE), 1)
-    # Chunks begin at multiples of 16 rows, so that slices of per-row fp32 vectors stay 16-byte aligned, and large ones
-    # at multiples of 256, so that no chunk but the last leaves a GEMM tile half empty.
-    multiple = next(m for m in (256, 16, 1) if most >= m)
+    # Chunks begin at multiples of 16 rows, so that slices of per-row fp32 vectors stay 16-byte aligned, and large ones,
+    # where that costs little of the workspace, at multiples of 256, so that no GEMM tile is left half empty.
+    multiple = 256 if most >= 2048 else 16 if most >= 16 else 1
     chunks = math.ceil(n / most)
     even = math.ceil(n / chunks) if chunks else 0
     return min(_round_up(even, multiple), most // multiple * multiple, n)

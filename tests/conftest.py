@@ -29,6 +29,9 @@ settings.register_profile("search", settings.get_profile("default"), derandomize
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
 class Place(NamedTuple):
     """A backend and the device its tensors live on."""
 
@@ -54,6 +57,21 @@ PLACES = [
 def _parameter(place: Place) -> object:
     marks = [pytest.mark.gpu] if place.device.type == "cuda" else []
     return pytest.param(place, id=f"{place.backend}-{place.device}", marks=marks)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are left out in one line, unless they were asked for (then each says why it skips)."""
+    if torch.cuda.is_available() or config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} tests need a GPU and were left out: there is none here")
 
 
 @pytest.fixture(params=[_parameter(place) for place in PLACES])

@@ -34,23 +34,9 @@ def good() -> dict[str, Any]:
     return {name: getattr(case, name) for name in names} | {"delta": case.rewards, "logprobs": case.old_logprobs}
 
 
+HEAD = ("hidden", "weight", "actions", "values", "bias")
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "fused": (
-        fused_klq_loss,
-        (
-            "hidden",
-            "weight",
-            "actions",
-            "values",
-            "ref_logprobs",
-            "rewards",
-            "bias",
-            "bootstrap_values",
-            "trace",
-            "weights",
-            "mask",
-        ),
-    ),  # fmt: skip
+    "fused": (fused_klq_loss, (*HEAD, "ref_logprobs", "rewards", "bootstrap_values", "trace", "weights", "mask")),
     "fused targets": (fused_klq_loss, ("hidden", "weight", "actions", "values", "targets", "mask")),
     "linear_logprobs": (linear_logprobs, ("hidden", "weight", "actions", "bias", "mask")),
     "klq_loss": (klq_loss, ("logprobs", "values", "targets", "ref_logprobs", "weights", "mask")),
@@ -260,7 +246,8 @@ def test_packing(function: str) -> None:
     arguments = {n: v for n, v in case.items() if n in wanted and n != "mask"}
     arguments |= {"decay": 0.9} if "decay" in wanted else {}
     call(**arguments, packing=pack(mask=case["mask"]))
-    for broken in ({"packing": pack(shape=(B, T + 1))}, {"packing": pack(mask=case["mask"]), "mask": case["mask"]}):
+    wider = torch.ones(B, T + 1, dtype=torch.bool)
+    for broken in ({"packing": pack(mask=wider)}, {"packing": pack(mask=case["mask"]), "mask": case["mask"]}):
         with pytest.raises(ValueError, match=r"^packing:"):
             call(**arguments, **broken)
 
@@ -268,13 +255,11 @@ def test_packing(function: str) -> None:
 def test_pack() -> None:
     ends = torch.tensor([0, 5], dtype=torch.int32)
     for name, arguments in (
-        ("shape", {}),
-        ("shape", {"shape": (2, 3, 4)}),
-        ("shape", {"shape": (5,)}),
-        ("shape", {"shape": (1, 5), "cu_seqlens": ends}),
         ("mask", {"mask": torch.ones(2, 3)}),
         ("mask", {"mask": torch.ones(5, dtype=torch.bool)}),
-        ("cu_seqlens", {"shape": (6,), "cu_seqlens": ends}),
+        ("mask", {"mask": torch.ones(2, 3, 4, dtype=torch.bool)}),
+        ("mask", {"mask": torch.ones(1, 5, dtype=torch.bool), "cu_seqlens": ends}),
+        ("cu_seqlens", {"mask": torch.ones(6, dtype=torch.bool), "cu_seqlens": ends}),
     ):
         with pytest.raises(ValueError, match=rf"^{name}:"):
             pack(**arguments)
@@ -317,3 +302,13 @@ def test_actions_out_of_range_on_a_gpu(device: torch.device, monkeypatch: pytest
             checking.setenv("KLQ_CHECK", "1")
             with pytest.raises(ValueError, match=r"^actions:"):
                 linear_logprobs(case.hidden, case.weight, actions)
+
+
+@pytest.mark.parametrize("function", ["fused", "klq_loss"])
+def test_weights_are_constants(function: str) -> None:
+    """A gradient that would be silently zero is refused."""
+    call, wanted = FUNCTIONS[function]
+    arguments = {n: v for n, v in good().items() if n in wanted}
+    arguments["weights"] = arguments["weights"].clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"^weights:"):
+        call(**arguments)

@@ -20,9 +20,6 @@ from klq_kernels.ops import fused_loss, scans
 from klq_kernels.ops import klq_loss as loss_op
 from klq_kernels.ops import linear_logprobs as logprobs_op
 
-MODES = [pytest.param(True, id="on-policy"), pytest.param(False, id="targets")]
-
-
 # ------------------------------------------------------------------------------------------------------------- opcheck
 
 
@@ -38,12 +35,15 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     assert ends is not None
     rows, row_ends = layout.valid_rows(mask, ends, None, c.actions.numel())
     tail = torch.zeros(ends.numel() - 1, device=ends.device)
+    discounts = (0.1, 0.9, 0.95)  # tau, gamma, lam
     head = (c.hidden, c.weight, c.bias, c.actions)
     bare_head = (c.hidden, c.weight, None, c.actions)
     shape = (0.1, 0.9, "double_clipped", 1.0, 0.2, 0.2)
     d = {n: getattr(c, n).detach() for n in ("old_logprobs", "old_values", "advantages", "ref_logprobs", "rewards")}
     old = (d["old_logprobs"], d["old_values"], d["advantages"])
     extra = (c.scores.detach(), c.bootstrap_values.detach(), c.trace.detach(), c.weights.detach())
+    rollout = (d["old_logprobs"], d["ref_logprobs"], d["old_values"], d["rewards"], extra[2])
+    bare_rollout = (None, None, d["old_values"], None, None)
     per_row = torch.randn(c.actions.shape, device=ends.device)
     denom = torch.tensor(7.0, device=ends.device)
     settings = (0.7, 9.0, True, None)
@@ -51,13 +51,10 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "reverse_scan": (scans.reverse_scan, (c.rewards, c.trace, mask, ends)),
         "reverse_scan scalar": (scans.reverse_scan, (c.rewards, torch.full((1,), 0.9, device=ends.device), None, ends)),
-        "lambda_errors": (
-            scans.lambda_errors,
-            (*old[:1], d["ref_logprobs"], old[1], d["rewards"], extra[2], tail, mask, ends, 0.1, 0.9, 0.95),
-        ),
-        "lambda_errors gae": (
-            scans.lambda_errors, (None, None, old[1], None, None, tail, None, ends, 0.0, 0.9, 0.95)
-        ),
+        "lambda_errors": (scans.lambda_errors, (*rollout, tail, mask, ends, *discounts)),
+        "lambda_errors gae": (scans.lambda_errors, (*bare_rollout, tail, None, ends, *discounts)),
+        "klq_targets": (scans.klq_targets, (*rollout, tail, mask, ends, *discounts)),
+        "klq_targets gae": (scans.klq_targets, (*bare_rollout, tail, None, ends, *discounts)),
         "linear_logprobs": (logprobs_op.linear_logprobs, (*head, mask, ends, None, *settings)),
         "linear_logprobs bare": (
             logprobs_op.linear_logprobs, (*bare_head, None, row_ends, rows, 1.0, None, False, None)
@@ -112,10 +109,16 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
-@pytest.mark.parametrize("on_policy", MODES)
-@pytest.mark.parametrize("layout", ["padded", "packed", "packed with holes"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_loss_and_gradients(device: torch.device, on_policy: bool, layout: str, dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("layout", "on_policy", "dynamic"),
+    [
+        ("padded", True, False),
+        ("padded", False, True),
+        ("packed", True, True),
+        ("packed with holes", False, False),
+    ],
+)
+def test_compiled_loss_and_gradients(device: torch.device, layout: str, on_policy: bool, dynamic: bool) -> None:
     function = compiled(fused_klq_loss, dynamic=dynamic)
     for shape in ((3, 6), (4, 9)) if dynamic else ((3, 6),):
         case = make_case(ragged_mask(*shape), device=device, **SMALL)
@@ -128,15 +131,15 @@ def test_compiled_loss_and_gradients(device: torch.device, on_policy: bool, layo
         assert_same_bits(eager, traced)
 
 
-def test_annealing_and_new_shapes_do_not_recompile_forever(device: torch.device) -> None:
-    """After the first change of lam and of the shape both are symbols of one graph: no new graph per step."""
+def test_new_shapes_do_not_recompile_each_time(device: torch.device) -> None:
+    """The first change of shape makes it a symbol; no check or message may pin it to a number again."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(fused_klq_loss, fullgraph=True, backend=counter)
-    for step in range(6):
+    for step in range(5):
         case = make_case(ragged_mask(3 + step, 6 + 2 * step), device=device, **SMALL)
-        differentiate(function, case, lam=0.9 - 0.05 * step, **case.loss_arguments(on_policy=True))
-    assert counter.frame_count <= 3
+        differentiate(function, case, **case.loss_arguments(on_policy=True))
+    assert counter.frame_count == 2
 
 
 def test_compiled_step_around_the_loss(device: torch.device) -> None:

@@ -17,24 +17,15 @@ def test_pack_of_a_padded_mask() -> None:
     mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
     packing = pack(mask=mask)
     assert packing.shape == (3, 3)
-    assert packing.rows is not None
     assert packing.rows.tolist() == [1, 2, 6, 8]
     assert packing.cu_seqlens.tolist() == [0, 3, 6, 9]
     assert packing.row_cu_seqlens.tolist() == [0, 2, 2, 4]
     assert packing.row_cu_seqlens.dtype == torch.int32
 
 
-def test_pack_without_a_mask_needs_no_rows() -> None:
-    assert pack(shape=(2, 3)).rows is None
-    assert pack(shape=(2, 3)).row_cu_seqlens.tolist() == [0, 3, 6]
-    ends = torch.tensor([0, 1, 1, 5], dtype=torch.int32)
-    assert pack(cu_seqlens=ends, shape=(5,)).row_cu_seqlens.tolist() == [0, 1, 1, 5]
-
-
 @given(mask=masks())
 def test_rows_are_the_oracles_sequences(mask: Tensor) -> None:
     for packing in (pack(mask=mask), pack(mask=mask.flatten(), cu_seqlens=pack(mask=mask).cu_seqlens)):
-        assert packing.rows is not None
         ends = packing.row_cu_seqlens.tolist()
         rows = [packing.rows.tolist()[a:b] for a, b in pairwise(ends)]
         assert rows == list(reference.sequences(mask.shape, mask, None))

@@ -354,26 +354,6 @@ def test_scaled_loss_scales_gradients(device: torch.device, dtype: torch.dtype, 
         assert ((gradient.double() - expected).abs() <= eps * expected.abs() + tiny).all(), name
 
 
-def test_micro_batches_with_a_global_denom_are_one_big_batch(device: torch.device) -> None:
-    """No normalisation drift under gradient accumulation, however unequal the micro-batches are."""
-    case = make_case(ragged_mask(6, 13), device=device)
-    whole = fused(case, on_policy=True, scores=True)
-    leaves = {n: getattr(case, n).clone().requires_grad_() for n in ("weight", "bias")}
-    count = case.valid.sum()
-    total = torch.zeros((), device=device)
-    for begin, end in ((0, 1), (1, 2), (2, 6)):
-        part = case.map(lambda t, b=begin, e=end: t[b:e] if t.shape[:1] == (6,) else t)
-        loss = fused_klq_loss(
-            part.hidden, leaves["weight"], part.actions, part.values, bias=leaves["bias"],
-            denom=count, **part.loss_arguments(on_policy=True, scores=True),
-        ).loss  # fmt: skip
-        loss.backward()
-        total += loss.detach()
-    torch.testing.assert_close(total, whole.loss, rtol=1e-6, atol=0)
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(leaf.grad, whole.gradients[name], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("denom", [1, 60000, 10**9])
 def test_fp16_gradients_of_long_means_do_not_underflow(device: torch.device, denom: int) -> None:
     """A mean over a global batch makes tiny numbers: fp16 d_logits of size g / denom would vanish on their way."""

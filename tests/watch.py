@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,14 +13,9 @@ from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs, scans
 
 OPERATORS = {
     op._opoverload: op
-    for op in (
-        fused_loss.fused_klq_loss,
-        klq_loss.klq_loss,
-        linear_logprobs.linear_logprobs,
-        linear_logprobs.linear_logprobs_backward,
-        scans.reverse_scan,
-        scans.lambda_errors,
-    )
+    for module in (fused_loss, klq_loss, linear_logprobs, scans)
+    for op in vars(module).values()
+    if isinstance(op, CustomOpDef)
 }
 
 

@@ -261,6 +261,8 @@ def lambda_errors(
     lam: float,
     first_row: int = 0,
     carry: Tensor | None = None,
+    kept_logp: Tensor | None = None,
+    kept_values: Tensor | None = None,
 ) -> None:
     """See ``portable.lambda_errors``."""
     n, batch = values.numel(), cu_seqlens.numel() - 1
@@ -274,3 +276,6 @@ def lambda_errors(
                 n, batch, first_row, tau, gamma, lam,
                 SUMMARISE=summarise, **SCAN.sizes, num_warps=SCAN.num_warps,
             )  # fmt: skip
+    for source, kept in ((logp, kept_logp), (values, kept_values)):
+        if source is not None and kept is not None:
+            kept.copy_(source if mask is None else source.where(mask, 0.0))

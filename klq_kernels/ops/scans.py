@@ -123,7 +123,7 @@ def klq_targets(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``lambda_errors`` after the fp32 copies of logp (empty where None) and values that a rollout keeps beside them."""
+    """(old_logp, empty where None; old_values; lambda-errors), fp32 [M]: all that a rollout keeps, in one go."""
     out, old_values = (torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(2))
     old_logp = torch.empty_like(out) if logp is not None else out.new_empty(0)
     _write_lambda_errors(
