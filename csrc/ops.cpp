@@ -8,6 +8,9 @@
 
 #include <atomic>
 #include <optional>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "kernels.h"
 
@@ -111,8 +114,16 @@ int64_t rows_worth_a_thread(int64_t vocab) { return vocab > ROW_ELEMENTS ? 1 : R
 // A sequence is one thread's work, so a single one wakes nobody else.
 int64_t tokens_worth_a_thread(const Sequences& s) { return s.batch > 1 ? TOKENS : s.tokens + 1; }
 
+// torch's threads do not survive a fork (waiting for them would hang), so a child process works on its own.
+bool forked = false;
+#if !defined(_WIN32)
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 template <class Arguments>
 void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments, int64_t size, int64_t grain) {
+  if (size == 0) return;
+  if (forked) return kernel(arguments, 0, size);
   torch::stable::parallel_for(
       0, size, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }

@@ -48,7 +48,67 @@ def demo(
     demonstration.run(out, steps, seed)
 
 
-# Further commands go here: app.command() for one, app.add_typer() for a group.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure against other implementations, side by side; runs from a source checkout (klq bench --help)."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / "cli.py").exists():
+        raise ValueError("bench: the benchmarks are not part of the installed package; run this from a source checkout")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from bench.cli import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="klq bench")
+
+
+@app.command()
+def plan(
+    config: Annotated[str | None, typer.Option(help="A Hugging Face config: directory, file or id.")] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size, where there is no config.")] = 4096,
+    vocab: Annotated[int, typer.Option(min=1, help="Vocabulary size.")] = 128_256,
+    layers: Annotated[int, typer.Option(min=0, help="Decoder layers.")] = 32,
+    intermediate: Annotated[int, typer.Option(min=1, help="MLP size.")] = 14_336,
+    kv_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Key/value heads over query heads.")] = 0.25,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, prompt and response.")] = 2048,
+    response: Annotated[int | None, typer.Option(help="Trained tokens per sequence; half of them.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains every parameter.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
+    models: Annotated[int, typer.Option(help="Models held: the policy, a reference, ...")] = 2,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = True,
+    device: Annotated[str, typer.Option(help="cuda or cpu: decides the chunks.")] = "cuda",
+    workspace_mib: Annotated[int | None, typer.Option(help="Memory for one chunk of logits.")] = None,
+    budget_gib: Annotated[float | None, typer.Option(help="What fits into this much memory?")] = None,
+    tflops: Annotated[float | None, typer.Option(help="GEMM rate to predict times from.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the GEMM rate here instead.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Predict the memory and time of a training step, with the naive loss and with the fused one."""
+    import json as encoder
+
+    import torch
+
+    from . import plan as planning
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype: must be one of {', '.join(dtypes)}; got {dtype!r}")
+    model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
+    if config is not None:
+        model = planning.from_config(config)
+    workspace = None if workspace_mib is None else workspace_mib * 2**20
+    run = planning.Run(
+        batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
+        checkpointing, torch.device(device), workspace,
+    )  # fmt: skip
+    rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
+    budget = None if budget_gib is None else int(budget_gib * 2**30)
+    content = planning.report(model, run, budget, rate)
+    if json:
+        print(encoder.dumps(content, indent=1))
+    else:
+        planning.show(content)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V], likewise
     scale: float
     softcap: float | None
+    gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``planner.weight_gradient_dtype``)
 
 
 class Rows(NamedTuple):
@@ -130,7 +131,8 @@ class Logits:
 class HeadGradients:
     """Sums a linear head's gradients over chunks of dlogits.
 
-    ``weight`` and ``bias`` add up in fp32; ``hidden`` gets each row once, at the caller's position, and is 0 elsewhere.
+    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
+    position, and is 0 elsewhere.
     """
 
     def __init__(self, rows: Rows, head: Head, needs: Needs) -> None:
@@ -141,7 +143,7 @@ class HeadGradients:
         make = torch.zeros if rowless or rows.positions is not None else torch.empty
         self.hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
         make = torch.zeros if rowless else torch.empty
-        self.weight = make(vocab, width, dtype=torch.float32, device=device) if needs.weight else None
+        self.weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
         self.bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
         self._first = True
 
@@ -159,8 +161,8 @@ class HeadGradients:
 
 
 def accumulate_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total (+)= left @ right, with ``total`` fp32 whatever the operands are; ``first`` overwrites."""
-    if left.dtype == torch.float32:
+    """total (+)= left @ right, with ``total`` fp32 or in the dtype of the operands; ``first`` overwrites."""
+    if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif total.is_cuda:  # fp32 output straight from the GEMM's accumulator
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=0 if first else 1, out=total)

@@ -66,6 +66,25 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
     return min(_round_up(even, multiple), most // multiple * multiple, n)
 
 
+def weight_gradient_dtype(
+    positions: int,
+    vocab: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int | None,
+) -> torch.dtype:
+    """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
+
+    A CPU's 16-bit GEMM cannot write fp32, so where one chunk holds all ``positions`` its product is the gradient as it
+    stands, and an fp32 copy would hold the same numbers in twice the memory.
+    """
+    if device.type != "cpu" or torch.float32 in (dtype, weight_dtype):
+        return torch.float32
+    single = chunk_rows(positions, vocab, dtype, device, workspace_bytes) >= positions
+    return dtype if single else torch.float32
+
+
 def _round_up(x: int, multiple: int) -> int:
     return math.ceil(x / multiple) * multiple
 
@@ -92,6 +111,13 @@ class Problem(NamedTuple):
     @property
     def chunks(self) -> int:
         return math.ceil(self.tokens / self.rows) if self.rows else 0
+
+    @property
+    def weight_gradient_dtype(self) -> torch.dtype:
+        """What the weight's gradient adds up in."""
+        positions = self.tokens if self.positions is None else self.positions
+        weight_dtype = self.weight_dtype or self.dtype
+        return weight_gradient_dtype(positions, self.vocab, self.dtype, weight_dtype, self.device, self.workspace_bytes)
 
     @property
     def gemm_flop(self) -> int:
@@ -133,17 +159,20 @@ def fused_memory(p: Problem) -> Memory:
     """``fused_klq_loss``: one chunk of logits, an fp32 weight gradient, and the gradients themselves.
 
     Forward makes the gradients; backward scales them, which for a 16-bit weight writes a second, 16-bit gradient beside
-    the fp32 accumulator. On a CPU a 16-bit accumulation goes through an extra strip of products.
+    the fp32 accumulator. On a CPU a 16-bit accumulation goes through an extra strip of products, or where one chunk is
+    all there is needs no accumulator (``weight_gradient_dtype``).
     """
     d_hidden, d_weight = _head_gradients(p)
     masked = p.positions is not None and p.positions != p.tokens
     row_bytes = p.hidden * p.dtype.itemsize
-    accumulator = 4 * p.vocab * p.hidden * p.weight_gradient
-    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != torch.float32
+    in_fp32 = p.weight_gradient_dtype == torch.float32
+    accumulator = 4 * p.vocab * p.hidden * p.weight_gradient * in_fp32
+    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype
     cast = p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0
     forward = _nonzero(
         logits_chunk=p.rows * row_stride(p.vocab) * p.dtype.itemsize,
         weight_gradient_fp32=accumulator,
+        weight_gradient=d_weight * (not in_fp32),
         hidden_gradient=d_hidden,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
         hidden_gradient_chunk=p.rows * row_bytes * (masked and p.hidden_gradient),
@@ -159,7 +188,7 @@ def fused_memory(p: Problem) -> Memory:
 
 
 def naive_memory(p: Problem) -> Memory:
-    """Full logits through ``F.linear``, ``log_softmax`` and autograd, all in the dtype of the model.
+    """Full logits through ``F.linear``, ``F.cross_entropy`` and autograd, all in the dtype of the model.
 
     Backward holds the log-softmax, the gradient by it and the gradient by the logits; later the last of them beside the
     gradients of hidden and weight.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import layout, planner
 from ..metrics import RowVectors, klq_metrics, metric_names
 from ..one_pass import Head, LossShape, Needs, Rows, ScanInputs, Targets, klq_pass
 from .dispatch import backend_for
@@ -39,10 +39,26 @@ class GradientScale:
         return losses.sum() * self.grad_scale * self.unit
 
 
-def make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Head:
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    workspace_bytes: int | None,
+) -> Head:
     """The head in the dtype of ``hidden``: products run in it, an fp32 master weight is cast for them."""
+    gradient_dtype = weight_gradient_dtype(hidden, weight, workspace_bytes)
     weight = weight.detach().to(hidden.dtype)
-    return Head(weight, None if bias is None else bias.detach().to(hidden.dtype), 1.0 / temperature, softcap)
+    bias = None if bias is None else bias.detach().to(hidden.dtype)
+    return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype)
+
+
+def weight_gradient_dtype(hidden: Tensor, weight: Tensor, workspace_bytes: int | None) -> torch.dtype:
+    """``planner.weight_gradient_dtype`` of these inputs."""
+    return planner.weight_gradient_dtype(
+        hidden.shape[0], weight.shape[0], hidden.dtype, weight.dtype, hidden.device, workspace_bytes
+    )
 
 
 @torch.library.custom_op("klq_kernels::fused_klq_loss", mutates_args=())
@@ -113,7 +129,7 @@ def fused_klq_loss(
         result = klq_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap),
+            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
             Needs(need_hidden, need_weight, need_bias),
             row_values,
             targets,
@@ -156,7 +172,7 @@ def fused_klq_loss(
 
 @fused_klq_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    (ref_logp, loss_type, return_entropy) = args[4], args[18], args[24]
+    (ref_logp, loss_type, return_entropy, workspace_bytes) = args[4], args[18], args[24], args[25]
     need_hidden, need_weight, need_bias, need_values = args[-4:]
     names = metric_names(
         on_policy=args[1] is None, reference=ref_logp is not None, loss_type=loss_type, entropy=return_entropy
@@ -170,7 +186,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *arg
         scalar,
         scalar.new_empty(len(names)),
         shaped(need_hidden, *hidden.shape, dtype=hidden.dtype),
-        shaped(need_weight, *weight.shape),
+        shaped(need_weight, *weight.shape, dtype=weight_gradient_dtype(hidden, weight, workspace_bytes)),
         shaped(need_bias, weight.shape[0]),
         shaped(need_values, actions.shape[0]),
         scalar.new_empty(()),

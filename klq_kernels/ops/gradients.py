@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..planner import STRIP_ROWS
+
 try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
     from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
 except ImportError:  # then never overwrite what was saved
@@ -23,4 +25,9 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
     if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
         return torch.mul(saved, scale.reshape(1), out=out)
-    return (saved.mul_(scale) if reuse else saved * scale).to(dtype)
+    if saved.dtype == dtype:
+        return saved.mul_(scale) if reuse else saved * scale
+    out = torch.empty_like(saved, dtype=dtype)
+    for part, into in zip(saved.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
+        into.copy_(part * scale)  # the product stays in cache: one pass over memory
+    return out

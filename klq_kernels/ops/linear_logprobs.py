@@ -40,7 +40,7 @@ def linear_logprobs(
         results = logprobs_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap),
+            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
             entropy=return_entropy,
             workspace_bytes=workspace_bytes,
         )
@@ -91,7 +91,7 @@ def linear_logprobs_backward(
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap),
+            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
             Needs(need_hidden, need_weight, need_bias),
             row_lse,
             take(entropy),

@@ -1,0 +1,68 @@
+"""What a measurement depends on, recorded beside it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import klq_kernels
+from klq_kernels.ops.dispatch import backend_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device, command: str) -> dict[str, Any]:
+    """Device, versions, threads, commit and the command, all plain JSON values."""
+    return {
+        "command": command,
+        "device": device_name(device),
+        "device_type": device.type,
+        "driver": driver() if device.type == "cuda" else None,
+        "backend": backend_name(device),
+        "threads": torch.get_num_threads(),
+        "klq_kernels": klq_kernels.__version__,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def version_of(module: str) -> str | None:
+    try:
+        return str(__import__(module).__version__)
+    except ImportError:
+        return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or None
+
+
+def driver() -> str | None:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,56 @@
+"""How well the planner's memory predictions hold: predicted against measured bytes of naive and fused losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from klq_kernels import planner
+
+from . import memory
+from .contenders.ours import fused
+from .contenders.plain import loss_through, naive_logprobs
+from .inputs import head_inputs
+from .shapes import Shape
+
+KINDS = ("fused", "naive")
+CONTENDERS = {"fused": "klq_kernels", "naive": "naive"}
+
+
+def predicted(shape: Shape, device: torch.device, kind: str, positions: int | None = None) -> int:
+    """Peak bytes over the inputs, gradients included, as the planner sees them."""
+    problem = planner.Problem(shape.tokens, shape.hidden, shape.vocab, shape.dtype, device, positions=positions)
+    return (planner.fused_memory if kind == "fused" else planner.naive_memory)(problem).peak
+
+
+def measured(shape: Shape, device: torch.device, kind: str) -> int | str:
+    """The same by the CUDA allocator, or from a fresh CPU process."""
+    if device.type == "cpu":
+        return memory.on_cpu("loss", [shape], CONTENDERS[kind])[0]
+    inputs = head_inputs(shape, device)
+    return memory.on_gpu(fused(inputs) if kind == "fused" else loss_through(naive_logprobs, inputs))
+
+
+def accuracy(shapes: list[Shape], device: torch.device) -> list[dict[str, Any]]:
+    """One entry per shape and kind: predicted and measured bytes and their ratio (None where it did not fit)."""
+    out = []
+    for shape in shapes:
+        for kind in KINDS:
+            try:
+                found = measured(shape, device, kind)
+            except torch.OutOfMemoryError:
+                found = "oom"
+            guess = predicted(shape, device, kind)
+            out.append(
+                {
+                    "kind": kind,
+                    "shape": {**shape._asdict(), "dtype": shape.dtype_name},
+                    "predicted_bytes": guess,
+                    "measured_bytes": found,
+                    "ratio": guess / found if isinstance(found, int) and found else None,
+                }
+            )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return out

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Builds the extension with the address and undefined-behaviour sanitizers into a temporary folder and runs the native
+# backend's tests on that build. Run from the checkout, with the interpreter to use as $PYTHON. GCC, Linux.
+set -eu
+python=${PYTHON:-python}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+KLQ_BUILD_NATIVE=1 KLQ_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1" \
+  "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/objects"
+# Python itself is not instrumented: the runtime comes first, and what Python leaves allocated is no leak of ours.
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=print_stacktrace=1 \
+  KLQ_NATIVE_LIBRARY="$(ls "$build"/klq_kernels/_native*.so)" \
+  "$python" -m pytest -q -p no:cacheprovider -k native "$@" \
+  tests/test_native.py tests/test_returns.py tests/test_logprobs.py tests/test_loss.py
