@@ -61,7 +61,7 @@ RECORDS = {
 
 HEAD_PRESETS = {
     "tiny": [Shape("tiny", 96, 64, 1000, torch.float32, ragged=True)],
-    "quick": [Shape("quick", 256, 256, v, torch.float32, ragged=True) for v in (8192, 32_768, 128_256)],
+    "quick": [Shape("quick", 128, 128, v, torch.float32, ragged=True) for v in (8192, 32_768, 128_256)],
     "full": [
         Shape("full", n, 1024, 50_304, dtype, ragged=True)
         for dtype in (torch.float32, torch.bfloat16)

@@ -25,7 +25,7 @@ constexpr int64_t TOKENS = 16384;        // likewise, of per-token columns
 
 // ---- which instruction set --------------------------------------------------------------------------------------
 
-constexpr int64_t PORTABLE = 0, AVX2 = 1, AVX512 = 2;
+enum Isa : int64_t { PORTABLE, AVX2, AVX512 };
 
 int64_t best_isa() {
 #if defined(__x86_64__)

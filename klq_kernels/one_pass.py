@@ -29,9 +29,6 @@ from torch import Tensor
 
 from . import planner
 
-# Rows of the fp32 accumulator updated at a time where the device's GEMM cannot write fp32 from 16-bit inputs.
-STRIP_ROWS = 4096
-
 
 class Head(NamedTuple):
     """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
@@ -167,8 +164,8 @@ def accumulate_product(total: Tensor, left: Tensor, right: Tensor, *, first: boo
     elif total.is_cuda:  # fp32 output straight from the GEMM's accumulator
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=0 if first else 1, out=total)
     else:
-        for start in range(0, total.shape[0], STRIP_ROWS):
-            strip = slice(start, start + STRIP_ROWS)
+        for start in range(0, total.shape[0], planner.STRIP_ROWS):
+            strip = slice(start, start + planner.STRIP_ROWS)
             product = torch.mm(left[strip], right)
             if first:
                 total[strip] = product

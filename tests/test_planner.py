@@ -11,7 +11,7 @@ import torch
 
 from bench import planner_accuracy
 from bench.shapes import Shape
-from klq_kernels import one_pass, plan, planner
+from klq_kernels import plan, planner
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -43,10 +43,6 @@ def test_over_chunking_is_avoided_where_everything_fits() -> None:
 def test_a_workspace_too_small_for_a_row_is_named() -> None:
     with pytest.raises(ValueError, match="workspace_bytes"):
         planner.chunk_rows(8, 1000, torch.float32, CPU, 100)
-
-
-def test_planner_and_driver_agree_on_the_strip() -> None:
-    assert planner.STRIP_ROWS == one_pass.STRIP_ROWS
 
 
 def test_why_chunks_names_what_bounds_them() -> None:

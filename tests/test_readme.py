@@ -51,6 +51,12 @@ def test_shell_commands_exist() -> None:
             assert program == "pip", line
 
 
+def test_figures_are_those_on_record() -> None:
+    from bench import readme
+
+    assert readme.filled(README, readme.numbers(readme.load("cpu_memory"), readme.load("cpu_time"))) == README
+
+
 def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -82,7 +82,7 @@ class Verdict:
 
 
 def judge(history: list[dict[str, float]], tau: float) -> Verdict:
-    window = max(len(history) // 6, 1)
+    window = max(len(history) // 12, 1)
     return Verdict(
         window,
         mean(step["reward"] for step in history[:window]),
@@ -126,7 +126,7 @@ HELD_OUT_COLUMNS = ("held-out letters", "reward", "KL", "entropy", "tokens", "cu
 def rich_table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     return table

@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 NAMES = "Ana Bilal Chen Dara Emil Farah Goran Hana Ivo Jun Kofi Lena Mira Nadia Omar Petra".split()
 CITIES = "Oslo Lima Accra Delhi Porto Quito Turin Sofia Kyoto Cairo".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 ITEMS = "lamp kettle chair radio bicycle camera blender printer clock jacket tent guitar".split()
-COLOURS = "red blue green black white yellow".split()
 # How the letter puts it, and how a summary may.
 PROBLEMS = {
     "arrived broken": "broken",
@@ -31,10 +29,10 @@ PROBLEMS = {
     "smells of smoke": "smelly",
 }
 LETTERS = (
-    "{name} from {city} writes: last {day} I bought a {colour} {item}. It {problem}. The {other} is fine.",
-    "Hello, my name is {name}. The {other} is fine, but the {colour} {item} that you sent to {city} {problem}.",
-    "Dear shop, on {day} I ordered a {item} and a {other}. Now the {item} {problem}. Greetings from {city}, {name}.",
-    "This is {name}. Your {colour} {item} {problem}! I live in {city}. My old {other} never gave me trouble.",
+    "{name} from {city} writes: the {item} I bought {problem}. The {other} is fine.",
+    "Hello, the {other} is fine, but my new {item} {problem}. Greetings from {city}, {name}.",
+    "Dear shop, I ordered a {item} and a {other}. Now the {item} {problem}. {name}, {city}.",
+    "This is {name} in {city}. Your {item} {problem}! My old {other} never gave me trouble.",
 )
 MANNERS = ("Please help.", "Please send another one.", "Thank you for your help.", "Could you please refund it?")
 CHATTER = ("It is a nice day.", "I like the shop.", "Letters are long.", "Who knows?", "So it goes.", "Well, well.")
@@ -59,9 +57,8 @@ def write_letter(rng: random.Random) -> Letter:
     item, other = rng.sample(ITEMS, 2)
     problem = rng.choice(list(PROBLEMS))
     text = rng.choice(LETTERS).format(
-        name=rng.choice(NAMES), city=rng.choice(CITIES), day=rng.choice(DAYS), colour=rng.choice(COLOURS),
-        item=item, other=other, problem=problem,
-    )  # fmt: skip
+        name=rng.choice(NAMES), city=rng.choice(CITIES), item=item, other=other, problem=problem
+    )
     return Letter(text, item, PROBLEMS[problem])
 
 
@@ -89,7 +86,7 @@ def mistaken(letter: Letter, rng: random.Random) -> str:
 
 
 def rambling(letter: Letter, rng: random.Random) -> str:
-    said = [f"The {letter.item} is {letter.problem}.", *rng.choices(CHATTER, k=rng.randint(2, 8)), rng.choice(MANNERS)]
+    said = [f"The {letter.item} is {letter.problem}.", *rng.choices(CHATTER, k=rng.randint(2, 5)), rng.choice(MANNERS)]
     return " " + " ".join(said)
 
 

@@ -29,11 +29,11 @@ class Settings:
 
     batch: int = 96  # responses per step
     minibatches: int = 2
-    epochs: int = 4
-    max_new_tokens: int = 32
+    epochs: int = 2
+    max_new_tokens: int = 28
     tau: float = 0.05
     lam: float = 0.95
-    lr: float = 3e-4
+    lr: float = 5e-4
     value_lr: float = 3e-3  # the value head starts from nothing and has to follow the policy
     max_grad_norm: float = 1.0
 

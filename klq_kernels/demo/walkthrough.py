@@ -32,9 +32,7 @@ class Size:
 
 
 FULL = Size()
-STATUS = (
-    "reward {reward:.2f}  KL {kl:.2f}  entropy {entropy:.2f}  length {length:.1f}  explained {explained_variance:.2f}"
-)
+STATUS = "reward {reward:.2f} KL {kl:.2f} H {entropy:.2f} len {length:.1f} EV {explained_variance:.2f}"
 
 
 def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: Size = FULL) -> None:
@@ -54,7 +52,7 @@ def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: S
         raise ValueError(f"steps: must be at least 1, got {steps}")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    columns = TextColumn("{task.description:<26}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
         measured = measure(progress, size, seed)
         report.write_json(out / "memory.json", measured)
@@ -72,7 +70,7 @@ def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: S
 
 def measure(progress: Progress, size: Size, seed: int) -> dict[str, Any]:
     stages = 2 + len(memory.CONTENDERS) * len({*size.vocabularies, size.shape.vocab})
-    bar = progress.add_task("Naive against fused", total=stages, status="")
+    bar = progress.add_task("Memory", total=stages, status="")
     done = -1
 
     def tell(doing: str) -> None:
@@ -89,7 +87,7 @@ def learn(progress: Progress, out: Path, steps: int, seed: int, size: Size, meas
     torch.manual_seed(seed)
     tokenizer = task.build_tokenizer(prompt + summary for prompt, summary in islice(task.examples("tokenizer"), 2000))
     model = policy.build_model(tokenizer)
-    bar = progress.add_task("Warm start", total=size.warm_steps, status="")
+    bar = progress.add_task("Warm-up", total=size.warm_steps, status="")
     for loss in policy.warm_start(model, tokenizer, seed=seed, steps=size.warm_steps):
         progress.update(bar, advance=1, status=f"loss {loss:.3f}")
 

@@ -1,0 +1,103 @@
+"""The README's figures, written from committed results: ``python -m bench.readme`` (``--check`` compares the text).
+
+Fills the part between the markers with tables made of bench/results/cpu_memory.json and cpu_time.json, and draws
+docs/memory.png from the first. Run it after ``python -m bench.readme_numbers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .environment import ROOT
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+PICTURE = ROOT / "docs" / "memory.png"
+BEGIN, END = "<!-- begin numbers: python -m bench.readme -->", "<!-- end numbers -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def numbers(memory: dict[str, Any], timing: dict[str, Any]) -> str:
+    """The text between the markers."""
+    machine = memory["environment"]
+    lines = [
+        f"`{machine['command']}`, measured on a CPU ({machine['device']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}, backend {machine['backend']}).",
+        "",
+        "Loss and all gradients, peak memory over the inputs:",
+        "",
+        "| loss | shape | peak | of it beyond the gradients |",
+        "|---|---|---:|---:|",
+    ]
+    for row in memory["planner"]:
+        peak, beyond = (report.bytes_text(row[name]) for name in ("measured_bytes", "beyond_gradients_bytes"))
+        lines.append(f"| {row['kind']} | {report.problem_text(row['shape'])} | {peak} | {beyond} |")
+    lines += [
+        "",
+        "Time, side by side in one run (ratios below 1 are faster; the floor is the three bare matrix products):",
+        "",
+        "| loss | shape | ms | x naive | x floor |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in timing["results"]:
+        if row["status"] in ("ok", "floor"):
+            shape = ", ".join(f"{name}={size:,}" for name, size in row["sizes"].items())
+            ratios = (report.ratio(row[name]) for name in ("ratio_to_naive", "ratio_to_floor"))
+            lines.append(f"| {row['name']} | {shape}, {row['dtype']} | {row['ms']:,.0f} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, "", "[All benchmarks](docs/benchmarks.md)."])
+
+
+def filled(readme: str, text: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def draw(memory: dict[str, Any], path: Path) -> None:
+    """Bars of peak memory: the gradients, which every loss has to hand out, and what each needs beyond them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = memory["planner"]
+    figure, axes = plt.subplots(figsize=(7.5, 2.6), layout="constrained")
+    labels = [f"{row['kind']}, {row['shape']['dtype']}" for row in rows]
+    gradients = [row["gradient_bytes"] / 2**30 for row in rows]
+    beyond = [row["beyond_gradients_bytes"] / 2**30 for row in rows]
+    axes.barh(labels, gradients, color="0.75", label="gradients of hidden states and weight")
+    bars = axes.barh(labels, beyond, left=gradients, color="#0072b2", label="everything else")
+    axes.bar_label(bars, [f" {a + b:.2f} GiB" for a, b in zip(gradients, beyond, strict=True)])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    shape = rows[0]["shape"]
+    sizes = f"{shape['tokens']:,} tokens, hidden size {shape['hidden']:,}, vocabulary {shape['vocab']:,}"
+    axes.set_title(f"KLQ loss and gradients: {sizes}", loc="left", fontsize=10)
+    axes.set_xlabel("peak memory over the inputs, GiB")
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the README's figures are not these")
+    given = parser.parse_args()
+    memory = load("cpu_memory")
+    old = README.read_text()
+    new = filled(old, numbers(memory, load("cpu_time")))
+    if given.check:
+        sys.exit(0 if new == old else "README.md: run python -m bench.readme")
+    README.write_text(new)
+    draw(memory, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
