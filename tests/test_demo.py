@@ -275,6 +275,7 @@ def run_tiny(out: Path, steps: int) -> dict[str, Any]:
 
 def test_a_tiny_run_writes_everything(tmp_path: Path):
     written = run_tiny(tmp_path, steps=2)
+    assert {file.name for file in tmp_path.iterdir()} == set(walkthrough.WRITTEN)
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2"]
@@ -301,6 +302,7 @@ def test_an_interrupted_run_keeps_its_numbers(tmp_path: Path, monkeypatch: pytes
     train = walkthrough.train
     monkeypatch.setattr(walkthrough, "train", interrupted)
     monkeypatch.setattr(walkthrough, "measure", lambda *_: MEASURED)
+    (tmp_path / "metrics.csv").write_text("of an earlier run\n" * 10)
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path, steps=5, seed=0, size=TINY)
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3

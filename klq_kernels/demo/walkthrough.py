@@ -32,11 +32,12 @@ class Size:
 
 
 FULL = Size()
+WRITTEN = ("report.md", "memory.png", "memory.json", "training.png", "metrics.csv", "metrics.json")
 STATUS = "reward {reward:.2f} KL {kl:.2f} H {entropy:.2f} len {length:.1f} EV {explained_variance:.2f}"
 
 
 def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: Size = FULL) -> None:
-    """Writes report.md, memory.png, training.png, metrics.csv and metrics.json into ``out``.
+    """Writes the files ``WRITTEN`` into ``out``, in place of an earlier run's.
 
     Args:
         out: a folder, made if it does not exist.
@@ -51,6 +52,8 @@ def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: S
     if steps < 1:
         raise ValueError(f"steps: must be at least 1, got {steps}")
     out.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:  # nothing of an earlier run is to be taken for this one's
+        (out / name).unlink(missing_ok=True)
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
