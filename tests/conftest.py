@@ -29,6 +29,9 @@ settings.register_profile("search", settings.get_profile("default"), derandomize
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# Without a GPU the kernels run interpreted, in a process of their own (test_interpreter.py).
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+collect_ignore = [] if torch.cuda.is_available() or INTERPRETED else ["test_kernels.py"]
 LEFT_OUT = pytest.StashKey[int]()
 
 

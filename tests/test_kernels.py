@@ -1,5 +1,7 @@
 """Each Triton kernel against float64 arithmetic: on the GPU where there is one, else under Triton's interpreter.
 
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py      (test_interpreter.py does so in the whole suite)
+
 The interpreter is slow, so there blocks are shrunk: many tiles, tails and look-backs at a few hundred elements. It
 folds scans sequentially and would not notice a combine that is not associative; that is proved on its own below.
 """
@@ -9,7 +11,6 @@ from __future__ import annotations
 import builtins
 import importlib
 import itertools
-import os
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
@@ -18,9 +19,6 @@ from torch import Tensor
 
 import klq_kernels
 from klq_kernels import planner, reference
-
-if not torch.cuda.is_available():  # before the first kernel is imported
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 

@@ -101,10 +101,11 @@ def test_no_module_imports_triton_unless_a_kernel_is_used():
 import builtins, os, pkgutil, importlib
 os.environ.pop("KLQ_BACKEND", None)
 askers, real = [], builtins.__import__
-def traced(name, scope=None, *rest):
+def traced(name, globals=None, *rest, **named):
+    scope = globals
     if name.partition(".")[0] == "triton" and scope and scope["__name__"].startswith("klq_kernels"):
         askers.append(scope["__name__"])
-    return real(name, scope, *rest)
+    return real(name, globals, *rest, **named)
 builtins.__import__ = traced
 import klq_kernels
 for module in pkgutil.iter_modules(klq_kernels.__path__, "klq_kernels."):

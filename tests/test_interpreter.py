@@ -1,0 +1,28 @@
+"""Runs test_kernels.py under Triton's interpreter, which has to be switched on before Triton is first imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled here, and test_kernels.py runs as it is"
+)
+def test_every_kernel_under_the_interpreter() -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "test_kernels.py")]
+    done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) > 100
