@@ -146,10 +146,13 @@ class HeadGradients:
 
     def add(self, chunk: slice, hidden: Tensor, dlogits: Tensor) -> None:
         positions = self._rows.positions
-        if self.hidden is not None and positions is None:
-            torch.mm(dlogits, self._head.weight, out=self.hidden[chunk])
-        elif self.hidden is not None and positions is not None:
-            self.hidden.index_copy_(0, positions[chunk], torch.mm(dlogits, self._head.weight))
+        if self.hidden is not None:
+            # Into a buffer of its own: a GEMM may add in another order where its output is aligned otherwise.
+            product = torch.mm(dlogits, self._head.weight)
+            if positions is None:
+                self.hidden[chunk] = product
+            else:
+                self.hidden.index_copy_(0, positions[chunk], product)
         if self.weight is not None:
             accumulate_product(self.weight, dlogits.T, hidden, first=self._first)
         if self.bias is not None:

@@ -175,7 +175,7 @@ def fused_memory(p: Problem) -> Memory:
         weight_gradient=d_weight * (not in_fp32),
         hidden_gradient=d_hidden,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
-        hidden_gradient_chunk=p.rows * row_bytes * (masked and p.hidden_gradient),
+        hidden_gradient_chunk=p.rows * row_bytes * p.hidden_gradient,
         weight_cast=cast,
         product_strip=min(STRIP_ROWS, p.vocab) * row_bytes * strips,
     )
