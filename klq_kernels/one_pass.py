@@ -112,10 +112,11 @@ def chunks_last_to_first(n: int, size: int) -> Iterator[slice]:
 class Logits:
     """One reusable buffer of logits, rows at 16-byte multiples, filled by GEMM 1."""
 
-    def __init__(self, rows: int, head: Head) -> None:
+    def __init__(self, n: int, head: Head, workspace_bytes: int | None) -> None:
         vocab = head.weight.shape[0]
+        self.rows = planner.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
         self._head = head
-        self._buffer = head.weight.new_empty(rows, planner.row_stride(vocab))[:, :vocab]
+        self._buffer = head.weight.new_empty(self.rows, planner.row_stride(vocab))[:, :vocab]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Raw logits of these rows (before softcap and temperature), valid until the next call."""
@@ -183,9 +184,8 @@ def logprobs_pass(
     n = rows.actions.numel()
     logp, lse = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(2))
     entropies = torch.empty_like(logp) if entropy else None
-    size = planner.chunk_rows(n, head.weight.shape[0], head.weight.dtype, head.weight.device, workspace_bytes)
-    buffer = Logits(size, head)
-    for chunk in chunks_last_to_first(n, size):
+    buffer = Logits(n, head, workspace_bytes)
+    for chunk in chunks_last_to_first(n, buffer.rows):
         logits = buffer.project(rows.take(chunk))
         backend.row_stats(
             logits, rows.actions[chunk], lse[chunk], logp[chunk], None if entropies is None else entropies[chunk],
@@ -211,9 +211,8 @@ def logprobs_backward_pass(
     n = rows.actions.numel()
     gradients = HeadGradients(rows, head, needs)
     d_softmax = -d_logp if d_lse is None else d_lse - d_logp
-    size = planner.chunk_rows(n, head.weight.shape[0], head.weight.dtype, head.weight.device, workspace_bytes)
-    buffer = Logits(size, head)
-    for chunk in chunks_last_to_first(n, size):
+    buffer = Logits(n, head, workspace_bytes)
+    for chunk in chunks_last_to_first(n, buffer.rows):
         hidden = rows.take(chunk)
         logits = buffer.project(hidden)
         backend.row_grad_(
@@ -248,9 +247,8 @@ def klq_pass(
     advantages = torch.empty_like(logp) if targets is None else targets.advantages
     carry = torch.zeros(1, dtype=torch.float32, device=device)
     gradients = HeadGradients(rows, head, needs)
-    size = planner.chunk_rows(n, head.weight.shape[0], head.weight.dtype, head.weight.device, workspace_bytes)
-    buffer = Logits(size, head)
-    for chunk in chunks_last_to_first(n, size):
+    buffer = Logits(n, head, workspace_bytes)
+    for chunk in chunks_last_to_first(n, buffer.rows):
         hidden = rows.take(chunk)
         actions = rows.actions[chunk]
         logits = buffer.project(hidden)
