@@ -282,7 +282,8 @@ def read_score(name: str, sample: int, entry: Any) -> float:
     if entry is None:
         return math.nan
     number: Any = entry.item() if getattr(entry, "shape", None) == () else entry  # scalars of torch and numpy
-    if not isinstance(number, numbers.Real):
+    is_number = isinstance(number, numbers.Real)
+    if not is_number:
         raise ValueError(
             f"reward function {name}: the score of sample {sample} must be a number or None, got {entry!r}"
         )
