@@ -111,6 +111,20 @@ def plan(
         planning.show(content)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML: names of arguments and their values.")] = None,
+) -> None:
+    """Train a model by KLQ or PPO from a YAML file and flags (klq train --help lists them)."""
+    from .trainer import run
+
+    if {"-h", "--help"} & set(context.args):
+        run.argument_parser().print_help()
+        return
+    run.run(*run.parse(config, context.args))
+
+
 def main() -> None:
     """The entry point. Exits with 2 where the input was bad."""
     try:
