@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
-import torch
-from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerBase
 
+from ..tasks.warm_start import supervise
 from . import task
-
-IGNORED = -100  # transformers' label of a token that is not trained on
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> GPTNeoXForCausalLM:
@@ -31,21 +27,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(config).eval()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Prompt + summary + EOS, padded on the right (so positions count from 0 by themselves), summaries labelled."""
-    pairs = [
-        (tokenizer.encode(prompt), [*tokenizer.encode(summary), tokenizer.eos_token_id]) for prompt, summary in examples
-    ]
-    width = max(len(prompt) + len(summary) for prompt, summary in pairs)
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (prompt, summary) in enumerate(pairs):
-        end = len(prompt) + len(summary)
-        ids[row, :end] = torch.tensor(prompt + summary)
-        labels[row, len(prompt) : end] = torch.tensor(summary)
-    return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
-
-
 def warm_start(
     model: GPTNeoXForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,14 +37,4 @@ def warm_start(
     lr: float = 3e-3,
 ) -> Iterator[float]:
     """Supervised steps on the mixed writers' summaries; yields the loss of each."""
-    stream = task.examples(f"warm start {seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
-    for _ in range(steps):
-        loss = model(**encode(tokenizer, list(islice(stream, batch)))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item()
+    return supervise(model, tokenizer, task.examples(f"warm start {seed}"), steps=steps, batch=batch, lr=lr)
