@@ -1,0 +1,36 @@
+"""A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
+
+config                    what a run can be told
+trainer                   the cycle: rollout, rewards, scoring, updates; checkpoints
+rollout rewards data      completions, scores, prompts
+models actor_critic       what is known of a language model; the module that is trained
+batches experience        sequences as a model reads them; what a cycle has learnt of them
+objectives                scores, the KLQ loss, the PPO loss
+sampler seeds means       prompts of a cycle, reproducible randomness, true means
+callbacks                 signatures of failure, a log of completions
+"""
+
+from __future__ import annotations
+
+try:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"the trainer needs {error.name}: pip install 'klq_kernels[train]'") from None
+
+from .config import KLQConfig
+from .rewards import RewardFunction, Rewards, Scores
+from .rollout import Completions, RolloutFunction
+from .trainer import KLQTrainer, last_complete_checkpoint
+
+__all__ = [
+    "Completions",
+    "KLQConfig",
+    "KLQTrainer",
+    "RewardFunction",
+    "Rewards",
+    "RolloutFunction",
+    "Scores",
+    "last_complete_checkpoint",
+]

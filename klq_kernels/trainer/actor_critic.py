@@ -1,0 +1,112 @@
+"""The module that is trained: a policy and its value function, called as one.
+
+``forward`` takes an objective, a function of the states that matter, and calls it *inside* the module. So whatever
+wraps the module (DDP's bookkeeping, FSDP2's gathering of sharded weights, autocast) is in force while the objective
+reads the lm_head's weight, and nothing of size [tokens, vocab] ever leaves the function that works on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import require
+from .batches import Inputs
+from .models import Head, LanguageModel, backbone_states
+
+
+class States(NamedTuple):
+    """What an objective sees of a batch: N trained tokens in S sequences, packed."""
+
+    hidden: Tensor  # [N, H], the policy's state before each trained token
+    head: Head
+    values: Tensor  # fp32 [N], V of the state before each trained token
+    last_values: Tensor  # fp32 [S], V of the state after the last token
+
+
+Objective = Callable[[States], Any]
+
+
+class ValueFunction(nn.Module):
+    """V of a state: a linear head, on the policy's hidden states or on those of a model of its own.
+
+    Args:
+        width: size of the policy's hidden states.
+        model: None (the lean default: share the policy's backbone), a sequence-classification model with one label
+            (a reward model, say: its head becomes the value head), or a bare or causal-LM backbone.
+    """
+
+    def __init__(self, width: int, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone: nn.Module | None = None
+        head = None
+        if model is not None:
+            self.backbone = getattr(model, "base_model", model)
+            width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+            head = getattr(model, "score", None)
+            require(
+                head is None or getattr(head, "out_features", 1) == 1,
+                "value_model",
+                f"must have one label, got {getattr(head, 'out_features', None)} (load it with num_labels=1)",
+            )
+        self.head = head if isinstance(head, nn.Linear) else zero_head(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """V [N] in fp32 of hidden states [N, H] of the backbone this value function reads."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).float().squeeze(-1)
+
+
+def zero_head(width: int) -> nn.Linear:
+    """A fresh value head: fp32, and 0 everywhere, so that the first returns are the rewards themselves."""
+    head = nn.Linear(width, 1, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class ActorCritic(nn.Module):
+    """A policy (a causal LM, perhaps with adapters) and its value function, in one module."""
+
+    accepts_loss_kwargs = True  # tells transformers.Trainer that losses come normalised over the whole step
+    main_input_name = "input_ids"
+
+    def __init__(self, policy: nn.Module, value: ValueFunction, temperature: float) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+        self.temperature = temperature
+        self.language_model = LanguageModel(policy)
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    def forward(self, inputs: Inputs, objective: Objective) -> Any:
+        """objective(states) of a batch; whatever it returns is returned."""
+        states = value_states = self.language_model.hidden_states(inputs)
+        hidden = value_hidden = states.index_select(0, inputs.rows)
+        if self.value.backbone is not None:
+            value_states = backbone_states(self.value.backbone, inputs)
+            value_hidden = value_states.index_select(0, inputs.rows)
+        values, last_values = self.value(value_hidden), self.value(value_states.index_select(0, inputs.last))
+        return objective(States(hidden, self.language_model.head(self.temperature), values, last_values))
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> Tensor:
+        return self.policy.generate(**kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        for model in (self.policy, self.value.backbone):
+            if model is not None:
+                model.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
+        if self.language_model.is_peft:  # frozen embeddings: without it no gradient would enter the checkpoints
+            self.policy.enable_input_require_grads()  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        for model in (self.policy, self.value.backbone):
+            if model is not None:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]

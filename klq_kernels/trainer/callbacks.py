@@ -1,0 +1,151 @@
+"""What watches a run for the signatures of known failures.
+
+Each failure is a question asked of the last logs; the answer is what was seen, or None. The table at the end pairs the
+questions with advice. A warning is given once per failure and run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import KLQConfig
+
+logger = logging.getLogger(__name__)
+
+Logs = dict[str, float]
+WINDOW = 8  # logs; with the default of one log per cycle, cycles
+
+
+class Window(NamedTuple):
+    """The last logs of a run, and its first."""
+
+    recent: list[Logs]
+    first: Logs
+    config: KLQConfig
+
+    def mean(self, name: str) -> float:
+        return fmean(logs.get(name, 0.0) for logs in self.recent)
+
+    def rises(self, name: str, factor: float = 1.0) -> bool:
+        return self.recent[-1].get(name, 0.0) > factor * self.recent[0].get(name, 0.0)
+
+    @property
+    def score_gain(self) -> float:
+        """By how many of their own spreads scores are better than at the start."""
+        return (self.mean("objective/scores") - self.first["objective/scores"]) / max(
+            self.mean("objective/scores_std"), 1e-8
+        )
+
+
+def not_a_number(seen: Window) -> str | None:
+    watched = ("loss", "objective/scores", "objective/kl")
+    bad = [name for name in watched if not abs(seen.recent[-1].get(name, 0.0)) < 1e30]
+    return ", ".join(bad) or None
+
+
+def kl_explosion(seen: Window) -> str | None:
+    """KL costs more than twice what scores differ by, and still rises."""
+    kl, spread = seen.mean("objective/kl"), seen.mean("objective/scores_std")
+    cost = seen.config.tau * kl
+    explodes = cost > 2 * max(spread, 0.05) and seen.rises("objective/kl")
+    return f"{kl:.1f} nats cost {cost:.2f}, scores differ by {spread:.2f}" if explodes else None
+
+
+def kl_collapse(seen: Window) -> str | None:
+    """Scores differ, and still the policy does not leave its reference."""
+    kl, spread = seen.mean("objective/kl"), seen.mean("objective/scores_std")
+    return f"{kl:.1e} nats" if abs(kl) < 1e-4 and spread > 1e-3 else None
+
+
+def value_divergence(seen: Window) -> str | None:
+    """V explains less than nothing and its error grows (returns that hardly vary are hard to explain: no failure)."""
+    error = "loss/residual_rms" if "loss/residual_rms" in seen.first else "loss/value_avg"
+    explained = seen.mean("val/explained_variance")
+    return f"explained variance {explained:.2f}" if explained < -0.5 and seen.rises(error, 1.2) else None
+
+
+def length_collapse(seen: Window) -> str | None:
+    """Completions have become very short, and scores are no better for it."""
+    began, length = seen.first["completions/mean_length"], seen.mean("completions/mean_length")
+    return f"{began:.0f} tokens have become {length:.1f}" if length < began / 4 and seen.score_gain <= 1 else None
+
+
+def no_score(seen: Window) -> str | None:
+    """Nearly everything is cut off, and bootstraps from V instead of being scored."""
+    cut = seen.mean("completions/truncated")
+    return f"{cut:.0%} of the completions are cut off" if seen.config.bootstrap_truncated and cut > 0.9 else None
+
+
+def entropy_collapse(seen: Window) -> str | None:
+    """The policy has become deterministic, and explores no more."""
+    entropy = seen.mean("policy/entropy_avg")
+    return f"{entropy:.3f} nats per token" if entropy < 0.02 < seen.first.get("policy/entropy_avg", 0.0) else None
+
+
+def reward_hacking(seen: Window) -> str | None:
+    """A hint only: scores have risen while completions went to an extreme of length."""
+    began, length = seen.first["completions/mean_length"], seen.mean("completions/mean_length")
+    extreme = length > 0.98 * seen.config.max_completion_length > began or length < 2 < began
+    return f"scores rose while completions became {length:.1f} tokens long" if extreme and seen.score_gain > 1 else None
+
+
+class Failure(NamedTuple):
+    """A question and what to try where the answer is not None; ``at_once``: needs no full window."""
+
+    ask: Callable[[Window], str | None]
+    advice: str
+    at_once: bool = False
+
+
+FAILURES = {
+    "not a number": Failure(
+        not_a_number, "Lower the learning rate; check the reward functions; use bf16 rather than fp16", at_once=True
+    ),
+    "KL explosion": Failure(kl_explosion, "Lower the learning rate or num_update_epochs, or raise tau"),
+    "KL collapse": Failure(kl_collapse, "Raise the learning rate, or lower tau"),
+    "value divergence": Failure(value_divergence, "Change value_learning_rate, or use loss_type huber"),
+    "length collapse": Failure(length_collapse, "Check that an empty completion earns little; raise tau"),
+    "no score gets through": Failure(
+        no_score, "Raise max_completion_length, set missing_eos_penalty, or set bootstrap_truncated to False"
+    ),
+    "entropy collapse": Failure(entropy_collapse, "Raise tau, or lower the learning rate"),
+    "reward hacking?": Failure(reward_hacking, "Read some completions (log_completions); score what the length buys"),
+}
+
+
+class FailureWatch(TrainerCallback):
+    """Warns of each of ``FAILURES`` once, with what was seen and what to try. ``warned`` lists them: name, words."""
+
+    def __init__(self, config: KLQConfig) -> None:
+        self._config = config
+        self._recent: deque[Logs] = deque(maxlen=WINDOW)
+        self._first: Logs | None = None
+        self.warned: dict[str, str] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Logs | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "objective/kl" not in logs:
+            return
+        self._first = self._first or logs
+        self._recent.append(logs)
+        window = Window(list(self._recent), self._first, self._config)
+        for name, failure in FAILURES.items():
+            if name in self.warned or not (failure.at_once or len(self._recent) == WINDOW):
+                continue
+            seen = failure.ask(window)
+            if seen is not None:
+                self.warned[name] = seen
+                if state.is_world_process_zero:
+                    logger.warning("step %d: %s (%s). %s.", state.global_step, name, seen, failure.advice)

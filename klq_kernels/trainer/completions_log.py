@@ -1,0 +1,52 @@
+"""A log of completions: a few of each cycle as a table to read, all of them in ``completions.jsonl`` to keep."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .config import KLQConfig
+from .rewards import Scores
+
+CELL = 300  # characters of a text that the table shows
+
+
+class CompletionsLog:
+    """Of one process; every process writes a file of its own."""
+
+    def __init__(self, config: KLQConfig) -> None:
+        self._config = config
+        suffix = f"_{config.process_index}" if config.process_index else ""
+        self._file = Path(str(config.output_dir)) / f"completions{suffix}.jsonl"
+
+    def add(self, step: int, prompts: list[Any], completions: list[str], scores: Scores, names: list[str]) -> None:
+        """Logs one cycle: prompts as in the dataset, decoded completions, and ``names`` of the scores' columns."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        totals = scores.total.tolist()
+        with self._file.open("a") as file:
+            for i, (prompt, completion, total) in enumerate(zip(prompts, completions, totals, strict=True)):
+                each = dict(zip(names, scores.each[i].tolist(), strict=True))
+                row = {"step": step, "prompt": prompt, "completion": completion, "score": total, **each}
+                file.write(json.dumps(row) + "\n")
+        if self._config.process_index == 0:
+            self._show(step, prompts, completions, totals)
+
+    def _show(self, step: int, prompts: list[Any], completions: list[str], totals: list[float]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("prompt", "completion", "score", title=f"step {step}", show_lines=True)
+        rows = zip(prompts, completions, totals, strict=True)
+        for prompt, completion, total in islice(rows, self._config.num_completions_to_print):
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            table.add_row(cell(text), cell(completion), f"{total:.3f}")
+        Console().print(table)
+
+
+def cell(text: str) -> str:
+    """Text as a table shows it: no markup, not endless."""
+    from rich.markup import escape
+
+    return escape(text if len(text) <= CELL else text[:CELL] + " ...")

@@ -1,0 +1,136 @@
+"""``KLQConfig``: what a run of the trainer can be told, on top of everything ``transformers.TrainingArguments`` knows.
+
+How the numbers hang together (names as in TRL's PPO where it has one):
+
+    rollouts per device and cycle   per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches
+    optimizer steps per cycle       num_mini_batches x num_update_epochs
+
+``max_steps``, ``save_steps``, ``eval_steps`` and the rest count optimizer steps, as everywhere in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..layout import require, require_number
+from ..loss import LOSS_TYPES
+
+ALGORITHMS = ("klq", "ppo")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class KLQConfig(TrainingArguments):
+    """Arguments of ``KLQTrainer``; the defaults are the paper's (arXiv 2508.17000), where it names one.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    learning_rate: float = option(1.41e-5, "Initial learning rate.")
+    logging_steps: float = option(0, "Log every so many optimizer steps; 0: once per cycle.")
+    remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
+
+    algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
+    tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
+    gamma: float = option(1.0, "Discount, in [0, 1].")
+    lam: float = option(0.95, "Trace decay lambda, in [0, 1].")
+    lam_final: float | None = option(None, "If given, lambda moves linearly from lam to this over the run.")
+    alpha: float = option(1.0, "KLQ: step towards the lambda-return, in (0, 1].")
+    loss_type: str = option("l2", f"KLQ: one of {', '.join(LOSS_TYPES)}.")
+    huber_delta: float = option(1.0, "KLQ: threshold of the huber loss.")
+    value_clip: float = option(0.2, "Clip of the change of tau*logp + V (KLQ) or of V (PPO) since the rollout.")
+    log_ratio_clip: float = option(0.2, "KLQ: clip of logp - old_logp, for ratio_clipped and double_clipped.")
+    cliprange: float = option(0.2, "PPO: clip of the probability ratio.")
+    vf_coef: float = option(0.1, "PPO: weight of the value loss.")
+    whiten_advantages: bool = option(True, "PPO: advantages to mean 0 and variance 1 over the batch. KLQ never does.")
+
+    num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
+    num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
+    total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps.")
+    value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
+
+    max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
+    max_completion_length: int = option(128, "Tokens to generate at most.")
+    temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
+    generation_kwargs: dict[str, Any] | str | None = option(
+        None, "Further GenerationConfig arguments. top_k and top_p sample from another policy than the trained one."
+    )
+    rollout_forward_batch_size: int = option(64, "Sequences per generate call and per scoring pass.")
+    bootstrap_truncated: bool = option(
+        True, "A completion cut off by max_completion_length gets V of its last state in place of a score."
+    )
+    missing_eos_penalty: float | None = option(None, "Taken off the score of a completion without EOS.")
+    reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
+
+    padding_free: bool | None = option(
+        None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
+    )
+    workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
+    model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, where models are given as ids.")
+    log_completions: bool = option(False, "Show a few completions at every log, and append all to completions.jsonl.")
+    num_completions_to_print: int = option(4, "How many of them.")
+    watch_failures: bool = option(True, "Warn of KL explosion, value divergence, length collapse and the like.")
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "model_init_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.total_episodes is not None:
+            per_cycle = self.rollouts_per_device * self._processes()
+            self.max_steps = math.ceil(self.total_episodes / per_cycle) * self.steps_per_cycle
+        if self.logging_steps == 0:
+            self.logging_steps = self.steps_per_cycle
+        super().__post_init__()
+
+    @staticmethod
+    def _processes() -> int:
+        """World size before the distributed state exists: launchers announce it in the environment."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def steps_per_cycle(self) -> int:
+        """Optimizer steps taken on one batch of rollouts."""
+        return self.num_mini_batches * self.num_update_epochs
+
+    @property
+    def rollouts_per_device(self) -> int:
+        """Rollouts of one process in one cycle."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    def _check(self) -> None:
+        require(
+            self.algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}"
+        )
+        require(
+            self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
+        )
+        require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
+        for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
+            require_number(name, getattr(self, name), low=0.0, open_low=True)
+        require_number("alpha", self.alpha, low=0.0, high=1.0, open_low=True)
+        require_number("vf_coef", self.vf_coef, low=0.0)
+        for name in ("gamma", "lam", "lam_final"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), low=0.0, high=1.0)
+        counts = (
+            "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
+        )  # fmt: skip
+        for name in counts:
+            value = getattr(self, name)
+            require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")

@@ -1,0 +1,72 @@
+"""The experience of one cycle: what was sampled, what policy and reference thought of it, and what to learn from it.
+
+Per-token numbers are kept packed, one sequence after another, trained tokens only. ``select`` gives those of a
+mini-batch. The whole of it can be saved, so that a run that is killed in the middle of a cycle goes on with the same
+samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..types import KLQTargets
+from .batches import Sequence
+
+
+@dataclass
+class Experience:
+    """S sequences with N trained tokens; tensors on the CPU or all on one device."""
+
+    sequences: list[Sequence]
+    targets: KLQTargets  # fp32 [N] each; advantages unwhitened
+    ref_logprobs: Tensor  # fp32 [N]
+    advantages: Tensor  # fp32 [N], as the objective wants them (PPO: whitened)
+
+    def __post_init__(self) -> None:
+        self.rows = torch.tensor([s.rows for s in self.sequences])
+        self._begins = self.rows.cumsum(0) - self.rows
+
+    def select(self, indices: Tensor) -> Experience:
+        """The experience of some sequences, in that order."""
+        spans = [torch.arange(b, b + n) for b, n in zip(self._begins[indices], self.rows[indices], strict=True)]
+        at = torch.cat(spans).to(self.ref_logprobs.device)
+        return Experience(
+            [self.sequences[i] for i in indices.tolist()],
+            KLQTargets(*(t[at] for t in self.targets)),
+            self.ref_logprobs[at],
+            self.advantages[at],
+        )
+
+    def save(self, path: Path) -> None:
+        columns = [*self.targets, self.ref_logprobs, self.advantages]
+        content = {"sequences": [list(s) for s in self.sequences], "columns": [c.cpu() for c in columns]}
+        torch.save(content, path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Experience:
+        content = torch.load(path, weights_only=True)
+        *targets, ref_logprobs, advantages = (c.to(device) for c in content["columns"])
+        return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*targets), ref_logprobs, advantages)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sequences each micro-batch of a cycle holds: [steps per cycle, accumulation, micro-batch size]."""
+
+    indices: Tensor
+
+    @classmethod
+    def shuffled(cls, *, epochs: int, mini_batches: int, accumulation: int, size: int, seed: int) -> Plan:
+        """Each epoch is a new permutation of all sequences."""
+        generator = torch.Generator().manual_seed(seed)
+        number = mini_batches * accumulation * size
+        orders = [torch.randperm(number, generator=generator) for _ in range(epochs)]
+        return cls(torch.stack(orders).reshape(epochs * mini_batches, accumulation, size))
+
+    def rows_per_step(self, rows: Tensor) -> Tensor:
+        """int64 [steps]: trained tokens in each optimizer step, from those of each sequence."""
+        return rows[self.indices].sum((1, 2))

@@ -1,0 +1,105 @@
+"""What is computed from the states of a batch: the scores of a rollout, the KLQ loss, the PPO loss.
+
+Each is a function of ``States`` (see ``actor_critic``). Both algorithms share everything up to the loss: the
+unwhitened GAE on rewards r_t - tau (log pi - log pi_ref), which PPO-penalty uses, *is* KLQ's lambda-error, so both take
+their targets from ``klq_targets``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..logprobs import linear_logprobs
+from ..loss import fused_klq_loss
+from .actor_critic import States
+from .batches import Inputs
+from .config import KLQConfig
+from .experience import Experience
+
+
+class Scored(NamedTuple):
+    """Of a batch of rollouts, packed: fp32 [N], last_values [S]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    last_values: Tensor
+
+
+def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
+    """Log-probabilities of the sampled tokens, the policy's entropy and the values. For ``no_grad``."""
+    out = linear_logprobs(
+        states.hidden,
+        **states.head._asdict(),
+        actions=inputs.actions,
+        cu_seqlens=inputs.cu_seqlens,
+        return_entropy=True,
+        workspace_bytes=config.workspace_bytes,
+    )
+    assert out.entropy is not None
+    return Scored(out.logprobs, out.entropy, states.values, states.last_values)
+
+
+def klq(
+    states: States, inputs: Inputs, experience: Experience, denom: Tensor, config: KLQConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KLQ loss (arXiv 2508.17000, eq. 6) over the tokens of a micro-batch, divided by ``denom``."""
+    return fused_klq_loss(
+        states.hidden,
+        **states.head._asdict(),
+        actions=inputs.actions,
+        values=states.values,
+        targets=experience.targets,
+        ref_logprobs=experience.ref_logprobs,
+        tau=config.tau,
+        alpha=config.alpha,
+        loss_type=config.loss_type,
+        huber_delta=config.huber_delta,
+        value_clip=config.value_clip,
+        log_ratio_clip=config.log_ratio_clip,
+        cu_seqlens=inputs.cu_seqlens,
+        denom=denom,
+        workspace_bytes=config.workspace_bytes,
+    )
+
+
+def ppo(
+    states: States, inputs: Inputs, experience: Experience, denom: Tensor, config: KLQConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss (arXiv 1707.06347, eq. 7) with a clipped value loss, divided by ``denom``.
+
+    The KL penalty is in the rewards, so in the advantages already (PPO-penalty as in arXiv 1909.08593).
+    """
+    old_logprobs, old_values, errors = experience.targets
+    logprobs = linear_logprobs(
+        states.hidden,
+        **states.head._asdict(),
+        actions=inputs.actions,
+        cu_seqlens=inputs.cu_seqlens,
+        workspace_bytes=config.workspace_bytes,
+    ).logprobs
+    change = logprobs - old_logprobs
+    ratio = change.exp()
+    clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
+    policy = torch.maximum(-experience.advantages * ratio, -experience.advantages * clipped)
+    returns = errors + old_values
+    near = old_values + (states.values - old_values).clamp(-config.value_clip, config.value_clip)
+    value = 0.5 * torch.maximum((states.values - returns).square(), (near - returns).square())
+    loss = (policy + config.vf_coef * value).sum() / denom
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": policy.mean(),
+            "value_loss": value.mean(),
+            "ratio": ratio.mean(),
+            "kl_old_k3": (change.expm1() - change).mean(),
+            "policy_clip_fraction": (ratio != clipped).float().mean(),
+            "value_clip_fraction": (states.values != near).float().mean(),
+            "value_mean": states.values.mean(),
+        }
+    return loss, metrics
+
+
+OBJECTIVES = {"klq": klq, "ppo": ppo}

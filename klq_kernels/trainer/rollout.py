@@ -1,0 +1,153 @@
+"""Sampling completions: the built-in way, and the hook for an engine of one's own.
+
+``generate`` samples from the policy itself with its KV cache. A ``RolloutFunction`` replaces it, to sample with vLLM or
+to run a conversation with tools. It gets the prompts and the trainer and returns ``Completions``.
+
+About engines whose weights or arithmetic differ from the trainer's: their log-probabilities are not used as the old
+ones. The trainer computes those itself, at the training temperature, in the pass that also scores the reference, so a
+stale or quantised sampler does not make the ratios wrong. It does make the samples off-policy. Pass the sampler's own
+log-probabilities along and every log shows how far off (``rollout/sampler_kl``, ``rollout/sampler_ratio_max``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..layout import require
+from .batches import Sequence
+
+if TYPE_CHECKING:
+    from .trainer import KLQTrainer
+
+
+@dataclass
+class Completions:
+    """What one process sampled, one entry per prompt, in the order of the prompts.
+
+    ``prompt_ids`` may be left out where they are the tokenized prompts. ``trained`` marks the tokens the policy chose
+    itself (all, by default); ``truncated`` says which completions were cut off (by default those without EOS);
+    ``logprobs`` are the sampler's own, one per completion token, and are only compared.
+    """
+
+    completion_ids: list[list[int]]
+    prompt_ids: list[list[int]] | None = None
+    truncated: list[bool] | None = None
+    trained: list[list[bool]] | None = None
+    logprobs: list[list[float]] | None = None
+
+
+RolloutFunction = Callable[[list[Any], "KLQTrainer"], Completions]
+
+
+@dataclass
+class Rollout:
+    """Checked completions: what was sampled, whether it was cut off, and what the sampler thought of it."""
+
+    sequences: list[Sequence]
+    truncated: Tensor  # bool [S]
+    sampler_logprobs: Tensor | None  # fp32 [N], at the trained tokens
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    generation_config: GenerationConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Completions:
+    """Samples one completion for each prompt (token ids), ``batch_size`` at a time; EOS is part of a completion."""
+    pad, ends = generation_config.pad_token_id, eos_ids(generation_config)
+    completions: list[list[int]] = []
+    for begin in range(0, len(prompts), batch_size):
+        batch = prompts[begin : begin + batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
+        out = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation_config)
+        completions += [until_eos(row, ends) for row in out[:, width:].tolist()]
+    return Completions(completions)
+
+
+def until_eos(ids: list[int], ends: set[int]) -> list[int]:
+    """A generated row without what pads it: up to and with its first EOS."""
+    for at, token in enumerate(ids):
+        if token in ends:
+            return ids[: at + 1]
+    return ids
+
+
+def eos_ids(generation_config: GenerationConfig) -> set[int]:
+    """The token ids that end a completion; models may have several."""
+    eos = generation_config.eos_token_id
+    return set(eos) if isinstance(eos, (list, tuple)) else {eos}
+
+
+def sampling_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, temperature: float, max_new_tokens: int, extra: dict[str, Any]
+) -> GenerationConfig:
+    """How completions are sampled: from the whole distribution, at the training temperature, unless ``extra`` says so.
+
+    EOS ids are the model's where it has any (some have several), else the tokenizer's.
+    """
+    own = getattr(model, "generation_config", None)
+    eos = getattr(own, "eos_token_id", None)
+    eos = tokenizer.eos_token_id if eos is None else eos
+    require(eos is not None, "processing_class", "needs an EOS token: without one no completion ends")
+    settings: dict[str, Any] = {
+        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens,
+        "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id, "use_cache": True,
+    }  # fmt: skip
+    return GenerationConfig(**{**settings, **extra})
+
+
+def check_completions(completions: Completions, prompts: list[list[int]], ends: set[int]) -> Rollout:
+    """Completions as sequences.
+
+    Args:
+        completions: what a rollout function returned.
+        prompts: token ids of the prompts it was given.
+        ends: EOS ids.
+
+    Raises:
+        ValueError: where numbers or lengths do not fit.
+    """
+    ids, number = completions.completion_ids, len(prompts)
+    prompt_ids = prompts if completions.prompt_ids is None else completions.prompt_ids
+    trained = [[True] * len(c) for c in ids] if completions.trained is None else completions.trained
+    truncated = completions.truncated
+    if truncated is None:
+        truncated = [not c or c[-1] not in ends for c in ids]
+    columns: dict[str, list[Any]] = {
+        "completion_ids": ids,
+        "prompt_ids": prompt_ids,
+        "trained": trained,
+        "truncated": truncated,
+    }
+    if completions.logprobs is not None:
+        columns["logprobs"] = completions.logprobs
+    for name, column in columns.items():
+        require(len(column) == number, f"rollout_func: {name}", f"must have {number} entries, got {len(column)}")
+    for name in ("trained", "logprobs"):
+        for row, (entry, completion) in enumerate(zip(columns.get(name, ids), ids, strict=True)):
+            require(
+                len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
+            )
+    require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
+    sequences = [
+        Sequence(torch.tensor(p), torch.tensor(c, dtype=torch.long), torch.tensor(t, dtype=torch.bool))
+        for p, c, t in zip(prompt_ids, ids, trained, strict=True)
+    ]
+    sampled = None
+    if completions.logprobs is not None:
+        sampled = torch.cat(
+            [torch.tensor(x)[s.trained] for x, s in zip(completions.logprobs, sequences, strict=True)]
+        ).float()
+    return Rollout(sequences, torch.tensor(truncated, dtype=torch.bool), sampled)

@@ -1,0 +1,45 @@
+"""Which prompts a cycle works on.
+
+A cycle takes one batch of prompts over all processes and several optimizer steps on it. transformers' loop asks for
+data once per micro-batch, so the sampler repeats each cycle's prompts once for every micro-batch of the cycle; the
+trainer looks at the first copy only. Skipping batches, which is how the loop resumes, then lands in the right cycle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class CycleSampler(Sampler[int]):
+    """Indices of ``size`` prompts, ``per_cycle`` at a time, each such batch ``repeats`` times over.
+
+    Every epoch is a permutation that depends on (seed, epoch) alone. Where the prompts do not divide into whole cycles,
+    the last cycle is filled up with the first prompts of that same permutation.
+    """
+
+    def __init__(self, size: int, *, per_cycle: int, repeats: int, seed: int) -> None:
+        self._size, self._per_cycle, self._repeats, self._seed = size, per_cycle, repeats, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    @property
+    def cycles(self) -> int:
+        return math.ceil(self._size / self._per_cycle)
+
+    def __len__(self) -> int:
+        return self.cycles * self._per_cycle * self._repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(self._size, generator=generator).tolist()
+        for cycle in range(self.cycles):
+            first = cycle * self._per_cycle
+            indices = [order[i % self._size] for i in range(first, first + self._per_cycle)]
+            for _ in range(self._repeats):
+                yield from indices

@@ -1,0 +1,70 @@
+"""What a log says of the rollouts of a cycle: true means over completions, under the names PPO trainers use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .experience import Experience
+from .objectives import Scored
+from .rewards import Scores
+from .rollout import Rollout
+
+
+def rollout_statistics(
+    rollout: Rollout, scores: Scores, names: list[str], scored: Scored, experience: Experience, tau: float
+) -> dict[str, Tensor | float]:
+    """Means over the completions of this process.
+
+    objective/kl              nats per completion, sampled: sum of log pi - log pi_ref
+    objective/entropy         nats per completion, sampled: -sum of log pi
+    objective/rlhf_reward     score - tau KL; non_score_reward is its second part
+    policy/entropy_avg        nats per token, exact, over the whole vocabulary
+    val/explained_variance    of the lambda-returns, by V as it was at the rollout
+    rollout/sampler_*         how far the sampler's own log-probs are from the policy's, where it gave them
+    """
+    device = scored.logprobs.device
+    total = scores.total.to(device)
+    kl = per_completion(scored.logprobs - experience.ref_logprobs, experience.rows).mean()
+    tokens = max(len(scored.logprobs), 1)
+    lengths = torch.tensor([float(len(s.completion)) for s in rollout.sequences])
+    out: dict[str, Tensor | float] = {
+        "objective/scores": total.mean(),
+        "objective/scores_std": total.std(correction=0),
+        "objective/kl": kl,
+        "objective/non_score_reward": -tau * kl,
+        "objective/rlhf_reward": total.mean() - tau * kl,
+        "objective/entropy": -per_completion(scored.logprobs, experience.rows).mean(),
+        "policy/entropy_avg": scored.entropy.sum() / tokens,
+        "val/explained_variance": explained_variance(experience),
+        "val/num_eos_tokens": float((~rollout.truncated).sum()),
+        "completions/mean_length": lengths.mean(),
+        "completions/max_length": lengths.max(),
+        "completions/truncated": rollout.truncated.float().mean(),
+    }
+    out |= {f"rewards/{name}": mean for name, mean in reward_means(scores, names).items()}
+    if rollout.sampler_logprobs is not None:
+        difference = scored.logprobs - rollout.sampler_logprobs.to(device)
+        out["rollout/sampler_kl"] = (difference.expm1() - difference).sum() / tokens
+        out["rollout/sampler_ratio_max"] = difference.exp().max() if len(difference) else 1.0
+    return out
+
+
+def reward_means(scores: Scores, names: list[str]) -> dict[str, Tensor]:
+    """The mean of each reward function over the completions it scored; 0 where it skipped all."""
+    return {name: each.nanmean().nan_to_num() for name, each in zip(names, scores.each.unbind(1), strict=True)}
+
+
+def per_completion(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Sums [S] of packed per-token numbers [N]; ``rows`` [S] are the tokens of each completion."""
+    owner = torch.arange(len(rows), device=tokens.device).repeat_interleave(rows.to(tokens.device))
+    return tokens.new_zeros(len(rows)).index_add_(0, owner, tokens)
+
+
+def explained_variance(experience: Experience) -> Tensor | float:
+    """1 - Var(R - V) / Var(R); 0 where returns do not vary."""
+    _, values, errors = experience.targets
+    if len(values) == 0:
+        return 0.0
+    spread = (errors + values).var(correction=0)
+    return torch.where(spread > 0, 1 - errors.var(correction=0) / spread, 0.0)

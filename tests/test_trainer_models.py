@@ -1,0 +1,142 @@
+"""``models``, ``batches``, ``actor_critic``: what the trainer takes out of a language model is what is in it."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from klq_kernels import linear_logprobs
+from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
+from klq_kernels.trainer.batches import Inputs, Sequence, collate
+from klq_kernels.trainer.models import LanguageModel, disable_dropout
+
+
+def sequences(seed: int = 0, trained: float = 1.0) -> list[Sequence]:
+    """Ragged ones, one without a completion."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(3, 5), (1, 1), (6, 2), (2, 0), (4, 7)]
+    return [
+        Sequence(
+            torch.randint(2, tiny.VOCAB, (p,), generator=g),
+            torch.randint(2, tiny.VOCAB, (t,), generator=g),
+            torch.rand(t, generator=g) < trained,
+        )
+        for p, t in shapes
+    ]
+
+
+def plain_logprobs(model: nn.Module, sequence: Sequence) -> torch.Tensor:
+    """Through the model's own logits, one sequence at a time."""
+    logits = model(input_ids=sequence.ids.unsqueeze(0)).logits[0, :-1].double()
+    taken = logits.log_softmax(-1).gather(-1, sequence.ids[1:, None]).squeeze(-1)
+    return taken[len(sequence.prompt) - 1 :][sequence.trained]
+
+
+def ours(model: LanguageModel, batch: Inputs) -> torch.Tensor:
+    hidden = model.hidden_states(batch).index_select(0, batch.rows)
+    return linear_logprobs(
+        hidden, **model.head()._asdict(), actions=batch.actions, cu_seqlens=batch.cu_seqlens
+    ).logprobs
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_of_a_batch_are_those_of_each_sequence_alone(family: str, padding_free: bool) -> None:
+    model = tiny.model(family).eval()
+    language_model = LanguageModel(model)
+    language_model.prove()
+    with torch.no_grad():
+        batch = collate(sequences(trained=0.6), pad_id=tiny.PAD, padding_free=padding_free)
+        got = ours(language_model, batch)
+        expected = torch.cat([plain_logprobs(model, s) for s in sequences(trained=0.6)])
+    assert expected.std() > 0.5  # not a flat softmax
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_a_head_that_is_taken_wrongly_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = LanguageModel(tiny.model(family))
+    monkeypatch.setattr(language_model, "_softcap", None)
+    monkeypatch.setattr(language_model, "_scale", 1.0)
+    with pytest.raises(ValueError, match="not supported"):
+        language_model.prove()
+
+
+def test_models_without_a_linear_head_are_refused() -> None:
+    with pytest.raises(ValueError, match="lm_head"):
+        LanguageModel(tiny.model().model)
+    with pytest.raises(ValueError, match="must be a transformers causal LM"):
+        LanguageModel(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("target", [["q_proj", "lm_head"], "modules_to_save"])
+def test_adapters_on_the_head_count(target: object) -> None:
+    if target == "modules_to_save":
+        settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    else:
+        settings = LoraConfig(r=2, target_modules=target, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    base = tiny.model(tie_word_embeddings=False).eval()
+    batch = collate(sequences(), pad_id=tiny.PAD, padding_free=False)
+    with torch.no_grad():
+        before = ours(LanguageModel(base), batch)
+        model = get_peft_model(base, settings).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+        language_model = LanguageModel(model)
+        language_model.prove()
+        adapted = ours(language_model, batch)
+        expected = torch.cat([plain_logprobs(model, s) for s in sequences()])
+        torch.testing.assert_close(adapted.double(), expected, rtol=0, atol=5e-5)
+        with language_model.without_adapters():
+            torch.testing.assert_close(ours(language_model, batch), before)
+    assert (adapted - before).abs().max() > 0.1
+    ours(language_model, batch).sum().backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and "lm_head" in n}
+    assert trained
+    assert all(g is not None and g.abs().sum() > 0 for g in trained.values())
+
+
+def test_adapters_that_are_no_sum_of_matrices_are_refused() -> None:
+    settings = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.model(tie_word_embeddings=False), settings)
+    with pytest.raises(ValueError, match="plain LoRA is"):
+        LanguageModel(model).head()
+
+
+def test_dropout_is_off_in_training_mode() -> None:
+    model = tiny.model("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5)
+    model.add_module("more", nn.Dropout(0.5))
+    disable_dropout(model)
+    ids = torch.arange(2, 12).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["shared", "classifier", "backbone"])
+def test_values_are_read_before_each_token_and_after_the_last(kind: str) -> None:
+    policy = tiny.model().eval()
+    critic = {"shared": None, "classifier": tiny.classifier(5), "backbone": tiny.model(seed=5)}[kind]
+    actor_critic = ActorCritic(policy, ValueFunction(32, critic), 1.0).eval()
+    nn.init.normal_(actor_critic.value.head.weight)
+    backbone = policy.model if critic is None else critic.base_model
+    with torch.no_grad():
+        batch = collate(sequences(), pad_id=tiny.PAD, padding_free=False)
+        states = actor_critic(batch, lambda states: states)
+        for at, sequence in enumerate(sequences()):
+            hidden = backbone(sequence.ids.unsqueeze(0)).last_hidden_state[0]
+            v = actor_critic.value.head(hidden).squeeze(-1)
+            own = slice(int(batch.cu_seqlens[at]), int(batch.cu_seqlens[at + 1]))
+            torch.testing.assert_close(states.values[own], v[len(sequence.prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(states.last_values[at], v[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_lends_its_head_and_one_with_more_labels_is_refused() -> None:
+    critic = tiny.classifier()
+    assert ValueFunction(32, critic).head is critic.score
+    critic.score = nn.Linear(32, 3)
+    with pytest.raises(ValueError, match="value_model: must have one label"):
+        ValueFunction(32, critic)

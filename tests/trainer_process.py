@@ -1,0 +1,58 @@
+"""Runs in a process of their own, for the tests that kill it or start two: python trainer_process.py JSON.
+
+JSON is a list of runs, each with ``folder``, ``config`` (changes of the tiny config), ``kill_at`` (the micro-batch at
+which the process kills itself, as a machine that goes down would) and ``scripted`` (completions that depend on the
+prompt alone, so that any number of processes sees the same).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from klq_kernels.trainer import Completions, KLQTrainer
+
+
+class Killed(KLQTrainer):
+    """Dies in the middle of an update."""
+
+    kill_at: int | None = None
+    _seen = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self._seen += 1
+        if self._seen == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+def scripted(prompts: list[str], trainer: KLQTrainer) -> Completions:
+    ids = [[2 + (ord(p[0]) * 7 + 3 * i + len(p)) % 250 for i in range(1 + len(p) % 6)] + [tiny.EOS] for p in prompts]
+    return Completions(ids)
+
+
+def run(folder: Path, config: dict[str, Any], *, kill_at: int | None = None, use_script: bool = False) -> None:
+    """Trains, saves the model to ``folder``/final and the log to history.json."""
+    torch.set_num_threads(1)
+    trainer = Killed(
+        tiny.model(), tiny.even, tiny.arguments(folder, **config), tiny.prompts(), processing_class=tiny.tokenizer(),
+        rollout_func=scripted if use_script else None,
+    )  # fmt: skip
+    trainer.kill_at = kill_at
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trainer.save_model(str(folder / "final"))
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    for told in json.loads(sys.argv[1]):
+        run(Path(told.pop("folder")), told.pop("config"), **told)
