@@ -125,6 +125,22 @@ def train(
     run.run(*run.parse(config, context.args))
 
 
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="constant, lambda, klq-vs-ppo, equivalence, or all.")],
+    out: Annotated[Path, typer.Option(help="A folder for results and pictures; the page goes beside it.")] = Path(
+        "experiments"
+    ),
+    seeds: Annotated[int | None, typer.Option(help="Seeds per variant, in place of the experiment's own.")] = None,
+    workers: Annotated[int, typer.Option(help="Jobs at a time, on one thread each.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to try it out.")] = False,
+) -> None:
+    """Run the paper's first experiments on built-in tasks; one that was interrupted goes on where it stopped."""
+    from . import experiments
+
+    experiments.run([name], out, seeds=seeds, workers=workers, quick=quick)
+
+
 def main() -> None:
     """The entry point. Exits with 2 where the input was bad."""
     try:

@@ -22,7 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
@@ -48,9 +48,9 @@ STATUS += "  len {completions/mean_length:.0f}  EV {val/explained_variance:.2f}"
 
 # What makes the built-in tasks learn within a few minutes on a CPU; any of it can be overridden.
 RECIPE: dict[str, Any] = {
-    "learning_rate": 3e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
+    "learning_rate": 1e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
     "num_update_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 32, "bootstrap_truncated": False,
-    "use_cpu": True, "total_episodes": 64 * 80, "save_steps": 80, "save_total_limit": 2, "eval_size": 256,
+    "use_cpu": True, "total_episodes": 64 * 160, "save_steps": 160, "save_total_limit": 2, "eval_size": 256,
 }  # fmt: skip
 
 
@@ -72,11 +72,11 @@ class ScriptArguments:
     eval_size: int = option(0, "Held-out prompts, evaluated before and after; 0: none.")
     max_samples: int | None = option(None, "Train on the first so many rows.")
     drop_long_prompts: bool = option(False, "Leave out prompts over max_prompt_length instead of cutting them.")
-    reward_model: list[str] | None = option(None, "Sequence-classification models: folders or hub ids.")  # noqa: RUF009
-    reward_function: list[str] | None = option(None, "package.module:function or file.py:function, one or more.")  # noqa: RUF009
+    reward_model: list[str] | None = option(None, "Sequence-classification models: folders or hub ids.")
+    reward_function: list[str] | None = option(None, "package.module:function or file.py:function, one or more.")
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains every parameter.")
     lora_alpha: float = option(16.0, "Scale of the adapters.")
-    lora_target_modules: list[str] | None = option(None, "Modules that get adapters, or all-linear.")  # noqa: RUF009
+    lora_target_modules: list[str] | None = option(None, "Modules that get adapters, or all-linear.")
     resume: bool = option(False, "Go on from the last complete checkpoint in output_dir, if there is one.")
 
     def __post_init__(self) -> None:
@@ -169,6 +169,7 @@ def near(name: str, names: Any, prefix: str = "") -> str:
 
 def as_default(action: Action, value: Any) -> Any:
     """A YAML value as an argparse default. Text is converted and checked like a flag (YAML reads 1e-5 as text)."""
+    require(value is not None or action.default is None, "config", f"{action.dest} cannot be null")
     if value is None or isinstance(value, dict):
         return value
     if action.nargs == "+":

@@ -1,0 +1,17 @@
+"""``klq experiment``: the paper's first experiments on the built-in tasks, on a CPU, in minutes.
+
+spec, configs/    an experiment as a YAML file, and the jobs that follow from it
+job, equivalence  what one job does: train and measure a policy; compare two gradients
+pool              jobs side by side, each in a process of its own
+statistics        means with confidence intervals
+analysis          from the jobs' files to ``results.json``
+plots, page       pictures and words, from ``results.json`` alone
+walkthrough       all of it, from start to end; what is done is not done again
+"""
+
+from __future__ import annotations
+
+from .spec import NAMES
+from .walkthrough import run
+
+__all__ = ["NAMES", "run"]

@@ -1,0 +1,123 @@
+"""From what the jobs wrote to ``results.json``: per variant, held-out means and curves over the seeds, with intervals.
+
+Everything that pictures and words need is in the results, so that both can be made again without the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .spec import Experiment, Settings, label
+from .statistics import interval, paired, win_share
+
+Results = dict[str, Any]
+HELD_OUT = ("reward", "kl", "objective", "length")
+
+
+def objective(found: Mapping[str, float], tau: float) -> float:
+    """What both algorithms maximise: reward - tau KL."""
+    return found["reward"] - tau * found["kl"]
+
+
+def tau_of(job: Mapping[str, Any]) -> float:
+    return job["job"]["settings"]["tau"]
+
+
+def analyse(
+    experiment: Experiment, jobs: list[Results], sweep: list[Results], chosen: Mapping[str, Settings]
+) -> Results:
+    """The results of an experiment, plain enough for JSON.
+
+    Args:
+        experiment: what was asked.
+        jobs: what its jobs wrote.
+        sweep: what the jobs of its sweep wrote.
+        chosen: what the sweep chose (see ``choose``).
+    """
+    results: Results = {
+        "title": experiment.title, "question": experiment.question, "kind": experiment.kind,
+        "settings": experiment.settings, "seeds": experiment.seeds,
+        "seconds": sum(job["seconds"] for job in [*jobs, *sweep]),
+    }  # fmt: skip
+    if experiment.kind == "gradients":
+        return results | {name: jobs[0][name] for name in ("alphas", "whitened", "tokens", "tau")}
+    groups = [(v, [job for job in jobs if v.items() <= job["job"]["settings"].items()]) for v in experiment.variants()]
+    results["variants"] = [summary(variant, group) for variant, group in groups]
+    if experiment.sweep is not None:
+        results["sweep"] = [
+            {"name": job["job"]["name"].removeprefix("sweep,"), "objective": objective(job["after"], tau_of(job))}
+            for job in sweep
+        ]
+        results["chosen"] = dict(chosen)
+    if "algorithm" in experiment.grid:
+        results["pairs"] = pairs(groups)
+    return results
+
+
+def summary(variant: Settings, jobs: list[Results]) -> Results:
+    """Means over the seeds of one variant."""
+    finals = [{**job["after"], "objective": objective(job["after"], tau_of(job))} for job in jobs]
+    return {
+        "variant": variant,
+        "before": interval([job["before"]["reward"] for job in jobs]),
+        "after": {name: interval([final[name] for final in finals]) for name in HELD_OUT},
+        "update_ms": interval([1000 * job["update_seconds"] for job in jobs]),
+        "curves": curves(jobs),
+    }
+
+
+def curves(jobs: list[Results]) -> Results:
+    """Each curve's mean over the seeds, with the half-width of its interval, at each logged step."""
+    out: Results = {"step": jobs[0]["curves"]["step"]}
+    for name in jobs[0]["curves"].keys() - {"step"}:
+        at_each_step = [interval(numbers) for numbers in zip(*(job["curves"][name] for job in jobs), strict=True)]
+        out[name] = {"mean": [i.mean for i in at_each_step], "half": [i.half for i in at_each_step]}
+    return dict(sorted(out.items()))
+
+
+def pairs(groups: list[tuple[Settings, list[Results]]]) -> list[Results]:
+    """KLQ less PPO, seed by seed, for each of the other settings; and how often the judge prefers KLQ."""
+    by_name = {label(variant): jobs for variant, jobs in groups}
+    out = []
+    for variant, ours in groups:
+        if variant["algorithm"] != "klq":
+            continue
+        theirs = by_name[label({**variant, "algorithm": "ppo"})]
+        both = list(zip(ours, theirs, strict=True))
+        difference = {
+            name: paired([job["after"][name] for job in ours], [job["after"][name] for job in theirs])
+            for name in ("reward", "kl")
+        }
+        difference["objective"] = paired(
+            *([objective(job["after"], tau_of(job)) for job in jobs] for jobs in (ours, theirs))
+        )
+        wins = [win_share(a["judged"], b["judged"]) for a, b in both]
+        seconds = [a["update_seconds"] / b["update_seconds"] for a, b in both]
+        out.append(
+            {
+                "variant": {name: value for name, value in variant.items() if name != "algorithm"},
+                "difference": difference,
+                "win_rate": interval(wins),
+                "update_time_ratio": interval(seconds),
+            }
+        )
+    return out
+
+
+def choose(experiment: Experiment, sweep: list[Results]) -> dict[str, Settings]:
+    """For each group of the sweep the candidate with the best mean objective."""
+    if experiment.sweep is None:
+        return {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    candidates: dict[str, Settings] = {}
+    for job in sweep:
+        settings = job["job"]["settings"]
+        candidate = {name: settings[name] for name in experiment.sweep.over}
+        candidates[label(candidate)] = candidate
+        group = scores.setdefault(experiment.group(settings), {})
+        group.setdefault(label(candidate), []).append(objective(job["after"], tau_of(job)))
+    return {
+        group: candidates[max(found, key=lambda name: sum(found[name]) / len(found[name]))]
+        for group, found in scores.items()
+    }

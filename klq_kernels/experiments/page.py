@@ -1,0 +1,206 @@
+"""The page: what was asked, what was measured, and what that says, all from ``results.json``.
+
+No sentence here knows how an experiment went. A difference is called one only where its 95% interval leaves 0 out.
+"""
+
+# ruff: noqa: RUF001 (Greek letters and minus signs are meant)
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from ..demo.report import markdown_table
+from .analysis import Results
+from .plots import name_of
+from .statistics import Interval
+
+HEAD = """# Experiments
+
+<!-- Written by `klq experiment`; edit klq_kernels/experiments instead. -->
+
+    klq experiment all --out docs/experiments
+
+measures what is on this page, and writes it. `klq experiment NAME --quick` tries an experiment out in seconds.
+"""
+
+COMMON = """They are small: tasks and a model that the package brings along, on CPU threads; {minutes:.0f} minutes of
+one thread in all, beside other work. They show that the algorithms behave as they should, not how they rank on large
+models. Every run starts from the same warm-started policy, with a second copy of it as the backbone of V, and is
+evaluated on the same held-out prompts. A seed decides the training prompts, the samples and the mini-batches. Intervals
+are 95% confidence intervals over the seeds, by Student's t. Two algorithms are compared by the interval of their
+differences, seed by seed. KL is to the reference, in nats per completion; the objective is reward − τ·KL."""
+
+
+def page(results: dict[str, Results], *, pictures: str) -> str:
+    """Markdown for all results there are; ``pictures`` is the folder of the images, seen from the page."""
+    minutes = sum(found["seconds"] for found in results.values()) / 60
+    sections = [section(name, found, pictures) for name, found in results.items()]
+    return "\n".join([f"{HEAD}\n{prose(COMMON.format(minutes=minutes))}\n", *sections])
+
+
+def section(name: str, found: Results, pictures: str) -> str:
+    words = WORDS[name](found)
+    image = f"![{found['title']}]({pictures}/{name}.png)"
+    settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+    seeds = "" if found["kind"] == "gradients" else f" Seeds: {found['seeds']}."
+    parts = (f"## {found['title']}", found["question"], words, image, prose(f"Settings: {settings}.{seeds}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def of(numbers: list[Any]) -> Interval:
+    return Interval(*numbers)
+
+
+def finals(found: Results, *, first: str, before: bool = False) -> str:
+    """A table of the variants' held-out results."""
+    columns = (first, *(("reward before",) if before else ()), "reward", "KL", "objective", "tokens", "ms per update")
+    rows = [
+        [
+            name_of(entry["variant"]),
+            *([of(entry["before"]).text()] if before else []),
+            of(entry["after"]["reward"]).text(),
+            of(entry["after"]["kl"]).text(2),
+            of(entry["after"]["objective"]).text(),
+            of(entry["after"]["length"]).text(1),
+            of(entry["update_ms"]).text(0),
+        ]
+        for entry in found["variants"]
+    ]
+    return markdown_table(columns, rows)
+
+
+def prose(text: str) -> str:
+    """A paragraph, its lines filled anew now that the numbers are in."""
+    return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def constant(found: Results) -> str:
+    still, learning = (
+        next(entry for entry in found["variants"] if entry["variant"]["task"] == task)
+        for task in ("constant", "summarize")
+    )
+    kl, other = of(still["after"]["kl"]), of(learning["after"]["kl"])
+    largest = max(abs(number) for number in still["curves"]["kl"]["mean"])
+    moved = "leaves 0 out, so the policy did move" if kl.sign else "includes 0"
+    words = prose(
+        f"""The same notes, model and settings twice: once every summary earns 1, once a rule scores it. With the
+        constant reward the held-out KL ends at {kl.text()} nats, an interval that {moved}; the run that has something
+        to learn ends at {other.text()}. During training the mean over the seeds was nowhere further from 0 than
+        {largest:.3f} (KL is estimated from samples, so it can be below 0). Where a policy moves under a constant
+        reward, it follows the errors of V, which starts at 0 and has yet to learn that every state is worth 1."""
+    )
+    return f"{words}\n\n{finals(found, first='task', before=True)}"
+
+
+def decay(found: Results) -> str:
+    def at_most(entry: Results) -> float:
+        return entry["after"]["objective"][0] + (entry["after"]["objective"][1] or 0.0)
+
+    entries = found["variants"]
+    best = max(entries, key=lambda entry: entry["after"]["objective"][0])
+    mean, half = best["after"]["objective"]
+    rivals = [name_of(e["variant"]) for e in entries if e is not best and at_most(e) >= mean - (half or 0.0)]
+    verdict = (
+        f"its interval overlaps with that of {', '.join(rivals)}" if rivals else "no other interval reaches its own"
+    )
+    words = prose(
+        f"""The score comes with the last token; λ says how much of it reaches earlier tokens directly, and how much
+        only through V. The largest mean objective was that of {name_of(best["variant"])}; {verdict}."""
+    )
+    return f"{words}\n\n{finals(found, first='')}"
+
+
+def versus(found: Results) -> str:
+    chosen = " and ".join(
+        f"{settings['learning_rate']:g} for {name_of({'algorithm': group.partition('=')[2]})}"
+        for group, settings in found["chosen"].items()
+    )
+    sweep = [[entry["name"].replace(",", ", "), f"{entry['objective']:.3f}"] for entry in found["sweep"]]
+    digits = {"reward": 3, "kl": 2, "objective": 3}
+    rows = [
+        [
+            name_of(pair["variant"]),
+            *(of(pair["difference"][name]).text(d) for name, d in digits.items()),
+            of(pair["win_rate"]).text(),
+            of(pair["update_time_ratio"]).text(2),
+        ]
+        for pair in found["pairs"]
+    ]
+    columns = ("KLQ less PPO", "reward", "KL", "objective", "judge prefers KLQ", "time per update, KLQ / PPO")
+    about_the_table = prose(
+        """The judge is the task's second opinion, with criteria of its own. It compares the two completions of the same
+        held-out prompt; a tie counts half. Times are of one optimizer step on one thread beside other work, so they
+        are indicative only."""
+    )
+    about_the_rates = prose(
+        f"""Both had the same number of rollouts and of updates on them. The learning rate of each was chosen before, by
+        the held-out objective on a seed that is not among these: {chosen}."""
+    )
+    return "\n\n".join(
+        [
+            tally(found["pairs"]),
+            "\n".join(map(verdict, found["pairs"])),
+            markdown_table(columns, rows),
+            about_the_table,
+            finals(found, first="", before=True),
+            about_the_rates,
+            markdown_table(("sweep", "objective"), sweep),
+        ]
+    )
+
+
+def tally(pairs: list[Results]) -> str:
+    """How often either was better, by the objective."""
+    signs = [of(pair["difference"]["objective"]).sign for pair in pairs]
+    return prose(
+        f"""By the objective that both maximise, KLQ was better than PPO at {signs.count(1)} of {len(signs)} values of
+        τ and worse at {signs.count(-1)}; at {signs.count(0)} these seeds cannot tell."""
+    )
+
+
+def verdict(pair: Results) -> str:
+    """One line about objective, reward, KL and the judge's preference."""
+    said = [f"{name} {outcome(of(pair['difference'][name.lower()]))}" for name in ("objective", "reward", "KL")]
+    wins = of(pair["win_rate"])
+    judged = outcome(wins._replace(mean=wins.mean - 0.5), higher="prefers KLQ", lower="prefers PPO")
+    return f"- {name_of(pair['variant'])}: KLQ's {', '.join(said)}; the judge {judged}."
+
+
+def outcome(difference: Interval, *, higher: str = "is higher", lower: str = "is lower") -> str:
+    return {1: higher, -1: lower, 0: "shows no clear difference"}[difference.sign]
+
+
+def equivalence(found: Results) -> str:
+    columns = ("α", "β", "rollout, fp64", "rollout, fused fp32", "away", "… without β", "expectation", "… without β")
+    names = ("rollout", "rollout_fused", "away", "away_without_beta", "expectation", "expectation_without_beta")
+    rows = [
+        [f"{e['alpha']:g}", f"{e['beta']:.3g}", *(f"{e[name]['relative_error']:.1e}" for name in names)]
+        for e in found["alphas"]
+    ]
+    exact, fused = (
+        max(abs(entry[name]["cosine_gap"]) for entry in found["alphas"]) for name in ("rollout", "rollout_fused")
+    )
+    why = prose(
+        """On the tokens of a rollout, where the policy is still the one that sampled them, the gradient of KLQ's
+        squared loss is 2ατ times that of PPO with unwhitened advantages (GAE on rewards with −τ·log-ratio in them) and
+        weight
+        1/τ on its halved squared value error: α scales the first step and does no more. Once the policy has moved, KLQ
+        also pulls it back to where it was. That is PPO's KL penalty at the price β = τ(1−α)/α: on samples, (τ + β)/2
+        times the squared log-ratio; in expectation over actions, KLQ climbs the regularised objective less
+        β·KL(π‖π_old). At α = 1 there is no penalty."""
+    )
+    what = prose(
+        f"""The table has the norm of the difference of the two gradients relative to PPO's: over all parameters at the
+        rollout, over the policy's away from it ({found["tokens"]} tokens, τ = {found["tau"]}). The columns without β
+        leave the penalty out, to show that it is needed. One minus the cosine at the rollout was at most {exact:.0e} in
+        float64 and {fused:.0e} through `fused_klq_loss`. Whitened advantages, which PPO usually takes, turn the
+        policy's gradient: one minus its cosine with the unwhitened one is {found["whitened"]["cosine_gap"]:.1e}."""
+    )
+    return f"{why}\n\n{what}\n\n{markdown_table(columns, rows)}"
+
+
+WORDS: dict[str, Callable[[Results], str]] = {
+    "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
+}  # fmt: skip

@@ -1,0 +1,199 @@
+"""``klq train``: where a value comes from, what a run leaves behind, and that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from klq_kernels.cli import app
+from klq_kernels.tasks import load_task
+from klq_kernels.trainer import run
+from klq_kernels.trainer.plots import plot_run
+from klq_kernels.trainer.run import ScriptArguments, load_function, parse, win_rate
+
+REWARD = """
+calls = 0
+
+def even(completion_ids, **_):
+    return [sum(i % 2 == 0 for i in ids) / 8 for ids in completion_ids]
+
+def stops(completion_ids, **_):
+    global calls
+    calls += 1
+    if calls > 2:
+        raise KeyboardInterrupt
+    return even(completion_ids)
+"""
+TINY = [
+    "--per_device_train_batch_size", "4", "--max_completion_length", "6", "--num_update_epochs", "1", "--use_cpu",
+    "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--watch_failures", "False", "--seed", "3",
+]  # fmt: skip
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# Arguments
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_recipe(tmp_path: Path):
+    file = write(tmp_path / "run.yaml", "task: arithmetic\ntau: 0.2\nlam: 0.5\nlearning_rate: 1e-5\nvalue_model: null\n")
+    arguments, config = parse(file, ["--lam", "0.7", "--save-steps", "7"])
+    assert (config.lam, config.tau, config.learning_rate, config.save_steps) == (0.7, 0.2, 1e-5, 7)
+    assert config.max_completion_length == load_task("arithmetic").max_completion_length  # the recipe's
+    assert (arguments.task, arguments.value_model) == ("arithmetic", None)
+
+
+def test_values_of_a_file_are_read_as_flags_would_be(tmp_path: Path):
+    file = write(
+        tmp_path / "run.yaml",
+        "model: m\ndataset: d\nreward_function: [a:b, c:d]\nlora_target_modules: q_proj\ngamma: '1'\n"
+        "bootstrap_truncated: false\ngeneration_kwargs: {top_k: 5}\nuse_cpu: true\n",
+    )
+    arguments, config = parse(file, [])
+    assert arguments.reward_function == ["a:b", "c:d"]
+    assert arguments.lora_target_modules == ["q_proj"]
+    assert config.gamma == 1.0
+    assert not config.bootstrap_truncated
+    assert config.generation_kwargs == {"top_k": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "words"),
+    [
+        ("learning_rat: 1", [], r"unknown key 'learning_rat'; did you mean learning_rate\?"),
+        ("", ["--taus", "1"], r"--taus: unknown argument; did you mean --tau\?"),
+        ("tau: fast", ["--task", "constant"], "tau.*invalid float"),
+        ("tau: [1, 2]", [], "tau takes one value"),
+        ("tau: null", [], "tau cannot be null"),
+        ("tau: -1", ["--task", "constant"], "tau"),
+        ("- 1", [], "must hold names and values"),
+        ("a: [", [], "cannot read"),
+        ("", ["--task", "chess"], "task: must be one of"),
+        ("", ["--task", "constant", "--dataset", "x"], "dataset: is not used"),
+        ("", ["--model", "m"], "dataset: is needed"),
+        ("", ["--model", "m", "--dataset", "d"], "reward_function is needed"),
+        ("", [], "model: is needed"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, text: str, flags: list[str], words: str):
+    with pytest.raises(ValueError, match=words):
+        parse(write(tmp_path / "run.yaml", text), flags)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+        parse(tmp_path / "nowhere.yaml", [])
+
+
+def test_the_example_is_understood():
+    arguments, config = parse(Path(__file__).parents[1] / "examples" / "train_klq.yaml", ["--use_cpu", "--bf16", "no"])
+    assert arguments.dataset_kind == "tldr"
+    assert config.rollouts_per_device == 48
+
+
+def test_reward_functions_are_found_in_files_and_packages(tmp_path: Path):
+    file = write(tmp_path / "mine.py", REWARD)
+    assert load_function(f"{file}:even")([[0, 2]]) == [0.25]
+    assert load_function("json:dumps") is json.dumps
+    for name in (f"{file}:odd", "no.such.module:f", "nothing", str(tmp_path / "no.py:f")):
+        with pytest.raises(ValueError, match="reward_function"):
+            load_function(name)
+
+
+def test_the_command_lists_its_arguments_and_complains_in_one_line():
+    shown = CliRunner().invoke(app, ["train", "--help"])
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in ("--task", "--tau", "--lora_rank", "--output_dir"))
+    assert "--hub_token" not in shown.output  # transformers' own are documented there
+    failed = CliRunner().invoke(app, ["train", "--task", "constant", "--taus", "1"])
+    assert isinstance(failed.exception, ValueError)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that name a tiny model, its prompts and a reward."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny.model().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "ab" * (1 + i % 3)}) + "\n" for i in range(24)))
+    write(folder / "rewards.py", REWARD)
+    return [
+        "--model", str(folder / "model"), "--dataset", str(folder / "prompts.jsonl"),
+        "--reward_function", f"{folder / 'rewards.py'}:even", *TINY,
+    ]  # fmt: skip
+
+
+def train(flags: list[str]) -> dict[str, dict[str, float]]:
+    return run.run(*parse(None, flags))
+
+
+def test_a_run_leaves_model_history_picture_and_summary(material: list[str], tmp_path: Path):
+    results = train(
+        [*material, "--output_dir", str(tmp_path), "--max_steps", "2", "--eval_size", "4", "--lora_rank", "2"]
+    )
+    assert {"reward", "kl", "length"} <= results["after"].keys()
+    assert results["before"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert json.loads((tmp_path / "summary.json").read_text()) == results
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert sum("objective/scores" in logs for logs in history) == 2
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert (tmp_path / "final" / "adapter_config.json").exists()
+
+
+def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: Path):
+    def history(name: str) -> list[dict[str, Any]]:
+        content = json.loads((tmp_path / name / "history.json").read_text())
+        return [logs for logs in content if "objective/scores" in logs]
+
+    common = [*material, "--save_steps", "2", "--value_model", "copy", "--resume"]
+    train([*common, "--output_dir", str(tmp_path / "whole"), "--max_steps", "4"])
+    train([*common, "--output_dir", str(tmp_path / "parts"), "--max_steps", "2"])
+    train([*common, "--output_dir", str(tmp_path / "parts"), "--max_steps", "4"])
+    assert [logs["step"] for logs in history("parts")] == [1, 2, 3, 4]
+    for name in ("objective/scores", "objective/kl", "loss"):
+        assert [logs[name] for logs in history("parts")] == [logs[name] for logs in history("whole")]
+
+
+def test_an_interrupted_run_shows_what_it_has_done(material: list[str], tmp_path: Path):
+    stopping = [flag.replace(":even", ":stops") for flag in material]
+    with pytest.raises(KeyboardInterrupt):
+        train([*stopping, "--output_dir", str(tmp_path), "--max_steps", "9"])
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
+    assert (tmp_path / "training.png").exists()
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_task_brings_all_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "warm_started", lambda task, cache, progress: task.build_model())
+    sizes = ["--total_episodes", "8", "--eval_size", "3", "--num_mini_batches", "1"]
+    results = train(["--task", "arithmetic", "--output_dir", str(tmp_path), *TINY, *sizes])
+    assert 0 <= results["after"]["win_rate"] <= 1
+
+
+def test_win_rate_counts_ties_half():
+    task = load_task("arithmetic")
+    rows = [{"prompt": "1+2+3=", "rest": "3+3", "answer": 6}] * 2
+    assert win_rate(task, rows, ["3+3=6", "6"], ["6", "6"]) == 0.75
+    assert win_rate(task, rows, ["6", "6"], ["3+3=6", "3+3=6"]) == 0.0
+
+
+def test_the_picture_needs_one_log_and_skips_what_is_none(tmp_path: Path):
+    names = "objective/scores objective/kl policy/entropy_avg val/explained_variance completions/mean_length".split()
+    plot_run([{"eval_reward": 1.0}, {"step": 1, **dict.fromkeys(names, 0.5)}], tmp_path / "one.png", tau=0.05)
+    assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_numbers_of_arguments_are_checked():
+    with pytest.raises(ValueError, match="lora_rank"):
+        ScriptArguments(task="constant", lora_rank=-1)
