@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# processes that run tests side by side
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ demo: $(READY)  ## train a small model with the fused loss, compare with naive; 
 	@$(BIN)/klq demo $(ARGS)
 
 test: $(READY)  ## run the tests (ARGS="-k scan" picks some)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check

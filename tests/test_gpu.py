@@ -9,6 +9,7 @@ import importlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +160,24 @@ def test_two_runs_give_the_same_bits() -> None:
     leaves, given = packed_case([300, 7, 129], 256, 50_257, torch.bfloat16)
     first, second = (step(leaves, given, workspace_bytes=2**24) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_trainer_learns_on_a_gpu_and_repeats_itself(tmp_path: Path) -> None:
+    """In bf16 autocast, with rollouts on the GPU; resuming in the middle of a cycle as on the CPU."""
+    import tiny
+
+    rows = [{"prompt": chr(97 + i % 26) * (1 + i % 5)} for i in range(32)]
+    settings = {
+        "use_cpu": False, "bf16": True, "per_device_train_batch_size": 32, "max_steps": 60, "learning_rate": 3e-3,
+        "tau": 0.02, "value_learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 30,
+    }  # fmt: skip
+    whole = tiny.trainer(tmp_path / "whole", {"train_dataset": rows}, **settings)
+    whole.train()
+    scores = [logs["objective/scores"] for logs in whole.state.log_history if "objective/scores" in logs]
+    assert sum(scores[-4:]) / 4 > sum(scores[:2]) / 2
+    again = tiny.trainer(tmp_path / "again", {"train_dataset": rows}, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-30"))
+    assert tiny.losses(again) == pytest.approx(tiny.losses(whole), rel=1e-2)
 
 
 def test_impossible_tokens_are_nan_or_under_klq_check_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsdp_process
 import pytest
 import tiny
 import torch
@@ -131,9 +132,15 @@ def test_padding_free_is_padded(algorithm: str, tmp_path: Path) -> None:
 
 
 def test_activation_checkpoints_change_nothing(tmp_path: Path) -> None:
-    runs = [tiny.trainer(tmp_path, gradient_checkpointing=on, **ONE_STEP) for on in (True, False)]
-    for run in runs:
+    runs, forwards = [], []
+    for on in (True, False):
+        run = tiny.trainer(tmp_path, gradient_checkpointing=on, **ONE_STEP)
+        seen: list[bool] = []
+        run.policy.model.layers[0].self_attn.register_forward_hook(lambda *_, s=seen: s.append(torch.is_grad_enabled()))
         run.train()
+        runs.append(run)
+        forwards.append(len(seen))
+    assert forwards[0] == forwards[1] + 1  # the one forward with gradient is done again in backward
     assert_same(*runs)
 
 
@@ -146,7 +153,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         trainer_process.run(tmp_path / algorithm / "1", mine | {"per_device_train_batch_size": 8}, use_script=True)
         half = mine | {"per_device_train_batch_size": 4}
         halves.append({"folder": str(tmp_path / algorithm / "2"), "config": half, "use_script": True})
-    start(["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"], halves)
+    start([*TWO_PROCESSES, trainer_process.__file__, json.dumps(halves)])
     for algorithm in ("klq", "ppo"):
         one, two = (load_file(tmp_path / algorithm / n / "final" / "model.safetensors") for n in "12")
         for name, tensor in one.items():
@@ -156,10 +163,28 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert abs(kl[-1]) > 1e-5
 
 
-def start(launch: list[str], runs: list[dict[str, Any]], expect: int = 0) -> None:
-    """``trainer_process`` in a process of its own, or in several."""
+def test_a_module_sharded_by_fsdp2_gives_the_same_gradients(tmp_path: Path) -> None:
+    """The objective runs inside the module, where the sharded lm_head is whole; generating works as well."""
+    start([*TWO_PROCESSES, fsdp_process.__file__, str(tmp_path / "sharded.pt")])
+    sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
+    whole = fsdp_process.build()
+    loss = fsdp_process.backward(whole, tiny.arguments(tmp_path))
+    torch.testing.assert_close(sharded["loss"], loss)
+    gradients = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    assert sharded["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sharded["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+    ids = whole.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)
+    assert torch.equal(sharded["ids"], ids)
+
+
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+
+
+def start(arguments: list[str], expect: int = 0) -> None:
+    """Python in a process of its own, or in several."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, *launch, trainer_process.__file__, json.dumps(runs)]
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == expect, done.stderr[-3000:]
 
@@ -176,7 +201,7 @@ SAVING = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "num_mini_
 def test_a_run_killed_in_an_update_resumes_to_the_same_losses(tmp_path: Path) -> None:
     """Step 5 is in the middle of a cycle of eight: its experience has to be in the checkpoint."""
     killed = {"folder": str(tmp_path / "killed"), "config": SAVING, "kill_at": 8}
-    start([], [killed], expect=-9)
+    start([trainer_process.__file__, json.dumps([killed])], expect=-9)
     assert (tmp_path / "killed" / "checkpoint-5" / "experience_0.pt").exists()
     whole, resumed = (tiny.trainer(tmp_path / name, **SAVING) for name in ("whole", "killed"))
     whole.train()

@@ -134,6 +134,23 @@ def test_values_are_read_before_each_token_and_after_the_last(kind: str) -> None
             torch.testing.assert_close(states.last_values[at], v[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_a_share_of_the_values_gradient_enters_a_shared_backbone(share: float) -> None:
+    gradients = []
+    for scale in (share, 1.0):
+        actor_critic = ActorCritic(tiny.model(), ValueFunction(32), value_gradient=scale)
+        nn.init.ones_(actor_critic.value.head.weight)
+        batch = collate(sequences(), pad_id=tiny.PAD, padding_free=False)
+        actor_critic(batch, lambda states: states.values).sum().backward()
+        gradients.append((actor_critic.value.head.weight.grad, actor_critic.policy.model.norm.weight.grad))
+    (head, backbone), (whole_head, whole_backbone) = gradients
+    torch.testing.assert_close(head, whole_head)
+    if share == 0.0:
+        assert backbone is None
+    else:
+        torch.testing.assert_close(backbone, share * whole_backbone)
+
+
 def test_a_reward_model_lends_its_head_and_one_with_more_labels_is_refused() -> None:
     critic = tiny.classifier()
     assert ValueFunction(32, critic).head is critic.score

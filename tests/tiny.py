@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -71,8 +70,10 @@ def classifier(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(config(num_labels=1, **changes)).float()
 
 
-def prompts(number: int = 32) -> Dataset:
+def prompts(number: int = 32) -> Any:
     """Prompts of unequal length, and a column for the rewards."""
+    from datasets import Dataset
+
     texts = [chr(97 + i % 26) * (1 + i % 5) for i in range(number)]
     return Dataset.from_dict({"prompt": texts, "letter": [t[0] for t in texts]})
 
@@ -82,7 +83,7 @@ def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / 8 for ids in completion_ids]
 
 
-def arguments(folder: Path, **changes: Any) -> KLQConfig:
+def arguments(folder: Path | str, **changes: Any) -> KLQConfig:
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 8, "max_completion_length": 8, "bootstrap_truncated": False, "max_steps": 8,
         "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "no", "use_cpu": True,

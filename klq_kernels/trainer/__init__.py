@@ -14,7 +14,6 @@ from __future__ import annotations
 
 try:
     import accelerate  # noqa: F401
-    import datasets  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(f"the trainer needs {error.name}: pip install 'klq_kernels[train]'") from None

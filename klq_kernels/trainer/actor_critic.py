@@ -60,6 +60,13 @@ class ValueFunction(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype)).float().squeeze(-1)
 
 
+def scaled_gradient(hidden: Tensor, scale: float) -> Tensor:
+    """``hidden`` itself, through which only ``scale`` of a gradient passes."""
+    if scale == 1.0:
+        return hidden
+    return hidden.detach() if scale == 0.0 else torch.lerp(hidden.detach(), hidden, scale)
+
+
 def zero_head(width: int) -> nn.Linear:
     """A fresh value head: fp32, and 0 everywhere, so that the first returns are the rewards themselves."""
     head = nn.Linear(width, 1, dtype=torch.float32)
@@ -74,11 +81,14 @@ class ActorCritic(nn.Module):
     accepts_loss_kwargs = True  # tells transformers.Trainer that losses come normalised over the whole step
     main_input_name = "input_ids"
 
-    def __init__(self, policy: nn.Module, value: ValueFunction, temperature: float) -> None:
+    def __init__(
+        self, policy: nn.Module, value: ValueFunction, temperature: float = 1.0, value_gradient: float = 1.0
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
         self.temperature = temperature
+        self.value_gradient = value_gradient
         self.language_model = LanguageModel(policy)
 
     @property
@@ -88,25 +98,31 @@ class ActorCritic(nn.Module):
     def forward(self, inputs: Inputs, objective: Objective) -> Any:
         """objective(states) of a batch; whatever it returns is returned."""
         states = value_states = self.language_model.hidden_states(inputs)
-        hidden = value_hidden = states.index_select(0, inputs.rows)
-        if self.value.backbone is not None:
+        hidden = states.index_select(0, inputs.rows)
+        if self.value.backbone is None:
+            value_hidden = scaled_gradient(hidden, self.value_gradient)
+        else:
             value_states = backbone_states(self.value.backbone, inputs)
             value_hidden = value_states.index_select(0, inputs.rows)
-        values, last_values = self.value(value_hidden), self.value(value_states.index_select(0, inputs.last))
+        values = self.value(value_hidden)
+        last_values = self.value(value_states.detach().index_select(0, inputs.last))  # bootstraps only: no gradient
         return objective(States(hidden, self.language_model.head(self.temperature), values, last_values))
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:
         return self.policy.generate(**kwargs)  # type: ignore[operator]
 
+    # transformers renames this in version 5; each name goes on to the same one of the models inside
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self._checkpoint("activation_checkpointing_enable", **kwargs)
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self._checkpoint("gradient_checkpointing_enable", **kwargs)
+
+    def _checkpoint(self, method: str, **kwargs: Any) -> None:
         for model in (self.policy, self.value.backbone):
             if model is not None:
-                model.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
+                getattr(model, method)(**kwargs)
         if self.language_model.is_peft:  # frozen embeddings: without it no gradient would enter the checkpoints
             self.policy.enable_input_require_grads()  # type: ignore[operator]
-
-    def gradient_checkpointing_disable(self) -> None:
-        for model in (self.policy, self.value.backbone):
-            if model is not None:
-                model.gradient_checkpointing_disable()  # type: ignore[operator]

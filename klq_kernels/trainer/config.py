@@ -39,6 +39,7 @@ class KLQConfig(TrainingArguments):
     learning_rate: float = option(1.41e-5, "Initial learning rate.")
     logging_steps: float = option(0, "Log every so many optimizer steps; 0: once per cycle.")
     remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
+    ddp_find_unused_parameters: bool | None = option(False, "True for a policy with parameters it does not use.")
 
     algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
     tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
@@ -58,6 +59,11 @@ class KLQConfig(TrainingArguments):
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    value_gradient: float | None = option(
+        None,
+        "Share of V's gradient that enters a backbone shared with the policy, in [0, 1]. By default tau for KLQ, whose "
+        "loss falls 1/tau times as steeply in V as in the log-probability; 1 for PPO, where vf_coef balances the two.",
+    )
     disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
 
     max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
@@ -112,6 +118,13 @@ class KLQConfig(TrainingArguments):
         """Rollouts of one process in one cycle."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
+    @property
+    def shared_value_gradient(self) -> float:
+        """``value_gradient`` with its default filled in."""
+        if self.value_gradient is not None:
+            return self.value_gradient
+        return min(self.tau, 1.0) if self.algorithm == "klq" else 1.0
+
     def _check(self) -> None:
         require(
             self.algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}"
@@ -124,7 +137,7 @@ class KLQConfig(TrainingArguments):
             require_number(name, getattr(self, name), low=0.0, open_low=True)
         require_number("alpha", self.alpha, low=0.0, high=1.0, open_low=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
-        for name in ("gamma", "lam", "lam_final"):
+        for name in ("gamma", "lam", "lam_final", "value_gradient"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), low=0.0, high=1.0)
         counts = (

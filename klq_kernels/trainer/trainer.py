@@ -144,7 +144,7 @@ class KLQTrainer(Trainer):
         else:
             reference = None if language_model.is_peft else copy.deepcopy(policy)
         value = ValueFunction(language_model.config.hidden_size, loading.value_model(value_model, args))
-        actor_critic = ActorCritic(policy, value, args.temperature)
+        actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
         if args.disable_dropout:
             disable_dropout(actor_critic)
         super().__init__(
