@@ -231,6 +231,28 @@ def test_resuming_between_cycles_and_across_epochs(tmp_path: Path) -> None:
     assert series(again, "objective/scores") == series(whole, "objective/scores")
 
 
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "max_steps": 16}
+    run = tiny.trainer(
+        tmp_path, {"eval_dataset": tiny.prompts(8)}, load_best_model_at_end=True, metric_for_best_model="eval_kl",
+        greater_is_better=False, **settings,
+    )  # fmt: skip
+    run.train()
+    best = Path(str(run.state.best_model_checkpoint))
+    assert best.name != "checkpoint-16"
+    saved = load_file(best / "model.safetensors")
+    assert torch.equal(run.policy.model.norm.weight, saved["model.norm.weight"])
+    value = load_file(best / "value_function.safetensors")
+    assert torch.equal(run.actor_critic.value.head.weight, value["head.weight"])
+
+
+def test_a_model_card_is_written(tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, max_steps=4)
+    run.train()
+    run.create_model_card(model_name="tiny")
+    assert "- klq\n" in (tmp_path / "README.md").read_text()
+
+
 def test_evaluating_does_not_change_the_run(tmp_path: Path) -> None:
     plain = tiny.trainer(tmp_path)
     watched = tiny.trainer(tmp_path, {"eval_dataset": tiny.prompts(6)}, eval_strategy="steps", eval_steps=2)
@@ -602,7 +624,7 @@ def test_means_are_true_means() -> None:
     means = Means()
     means.add({"x": torch.tensor(1.0)}, 1)
     means.add({"x": 4.0, "y": 2.0}, 3)
-    means.add({"x": float("nan")}, 0)
+    means.add({"x": float("nan"), "z": float("nan")}, 0)
     assert means.drain(Accelerator(cpu=True)) == {"x": 3.25, "y": 2.0}
     assert means.drain(Accelerator(cpu=True)) == {}
 

@@ -21,20 +21,22 @@ class Means:
         self._counts: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor | float], count: float) -> None:
-        """Means over ``count`` things each; 0-d tensors on any device are not waited for. Nothing if count is 0."""
-        if count == 0:
-            return
+        """Means over ``count`` things each; 0-d tensors on any device are not waited for.
+
+        A mean over nothing counts for nothing, but its name does: processes must agree on the names.
+        """
         for name, value in values.items():
-            total = torch.as_tensor(value, dtype=torch.float64).detach() * count
+            mean = torch.as_tensor(value, dtype=torch.float64).detach()
+            total = mean * count if count else torch.zeros_like(mean)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0.0) + count
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes since the last drain. Every process must call it, with the same names."""
+        """The means over all processes since the last drain, without those of nothing. Every process must call it."""
         names = sorted(self._sums)
         if not names:
             return {}
         rows = [torch.stack([self._sums[n].cpu(), torch.tensor(self._counts[n], dtype=torch.float64)]) for n in names]
         sums, counts = accelerator.reduce(torch.stack(rows).to(accelerator.device), reduction="sum").cpu().unbind(1)
         self._sums, self._counts = {}, {}
-        return dict(zip(names, (sums / counts).tolist(), strict=True))
+        return {n: (s / c).item() for n, s, c in zip(names, sums, counts, strict=True) if c > 0}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..logprobs import linear_logprobs
 from ..loss import fused_klq_loss
+from ..types import LinearLogprobs
 from .actor_critic import States
 from .batches import Inputs
 from .config import KLQConfig
@@ -29,18 +30,23 @@ class Scored(NamedTuple):
     last_values: Tensor
 
 
-def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
-    """Log-probabilities of the sampled tokens, the policy's entropy and the values. For ``no_grad``."""
-    out = linear_logprobs(
+def logprobs(states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool = False) -> LinearLogprobs:
+    """Log-probabilities of the sampled tokens under any policy, and its entropy where asked for."""
+    return linear_logprobs(
         states.hidden,
         **states.head._asdict(),
         actions=inputs.actions,
         cu_seqlens=inputs.cu_seqlens,
-        return_entropy=True,
+        return_entropy=entropy,
         workspace_bytes=config.workspace_bytes,
     )
-    assert out.entropy is not None
-    return Scored(out.logprobs, out.entropy, states.values, states.last_values)
+
+
+def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
+    """What a rollout is scored by. For ``no_grad``."""
+    policy = logprobs(states, inputs, config, entropy=True)
+    assert policy.entropy is not None
+    return Scored(policy.logprobs, policy.entropy, states.values, states.last_values)
 
 
 def klq(
@@ -74,14 +80,7 @@ def ppo(
     The KL penalty is in the rewards, so in the advantages already (PPO-penalty as in arXiv 1909.08593).
     """
     old_logprobs, old_values, errors = experience.targets
-    logprobs = linear_logprobs(
-        states.hidden,
-        **states.head._asdict(),
-        actions=inputs.actions,
-        cu_seqlens=inputs.cu_seqlens,
-        workspace_bytes=config.workspace_bytes,
-    ).logprobs
-    change = logprobs - old_logprobs
+    change = logprobs(states, inputs, config).logprobs - old_logprobs
     ratio = change.exp()
     clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
     policy = torch.maximum(-experience.advantages * ratio, -experience.advantages * clipped)

@@ -1,4 +1,4 @@
-"""What a log says of the rollouts of a cycle: true means over completions, under the names PPO trainers use."""
+"""What a log says of a cycle's rollouts: true means over completions and tokens, under the names PPO trainers use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rewards import Scores
 from .rollout import Rollout
 
 
-def rollout_statistics(
+def completion_statistics(
     rollout: Rollout, scores: Scores, names: list[str], scored: Scored, experience: Experience, tau: float
 ) -> dict[str, Tensor | float]:
     """Means over the completions of this process.
@@ -19,33 +19,38 @@ def rollout_statistics(
     objective/kl              nats per completion, sampled: sum of log pi - log pi_ref
     objective/entropy         nats per completion, sampled: -sum of log pi
     objective/rlhf_reward     score - tau KL; non_score_reward is its second part
-    policy/entropy_avg        nats per token, exact, over the whole vocabulary
     val/explained_variance    of the lambda-returns, by V as it was at the rollout
-    rollout/sampler_*         how far the sampler's own log-probs are from the policy's, where it gave them
     """
-    device = scored.logprobs.device
-    total = scores.total.to(device)
+    total = scores.total.to(scored.logprobs.device)
     kl = per_completion(scored.logprobs - experience.ref_logprobs, experience.rows).mean()
-    tokens = max(len(scored.logprobs), 1)
     lengths = torch.tensor([float(len(s.completion)) for s in rollout.sequences])
-    out: dict[str, Tensor | float] = {
+    means = {f"rewards/{name}": mean for name, mean in reward_means(scores, names).items()}
+    return {
         "objective/scores": total.mean(),
         "objective/scores_std": total.std(correction=0),
         "objective/kl": kl,
         "objective/non_score_reward": -tau * kl,
         "objective/rlhf_reward": total.mean() - tau * kl,
         "objective/entropy": -per_completion(scored.logprobs, experience.rows).mean(),
-        "policy/entropy_avg": scored.entropy.sum() / tokens,
         "val/explained_variance": explained_variance(experience),
         "val/num_eos_tokens": float((~rollout.truncated).sum()),
         "completions/mean_length": lengths.mean(),
         "completions/max_length": lengths.max(),
         "completions/truncated": rollout.truncated.float().mean(),
+        **means,
     }
-    out |= {f"rewards/{name}": mean for name, mean in reward_means(scores, names).items()}
+
+
+def token_statistics(rollout: Rollout, scored: Scored) -> dict[str, Tensor | float]:
+    """Means over the trained tokens of this process.
+
+    policy/entropy_avg        nats, exact, over the whole vocabulary
+    rollout/sampler_*         how far the sampler's own log-probs are from the policy's, where it gave them
+    """
+    out: dict[str, Tensor | float] = {"policy/entropy_avg": scored.entropy.mean()}
     if rollout.sampler_logprobs is not None:
-        difference = scored.logprobs - rollout.sampler_logprobs.to(device)
-        out["rollout/sampler_kl"] = (difference.expm1() - difference).sum() / tokens
+        difference = scored.logprobs - rollout.sampler_logprobs.to(scored.logprobs.device)
+        out["rollout/sampler_kl"] = (difference.expm1() - difference).mean()
         out["rollout/sampler_ratio_max"] = difference.exp().max() if len(difference) else 1.0
     return out
 

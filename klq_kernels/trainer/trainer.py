@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -53,7 +54,7 @@ from .data import tokenize_prompt
 from .experience import Experience, Plan
 from .means import Means
 from .models import LanguageModel, disable_dropout
-from .objectives import OBJECTIVES, Scored, score
+from .objectives import OBJECTIVES, Scored, logprobs, score
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import (
     Completions,
@@ -66,7 +67,7 @@ from .rollout import (
 )
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed, seeded
-from .statistics import reward_means, rollout_statistics
+from .statistics import completion_statistics, reward_means, token_statistics
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -107,8 +108,6 @@ class KLQTrainer(Trainer):
     Raises:
         ValueError: naming the argument that does not fit, and what would.
     """
-
-    _tag_names: ClassVar[list[str]] = ["klq"]
 
     def __init__(
         self,
@@ -180,6 +179,7 @@ class KLQTrainer(Trainer):
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
         self.means = Means()
+        self._seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self._micro_step = 0  # within the optimizer step
         self._step_rows = torch.zeros(0)
@@ -303,8 +303,10 @@ class KLQTrainer(Trainer):
             scored, ref_logprobs = self.score(rollout)
         targets = self._targets(rollout, scores, scored, ref_logprobs)
         experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
-        statistics = rollout_statistics(rollout, scores, self.rewards.names, scored, experience, self.args.tau)
+        names, tau = self.rewards.names, self.args.tau
+        statistics = completion_statistics(rollout, scores, names, scored, experience, tau)
         self.means.add({**statistics, "lam": self.lam}, len(rollout.sequences))
+        self.means.add(token_statistics(rollout, scored), len(scored.logprobs))
         if self.completions_log is not None:
             self._log_completions(rows, rollout, scores)
         return experience
@@ -360,12 +362,12 @@ class KLQTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for begin in range(0, len(rollout.sequences), size):
                 batch = self._collate(rollout.sequences[begin : begin + size])
-                read: Objective = partial(score, inputs=batch, config=self.args)
-                passes.append(model(batch, read))
-                references.append(self._reference_logprobs(model, batch, read))
+                passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
+                references.append(self._reference_logprobs(model, batch))
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
 
-    def _reference_logprobs(self, model: ActorCritic, batch: Inputs, read: Objective) -> Tensor:
+    def _reference_logprobs(self, model: ActorCritic, batch: Inputs) -> Tensor:
+        read: Objective = partial(logprobs, inputs=batch, config=self.args)
         if self.reference is None:  # the policy without its adapters
             with model.language_model.without_adapters():
                 return model(batch, read).logprobs
@@ -418,17 +420,13 @@ class KLQTrainer(Trainer):
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    @property
-    def _seconds(self) -> dict[str, float]:
-        return self.__dict__.setdefault("_seconds_by_part", {})
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log to what transformers logs, and the number of episodes so far."""
         if self.is_in_train and "loss" in logs:
             logs = {**logs, **self.means.drain(self.accelerator), **self._seconds}
             self._seconds.clear()
             per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
-            logs["episode"] = -(-self.state.global_step // self.args.steps_per_cycle) * per_cycle
+            logs["episode"] = math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle
         super().log(logs, start_time)
 
     def _log_completions(self, rows: list[dict[str, Any]], rollout: Rollout, scores: Scores) -> None:
@@ -457,7 +455,7 @@ class KLQTrainer(Trainer):
         process, processes = self.args.process_index, self.accelerator.num_processes
         means, size = Means(), self.args.rollout_forward_batch_size
         names = ["reward", "reward_std", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
-        means.add(dict.fromkeys(names, 0.0), 1e-12)  # every process has every name, also one without prompts
+        means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one without prompts
         mine = range(process, len(data), processes)
         for begin in range(0, len(mine), size):
             rows = [data[i] for i in mine[begin : begin + size]]
@@ -517,12 +515,22 @@ class KLQTrainer(Trainer):
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / VALUE_FILE)
         torch.save(self.args, folder / "training_args.bin")
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' card, with tags that say how the model was trained."""
+        given = kwargs.pop("tags", None) or []
+        tags = [given] if isinstance(given, str) else list(given)
+        super().create_model_card(*args, tags=[*tags, "klq_kernels", self.args.algorithm], **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
         self.actor_critic.value.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_FILE))
+
+    def _load_best_model(self) -> None:
+        """What ``load_best_model_at_end`` loads."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random state, the experience of a cycle that is not over yet."""
