@@ -1,4 +1,4 @@
-"""The README stays true: its Python runs, its commands and links exist."""
+"""The README and the guide to the trainer stay true: their Python runs, their commands and links exist."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_snippets_run_in_order(
@@ -26,6 +26,15 @@ def test_python_snippets_run_in_order(
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert "'loss'" in capsys.readouterr().out
+
+
+def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    snippets = blocks("python", (ROOT / "docs" / "trainer.md").read_text())
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "docs/trainer.md", "exec"), namespace)
 
 
 def test_shell_commands_exist() -> None:

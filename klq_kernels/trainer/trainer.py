@@ -97,13 +97,13 @@ class KLQTrainer(Trainer):
         train_dataset: a dataset with a column ``prompt`` (text or chat messages); other columns reach the rewards.
         eval_dataset: likewise, for ``evaluate``.
         processing_class: the tokenizer; by default the one saved with the model.
-        reward_processing_classes: tokenizers of the reward models; by default those saved with them.
         ref_model: the frozen reference; by default the policy as it is now (its base model where adapters are trained).
         value_model: a value function with a backbone of its own (a sequence-classification model with one label, a
             backbone, or a path); by default a linear head on the policy's backbone.
         peft_config: makes the policy a PEFT model.
-        rollout_func: samples completions in place of ``generate`` (see ``rollout``).
         callbacks, optimizers: as in ``transformers.Trainer``.
+        reward_processing_classes: tokenizers of the reward models; by default those saved with them.
+        rollout_func: samples completions in place of ``generate`` (see ``rollout``).
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
@@ -117,13 +117,14 @@ class KLQTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        reward_processing_classes: Any = None,
         ref_model: str | nn.Module | None = None,
         value_model: str | nn.Module | None = None,
         peft_config: Any = None,
-        rollout_func: RolloutFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        *,
+        reward_processing_classes: Any = None,
+        rollout_func: RolloutFunction | None = None,
     ) -> None:
         args = KLQConfig("klq_output") if args is None else args
         require(isinstance(args, KLQConfig), "args", f"must be a KLQConfig, got {type(args).__name__}")
@@ -515,11 +516,12 @@ class KLQTrainer(Trainer):
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / VALUE_FILE)
         torch.save(self.args, folder / "training_args.bin")
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
         """transformers' card, with tags that say how the model was trained."""
-        given = kwargs.pop("tags", None) or []
-        tags = [given] if isinstance(given, str) else list(given)
-        super().create_model_card(*args, tags=[*tags, "klq_kernels", self.args.algorithm], **kwargs)
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(language, license, [*given, "klq_kernels", self.args.algorithm], **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
