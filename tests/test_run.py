@@ -44,7 +44,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_recipe(tmp_path: Path):
-    file = write(tmp_path / "run.yaml", "task: arithmetic\ntau: 0.2\nlam: 0.5\nlearning_rate: 1e-5\nvalue_model: null\n")
+    file = write(
+        tmp_path / "run.yaml", "task: arithmetic\ntau: 0.2\nlam: 0.5\nlearning_rate: 1e-5\nvalue_model: null\n"
+    )
     arguments, config = parse(file, ["--lam", "0.7", "--save-steps", "7"])
     assert (config.lam, config.tau, config.learning_rate, config.save_steps) == (0.7, 0.2, 1e-5, 7)
     assert config.max_completion_length == load_task("arithmetic").max_completion_length  # the recipe's

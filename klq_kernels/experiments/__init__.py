@@ -1,7 +1,10 @@
 """``klq experiment``: the paper's first experiments on the built-in tasks, on a CPU, in minutes.
 
 spec, configs/    an experiment as a YAML file, and the jobs that follow from it
-job, equivalence  what one job does: train and measure a policy; compare two gradients
+job               one job, and its file
+train             what most jobs do: train a policy and measure it
+equivalence       ... compare the gradients of KLQ and of PPO
+timing            ... take the times of their updates
 pool              jobs side by side, each in a process of its own
 statistics        means with confidence intervals
 analysis          from the jobs' files to ``results.json``

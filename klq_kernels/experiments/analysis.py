@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..demo.plots import moving_mean
 from .spec import Experiment, Settings, label
 from .statistics import interval, paired, win_share
 
 Results = dict[str, Any]
+WINDOW = 5  # cycles that a curve averages
 HELD_OUT = ("reward", "kl", "objective", "length")
 
 
@@ -25,7 +27,11 @@ def tau_of(job: Mapping[str, Any]) -> float:
 
 
 def analyse(
-    experiment: Experiment, jobs: list[Results], sweep: list[Results], chosen: Mapping[str, Settings]
+    experiment: Experiment,
+    jobs: list[Results],
+    sweep: list[Results],
+    chosen: Mapping[str, Settings],
+    timing: list[Results],
 ) -> Results:
     """The results of an experiment, plain enough for JSON.
 
@@ -34,11 +40,12 @@ def analyse(
         jobs: what its jobs wrote.
         sweep: what the jobs of its sweep wrote.
         chosen: what the sweep chose (see ``choose``).
+        timing: what the job that takes times wrote, if there is one.
     """
     results: Results = {
         "title": experiment.title, "question": experiment.question, "kind": experiment.kind,
         "settings": experiment.settings, "seeds": experiment.seeds,
-        "seconds": sum(job["seconds"] for job in [*jobs, *sweep]),
+        "seconds": sum(job["seconds"] for job in [*jobs, *sweep, *timing]),
     }  # fmt: skip
     if experiment.kind == "gradients":
         return results | {name: jobs[0][name] for name in ("alphas", "whitened", "tokens", "tau")}
@@ -50,6 +57,12 @@ def analyse(
             for job in sweep
         ]
         results["chosen"] = dict(chosen)
+    if timing:
+        times = {
+            name: {kind: found[f"median_{kind}"] for kind in ("wall", "cpu")}
+            for name, found in timing[0]["times"].items()
+        }
+        results["timing"] = {"update_ms": times, "rounds": timing[0]["rounds"], "tokens": timing[0]["tokens"]}
     if "algorithm" in experiment.grid:
         results["pairs"] = pairs(groups)
     return results
@@ -62,16 +75,16 @@ def summary(variant: Settings, jobs: list[Results]) -> Results:
         "variant": variant,
         "before": interval([job["before"]["reward"] for job in jobs]),
         "after": {name: interval([final[name] for final in finals]) for name in HELD_OUT},
-        "update_ms": interval([1000 * job["update_seconds"] for job in jobs]),
         "curves": curves(jobs),
     }
 
 
 def curves(jobs: list[Results]) -> Results:
-    """Each curve's mean over the seeds, with the half-width of its interval, at each logged step."""
+    """Each curve's mean over the seeds and the last cycles, with the half-width of its interval over the seeds."""
     out: Results = {"step": jobs[0]["curves"]["step"]}
     for name in jobs[0]["curves"].keys() - {"step"}:
-        at_each_step = [interval(numbers) for numbers in zip(*(job["curves"][name] for job in jobs), strict=True)]
+        smooth = [moving_mean(job["curves"][name], WINDOW) for job in jobs]
+        at_each_step = [interval(numbers) for numbers in zip(*smooth, strict=True)]
         out[name] = {"mean": [i.mean for i in at_each_step], "half": [i.half for i in at_each_step]}
     return dict(sorted(out.items()))
 
@@ -93,13 +106,11 @@ def pairs(groups: list[tuple[Settings, list[Results]]]) -> list[Results]:
             *([objective(job["after"], tau_of(job)) for job in jobs] for jobs in (ours, theirs))
         )
         wins = [win_share(a["judged"], b["judged"]) for a, b in both]
-        seconds = [a["update_seconds"] / b["update_seconds"] for a, b in both]
         out.append(
             {
                 "variant": {name: value for name, value in variant.items() if name != "algorithm"},
                 "difference": difference,
                 "win_rate": interval(wins),
-                "update_time_ratio": interval(seconds),
             }
         )
     return out

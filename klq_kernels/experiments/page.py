@@ -25,12 +25,13 @@ HEAD = """# Experiments
 measures what is on this page, and writes it. `klq experiment NAME --quick` tries an experiment out in seconds.
 """
 
-COMMON = """They are small: tasks and a model that the package brings along, on CPU threads; {minutes:.0f} minutes of
+COMMON = """All are small: tasks and a model that the package brings along, on CPU threads; {minutes:.0f} minutes of
 one thread in all, beside other work. They show that the algorithms behave as they should, not how they rank on large
 models. Every run starts from the same warm-started policy, with a second copy of it as the backbone of V, and is
 evaluated on the same held-out prompts. A seed decides the training prompts, the samples and the mini-batches. Intervals
 are 95% confidence intervals over the seeds, by Student's t. Two algorithms are compared by the interval of their
-differences, seed by seed. KL is to the reference, in nats per completion; the objective is reward − τ·KL."""
+differences, seed by seed. KL is to the reference, in nats per completion; the objective is reward − τ·KL. Curves are
+means of the last five cycles."""
 
 
 def page(results: dict[str, Results], *, pictures: str) -> str:
@@ -55,7 +56,7 @@ def of(numbers: list[Any]) -> Interval:
 
 def finals(found: Results, *, first: str, before: bool = False) -> str:
     """A table of the variants' held-out results."""
-    columns = (first, *(("reward before",) if before else ()), "reward", "KL", "objective", "tokens", "ms per update")
+    columns = (first, *(("reward before",) if before else ()), "reward", "KL", "objective", "tokens")
     rows = [
         [
             name_of(entry["variant"]),
@@ -64,7 +65,6 @@ def finals(found: Results, *, first: str, before: bool = False) -> str:
             of(entry["after"]["kl"]).text(2),
             of(entry["after"]["objective"]).text(),
             of(entry["after"]["length"]).text(1),
-            of(entry["update_ms"]).text(0),
         ]
         for entry in found["variants"]
     ]
@@ -87,9 +87,10 @@ def constant(found: Results) -> str:
     words = prose(
         f"""The same notes, model and settings twice: once every summary earns 1, once a rule scores it. With the
         constant reward the held-out KL ends at {kl.text()} nats, an interval that {moved}; the run that has something
-        to learn ends at {other.text()}. During training the mean over the seeds was nowhere further from 0 than
-        {largest:.3f} (KL is estimated from samples, so it can be below 0). Where a policy moves under a constant
-        reward, it follows the errors of V, which starts at 0 and has yet to learn that every state is worth 1."""
+        to learn ends at {other.text()}. During training its mean over the seeds and five cycles was nowhere further
+        from 0 than {largest:.3f} (KL is estimated from samples, so it can be below 0). Where a policy moves under a
+        constant reward, it follows the errors of V, which starts at 0 and has yet to learn that every state is worth
+        1."""
     )
     return f"{words}\n\n{finals(found, first='task', before=True)}"
 
@@ -124,15 +125,13 @@ def versus(found: Results) -> str:
             name_of(pair["variant"]),
             *(of(pair["difference"][name]).text(d) for name, d in digits.items()),
             of(pair["win_rate"]).text(),
-            of(pair["update_time_ratio"]).text(2),
         ]
         for pair in found["pairs"]
     ]
-    columns = ("KLQ less PPO", "reward", "KL", "objective", "judge prefers KLQ", "time per update, KLQ / PPO")
+    columns = ("KLQ less PPO", "reward", "KL", "objective", "judge prefers KLQ")
     about_the_table = prose(
         """The judge is the task's second opinion, with criteria of its own. It compares the two completions of the same
-        held-out prompt; a tie counts half. Times are of one optimizer step on one thread beside other work, so they
-        are indicative only."""
+        held-out prompt; a tie counts half."""
     )
     about_the_rates = prose(
         f"""Both had the same number of rollouts and of updates on them. The learning rate of each was chosen before, by
@@ -147,6 +146,7 @@ def versus(found: Results) -> str:
             finals(found, first="", before=True),
             about_the_rates,
             markdown_table(("sweep", "objective"), sweep),
+            times(found["timing"]),
         ]
     )
 
@@ -162,14 +162,25 @@ def tally(pairs: list[Results]) -> str:
 
 def verdict(pair: Results) -> str:
     """One line about objective, reward, KL and the judge's preference."""
-    said = [f"{name} {outcome(of(pair['difference'][name.lower()]))}" for name in ("objective", "reward", "KL")]
+    signs = {name: of(pair["difference"][name.lower()]).sign for name in ("objective", "reward", "KL")}
     wins = of(pair["win_rate"])
-    judged = outcome(wins._replace(mean=wins.mean - 0.5), higher="prefers KLQ", lower="prefers PPO")
-    return f"- {name_of(pair['variant'])}: KLQ's {', '.join(said)}; the judge {judged}."
+    preferred = wins._replace(mean=wins.mean - 0.5).sign
+    said = [f"its {name} is {'higher' if sign > 0 else 'lower'}" for name, sign in signs.items() if sign]
+    said += [f"the judge prefers {'KLQ' if preferred > 0 else 'PPO'}"] if preferred else []
+    unclear = [name for name, sign in signs.items() if not sign] + ([] if preferred else ["the judge's preference"])
+    said += [f"no clear difference in {' and '.join(unclear)}"] if unclear else []
+    return f"- KLQ at {name_of(pair['variant'])}: {'; '.join(said)}."
 
 
-def outcome(difference: Interval, *, higher: str = "is higher", lower: str = "is lower") -> str:
-    return {1: higher, -1: lower, 0: "shows no clear difference"}[difference.sign]
+def times(timing: Results) -> str:
+    """Times of an update, side by side."""
+    ms = timing["update_ms"]
+    return prose(
+        f"""One optimizer step (forward, backward and AdamW on {timing["tokens"]} response tokens, both models) takes
+        {ms["klq"]["wall"]:.0f} ms with KLQ and {ms["ppo"]["wall"]:.0f} ms with PPO, of which CPU time
+        {ms["klq"]["cpu"]:.0f} and {ms["ppo"]["cpu"]:.0f} ms: medians of {timing["rounds"]} steps of each, taken in
+        turns in one process on one thread, beside other work."""
+    )
 
 
 def equivalence(found: Results) -> str:

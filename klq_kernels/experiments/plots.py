@@ -18,6 +18,7 @@ from ..demo.plots import _finish as finish
 from .analysis import Results
 
 COLOURS = (BLUE, ORANGE, GREEN, RED)
+ALGORITHMS = {"klq": BLUE, "ppo": ORANGE}
 AXES = {"reward": ("Reward", "mean score"), "kl": ("KL to the reference", "nats per completion")}
 
 
@@ -59,24 +60,30 @@ def draw_curves(results: Results, path: Path) -> None:
 
 
 def draw_comparison(results: Results, path: Path) -> None:
-    """Reward and KL over the run at each tau, one line style each, and where the runs end."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    """Reward and KL over the run, a column for each tau, and where the runs end."""
     taus = sorted({entry["variant"]["tau"] for entry in results["variants"]})
-    colours = {"klq": BLUE, "ppo": ORANGE}
+    figure = plt.figure(figsize=(4 * len(taus) + 5, 6.4), layout="constrained")
+    grid = figure.add_gridspec(2, len(taus) + 1, width_ratios=[1] * len(taus) + [1.4])
+    ends = figure.add_subplot(grid[:, -1])
+    panels: list[Axes] = [ends]
+    for row, (name, (title, unit)) in enumerate(AXES.items()):
+        for column, tau in enumerate(taus):
+            axes = figure.add_subplot(grid[row, column], sharey=panels[-1] if column else None)
+            for entry in results["variants"]:
+                if entry["variant"]["tau"] == tau:
+                    algorithm = entry["variant"]["algorithm"]
+                    band(axes, entry["curves"], name, color=ALGORITHMS[algorithm], label=algorithm.upper())
+            axes.set(title=f"{title}, τ = {tau}", xlabel="optimizer steps", ylabel="" if column else unit)
+            panels.append(axes)
+    panels[1].legend(frameon=False, loc="lower right")
     for entry in results["variants"]:
-        variant, after = entry["variant"], entry["after"]
-        at = taus.index(variant["tau"])
-        style = {"color": colours[variant["algorithm"]], "label": name_of(variant)}
-        for axes, name in zip(panels, AXES, strict=False):
-            band(axes, entry["curves"], name, linestyle=("-", "--", ":")[at % 3], **style)
-        panels[2].errorbar(
-            after["kl"][0], after["reward"][0], xerr=after["kl"][1], yerr=after["reward"][1],
-            marker=MARKERS[at % 3], capsize=3, linestyle="none", **style,
+        variant, (kl, kl_half), (reward, half) = entry["variant"], entry["after"]["kl"], entry["after"]["reward"]
+        ends.errorbar(
+            kl, reward, xerr=kl_half, yerr=half, capsize=3, linestyle="none", label=name_of(variant),
+            color=ALGORITHMS[variant["algorithm"]], marker=MARKERS[taus.index(variant["tau"]) % len(MARKERS)],
         )  # fmt: skip
-    for axes, (title, unit) in zip(panels, AXES.values(), strict=False):
-        axes.set(title=title, xlabel="optimizer steps", ylabel=unit)
-    panels[2].set(title="Held-out reward against KL, at the end", xlabel="KL, nats per completion", ylabel="mean score")
-    panels[2].legend(frameon=False, fontsize=9)
+    ends.set(title="Held-out reward against KL, at the end", xlabel="KL, nats per completion", ylabel="mean score")
+    ends.legend(frameon=False, fontsize=9)
     finish(figure, path, *panels)
 
 
@@ -94,5 +101,5 @@ def draw_errors(results: Results, path: Path) -> None:
         errors = [max(entry[name]["relative_error"], 1e-17) for entry in results["alphas"]]
         axes.plot(alphas, errors, marker=marker, color=colour, label=text)
     axes.set(title="KLQ's gradient against PPO's", xlabel="α", ylabel="relative error", yscale="log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center")
     finish(figure, path, axes)

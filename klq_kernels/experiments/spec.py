@@ -56,6 +56,7 @@ class Experiment:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     seeds: int = 1
     sweep: Sweep | None = None
+    timing: Settings | None = None
 
     def variants(self) -> list[Settings]:
         """The combinations of the grid."""
@@ -80,6 +81,10 @@ class Experiment:
             for candidate in combinations(self.sweep.over)
             for seed in range(self.sweep.seeds)
         ]
+
+    def timing_jobs(self) -> list[Job]:
+        """One, or none."""
+        return [] if self.timing is None else [Job("timing", "timing", {**self.settings, **self.timing})]
 
     def group(self, variant: Mapping[str, Any]) -> str:
         """The name of the group that chooses together."""

@@ -57,10 +57,10 @@ def run(names: Sequence[str], out: Path, *, seeds: int | None = None, workers: i
 
 
 def measure(experiment: Experiment, out: Path, workers: int, progress: Progress) -> dict[str, Any]:
-    """Runs the sweep, then the jobs with what it chose; returns the results."""
+    """Runs the sweep, the jobs with what it chose, and the timing; returns the results."""
     folder, warm = out / "jobs" / experiment.name, out / "jobs" / "warm_start"
-    candidates = experiment.sweep_jobs()
-    bar = progress.add_task(experiment.name, total=len(candidates) + len(experiment.jobs({})))
+    candidates, timing = experiment.sweep_jobs(), experiment.timing_jobs()
+    bar = progress.add_task(experiment.name, total=len(candidates) + len(experiment.jobs({})) + len(timing))
 
     def finish(jobs: list[Job]) -> list[dict[str, Any]]:
         missing = [job for job in jobs if result(job, folder / f"{job.name}.json") is None]
@@ -70,7 +70,7 @@ def measure(experiment: Experiment, out: Path, workers: int, progress: Progress)
 
     sweep = finish(candidates)
     chosen = analysis.choose(experiment, sweep)
-    return analysis.analyse(experiment, finish(experiment.jobs(chosen)), sweep, chosen)
+    return analysis.analyse(experiment, finish(experiment.jobs(chosen)), sweep, chosen, finish(timing))
 
 
 def keep(out: Path, name: str, found: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from ..layout import require
 from ..tasks import TASKS, Task, load_task, warm_started
@@ -50,7 +51,7 @@ STATUS += "  len {completions/mean_length:.0f}  EV {val/explained_variance:.2f}"
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
     "num_update_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 32, "bootstrap_truncated": False,
-    "use_cpu": True, "total_episodes": 64 * 160, "save_steps": 160, "save_total_limit": 2, "eval_size": 256,
+    "use_cpu": True, "total_episodes": 64 * 120, "save_steps": 80, "save_total_limit": 2, "eval_size": 256,
 }  # fmt: skip
 
 
@@ -361,8 +362,12 @@ def progress_bar(trainer: KLQTrainer, console: Console) -> Iterator[None]:
     bar = ProgressBar(console) if trainer.is_world_process_zero() else None
     if bar is not None:
         trainer.add_callback(bar)
-    with nullcontext() if bar is None else bar.progress:
-        yield
+    logging.disable_progress_bar()  # two bars would write over each other
+    try:
+        with nullcontext() if bar is None else bar.progress:
+            yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, float]]:
