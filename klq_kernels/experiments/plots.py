@@ -101,5 +101,5 @@ def draw_errors(results: Results, path: Path) -> None:
         errors = [max(entry[name]["relative_error"], 1e-17) for entry in results["alphas"]]
         axes.plot(alphas, errors, marker=marker, color=colour, label=text)
     axes.set(title="KLQ's gradient against PPO's", xlabel="α", ylabel="relative error", yscale="log")
-    axes.legend(frameon=False, loc="center")
+    axes.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.3))
     finish(figure, path, axes)
