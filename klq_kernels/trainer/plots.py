@@ -43,17 +43,17 @@ def plot_run(history: list[dict[str, Any]], path: Path, *, tau: float, window: i
         panel.set(title=title, xlabel="optimizer steps", ylabel=unit)
     panels[0].legend(frameon=False)
     panels[3].axhline(0, color=GREY, linewidth=1)
-    _reward_against_kl(panels[5], logs, tau)
+    _reward_against_kl(panels[5], logs, tau, window)
     finish(figure, path, *panels)
 
 
-def _reward_against_kl(axes: Axes, logs: list[dict[str, Any]], tau: float) -> None:
-    """Each log as a point, later ones darker, and the line along which reward - tau KL is what it is at the end."""
+def _reward_against_kl(axes: Axes, logs: list[dict[str, Any]], tau: float, window: int) -> None:
+    """Each log as a point, later ones darker; the way they went; and where reward - tau KL is what it is at the end."""
     kl, reward = ([entry[name] for entry in logs] for name in ("objective/kl", "objective/scores"))
-    axes.plot(kl, reward, color=GREY, linewidth=0.8, alpha=0.6)
-    axes.scatter(kl, reward, c=range(len(logs)), cmap="Blues", vmin=-len(logs) / 2, s=18)
+    axes.scatter(kl, reward, c=range(len(logs)), cmap="Blues", vmin=-len(logs) / 2, s=14, alpha=0.6)
+    way = moving_mean(kl, window), moving_mean(reward, window)
+    axes.plot(*way, color=BLUE, linewidth=1.5)
+    end = (way[0][-1], way[1][-1])
+    axes.axline(end, slope=tau, color=ORANGE, linestyle="--", linewidth=1, label="equal reward - tau KL")
     axes.set(title="Reward against KL", xlabel="KL, nats per completion", ylabel="mean score")
-    axes.axline(
-        (kl[-1], reward[-1]), slope=tau, color=ORANGE, linestyle="--", linewidth=1, label="equal reward - tau KL"
-    )
     axes.legend(frameon=False, loc="lower right")

@@ -305,7 +305,7 @@ class HeldOut:
         if not self.rows:
             return
         found = self.trainer.evaluate()
-        measured = {name.removeprefix("eval_"): value for name, value in found.items()}
+        measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}
         if self.task is not None and self.baseline is not None:
             measured["win_rate"] = win_rate(self.task, self.rows, self.answers(1), self.baseline)
         self.results[when] = measured
