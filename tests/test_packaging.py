@@ -145,7 +145,7 @@ def test_wheel_holds_the_package_its_types_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     top = {name.partition("/")[0] for name in names}
     assert top == {"klq_kernels", f"klq_kernels-{klq_kernels.__version__}.dist-info"}
-    assert {"klq_kernels/py.typed", "klq_kernels/cli.py"} <= names
+    assert {"klq_kernels/py.typed", "klq_kernels/cli.py", "klq_kernels/experiments/configs/lambda.yaml"} <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "klq_kernels").rglob("*.py")}
     assert modules <= names
 

@@ -1,13 +1,15 @@
 """A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
 
-config                    what a run can be told
-trainer                   the cycle: rollout, rewards, scoring, updates; checkpoints
-rollout rewards data      completions, scores, prompts
-models actor_critic       what is known of a language model; the module that is trained
-batches experience        sequences as a model reads them; what a cycle has learnt of them
-objectives                scores, the KLQ loss, the PPO loss
-sampler seeds means       prompts of a cycle, reproducible randomness, true means
-callbacks                 signatures of failure, a log of completions
+config                       what a run can be told
+trainer                      the cycle: rollout, rewards, scoring, updates; checkpoints
+loading data rollout rewards models and datasets as users give them; prompts; completions; scores
+models actor_critic          what is known of a language model; the module that is trained
+batches experience           sequences as a model reads them; what a cycle has learnt of them
+objectives                   scores, the KLQ loss, the PPO loss
+sampler seeds                the prompts of a cycle, reproducible randomness
+statistics means             what is logged, and true means of it
+callbacks completions_log    signatures of failure; completions to read
+run plots                    ``klq train``: from a YAML file to a trained model and its picture
 """
 
 from __future__ import annotations
