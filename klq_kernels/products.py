@@ -3,7 +3,7 @@
 They run in the dtype of the model where the processor multiplies it. A CPU without such instructions emulates them,
 which takes several times as long as the same product in fp32 (and fp16 far longer still). There each product goes
 through strips of the vocabulary, widened to fp32 as they come: exact inputs, fp32 sums, rounded once as they are
-written, and no fp32 copy of the weight or of a chunk of logits. ``planner.widens`` tells which it is.
+written, and no fp32 copy of the weight or of a chunk of logits. ``planner.widens`` tells where.
 """
 
 from __future__ import annotations
