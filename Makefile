@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench gpu sanitize clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
 	@$(BIN)/klq demo $(ARGS)
@@ -41,6 +41,9 @@ gpu:  ## on a machine with a GPU: tests, benchmarks and memory limits in one run
 	else \
 		$(MAKE) --no-print-directory $(READY) && $(BIN)/python -m bench.gpu_suite $(ARGS); \
 	fi
+
+sanitize: $(READY)  ## build the CPU extension with ASan and UBSan and run its tests on it (Linux, GCC; minutes)
+	@PYTHON=$(BIN)/python sh csrc/sanitize.sh $(ARGS)
 
 clean:  ## remove what was built and cached; .venv stays
 	@rm -rf build dist *.egg-info klq_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)

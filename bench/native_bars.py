@@ -1,14 +1,17 @@
 """The CPU backend's bars: ratios of medians measured side by side in one process, and whether they are met.
 
-    python -m bench.native_bars [--rounds 9] [--threads 2] [--only head-bf16,head-fp32,large-bf16,scan] [--output FILE]
+    python -m bench.native_bars [--rounds 9] [--threads 2] [--only head-bf16,head-fp32,scan,trajectory] [--output FILE]
 
 Every contender is held against float64 before it is timed. Contenders take turns, so that a machine that slows down
-slows all of them. The products and the naive loss are those of the other benchmarks (``tasks``, ``contenders``).
+slows all of them. The products, the naive losses and the other scans are those of the other benchmarks (``tasks``,
+``contenders``). Beside the bars stand figures without a limit: what the machine itself, or PyTorch, needs for the same.
+Sections named in ``--only`` replace those of their name in the output; the others stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,26 +25,34 @@ from klq_kernels import klq_targets, native, reverse_scan
 from . import environment, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
 from .harness import Gate, Record, take_turns
-from .inputs import HeadInputs, head_inputs, scan_inputs
+from .inputs import HeadInputs, ScanInputs, head_inputs, scan_inputs
 from .shapes import Scan, Shape
 from .tasks import TASKS, Task, one_gemm, three_gemms
 
 CPU = torch.device("cpu")
+REPEATS = 50
 OUTPUT = Path(__file__).parent / "results" / "native_bars.json"
 
 
 class Bar(NamedTuple):
-    """``value`` must not pass ``limit``; where ``at_least``, not fall below it."""
+    """``value`` must not pass ``limit`` (``at_least``: fall below it); without a limit it is for comparison."""
 
     name: str
     value: float
-    limit: float
+    limit: float | None = None
     unit: str = "x"
     at_least: bool = False
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
+        if self.limit is None:
+            return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        verdict = {True: "met ", False: "MISS", None: "    "}[self.met]
+        limit = "" if self.limit is None else f" ({'>=' if self.at_least else '<='} {self.limit})"
+        return f"{verdict} {self.name}: {self.value:.3f} {self.unit}{limit}"
 
 
 class Section(NamedTuple):
@@ -66,95 +77,181 @@ def with_valid(inputs: HeadInputs, share: float) -> HeadInputs:
     return replace(inputs, mask=mask, rows=mask.nonzero().squeeze(1))
 
 
+def into_fresh_memory(inputs: HeadInputs, *, gradients: bool) -> Call:
+    """The products as any call has to make them: into memory that it just got."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+
+    def call() -> Outputs:
+        logits = torch.mm(hidden, weight.T)
+        return {"hidden": logits @ weight, "weight": logits.T @ hidden} if gradients else {}
+
+    return call
+
+
 def head(shape: Shape, gemm_bar: float) -> Section:
     """Loss forward and backward, and log-probabilities, against the products alone and against naive PyTorch."""
     inputs = head_inputs(shape, CPU)
+    quarter = with_valid(inputs, 0.25)
     loss, logprobs = TASKS["loss"], TASKS["logprobs"]
     calls = {
         "fused": checked(loss, Contender("fused", ours.fused), inputs, shape.dtype),
         "three GEMMs": three_gemms(inputs),
+        "three GEMMs, fresh": into_fresh_memory(inputs, gradients=True),
         "naive": plain.loss_through(plain.naive_logprobs, inputs),
-        "fused, 25% valid": ours.fused(with_valid(inputs, 0.25)),
+        "naive, fp32 logits": plain.loss_through(plain.fp32_logprobs, inputs),
+        "fused, 25% valid": ours.fused(quarter),
+        "three GEMMs, 25% of the rows": three_gemms(quarter),
         "logprobs": checked(logprobs, Contender("logprobs", ours.score), inputs, shape.dtype),
         "one GEMM": one_gemm(inputs),
+        "one GEMM, fresh": into_fresh_memory(inputs, gradients=False),
     }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
         at = f"{shape.dtype_name} {shape.tokens}x{shape.hidden}x{shape.vocab}"
+
+        def ratio(name: str, above: str, below: str, limit: float | None = None) -> Bar:
+            return Bar(f"{at}: {name}", ms[above] / ms[below], limit)
+
+        naive_bar = 0.75 if shape.dtype_name == "bf16" else 1.0
         return [
-            Bar(f"{at}: fused loss / three GEMMs", ms["fused"] / ms["three GEMMs"], gemm_bar),
-            Bar(f"{at}: fused loss / naive", ms["fused"] / ms["naive"], 0.75 if shape.dtype_name == "bf16" else 1.0),
-            Bar(f"{at}: fused loss, 25% valid / all", ms["fused, 25% valid"] / ms["fused"], 0.32),
-            Bar(f"{at}: linear_logprobs / one GEMM", ms["logprobs"] / ms["one GEMM"], 1.10),
+            ratio("fused loss / three GEMMs", "fused", "three GEMMs", gemm_bar),
+            ratio("three GEMMs into fresh memory / three GEMMs", "three GEMMs, fresh", "three GEMMs"),
+            ratio("fused loss / naive", "fused", "naive", naive_bar),
+            ratio("fused loss / naive with fp32 logits", "fused", "naive, fp32 logits"),
+            ratio("fused loss, 25% valid / all", "fused, 25% valid", "fused", 0.32),
+            ratio("three GEMMs, 25% of the rows / all", "three GEMMs, 25% of the rows", "three GEMMs"),
+            ratio("linear_logprobs / one GEMM", "logprobs", "one GEMM", 1.10),
+            ratio("one GEMM into fresh memory / one GEMM", "one GEMM, fresh", "one GEMM"),
         ]
 
     return Section(calls, bars)
 
 
-def scan(threads: int) -> Section:
-    """Scans at 512 x 4096, one packed trajectory of 131,072 tokens, and what plain PyTorch does with the same."""
-    batch, length, long = 512, 4096, 131_072
-    inputs = scan_inputs(Scan("bar", batch, length), CPU)
-    delta, decay = torch.randn(batch, length), torch.rand(batch, length)
-    mask, ends = torch.rand(long) > 0.25, torch.tensor([0, long], dtype=torch.int32)
+def quiet(function: Callable[[], object]) -> Call:
+    """A call whose results nobody looks at."""
+
+    def call() -> Outputs:
+        function()
+        return {}
+
+    return call
+
+
+def repeated(call: Call) -> Call:
+    """REPEATS times in a row, for calls so short that waking up would be most of what is measured."""
+    return quiet(lambda: [call() for _ in range(REPEATS)])
+
+
+def lambda_errors(inputs: ScanInputs, ends: torch.Tensor) -> Call:
+    """``klq_targets`` without what surrounds it: no checks, no allocation, no copies of log-probs and values."""
     columns = (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)
-    logprobs, reference, values, rewards = (t.reshape(-1)[:long] for t in columns)
-    out, flat, tail = torch.empty(long), delta.reshape(-1)[:long], torch.zeros(1)
-    row = flat.reshape(1, -1)
+    logp, ref_logp, values, rewards = (t.reshape(-1) for t in columns)
+    mask = None if inputs.mask is None else inputs.mask.reshape(-1)
+    out, tail = torch.empty(values.numel()), torch.zeros(ends.numel() - 1)
 
-    def compute() -> Outputs:
+    def call() -> Outputs:
         native.lambda_errors(
-            logprobs, reference, values, rewards, None, tail, mask, ends, out, tau=0.05, gamma=1.0, lam=0.95
-        )
+            logp, ref_logp, values, rewards, None, tail, mask, ends, out,
+            tau=inputs.tau, gamma=inputs.gamma, lam=inputs.lam,
+        )  # fmt: skip
         return {}
 
-    def targets() -> Outputs:
-        klq_targets(logprobs, reference, values, rewards, mask=mask, cu_seqlens=ends)
-        return {}
+    return call
 
-    def call(function: Callable[[], object]) -> Call:
-        def outputs() -> Outputs:
-            function()
-            return {}
 
-        return outputs
-
-    task = TASKS["targets"]
+def scan(threads: int) -> Section:
+    """Scans at 512 x 4096, beside what moving the same bytes takes and what others do with the same inputs."""
+    batch, length, few = 512, 4096, 8
+    inputs, small = (scan_inputs(Scan("bar", rows, length), CPU) for rows in (batch, few))
+    delta, decay = torch.randn(batch, length), torch.rand(batch, length)
+    ends = torch.arange(batch + 1, dtype=torch.int32) * length
+    out = torch.empty(batch * length)
+    deltas, decays = delta.reshape(-1), decay.reshape(-1)
+    gae, targets = TASKS["scan"], TASKS["targets"]
+    contenders = [c for c in scans.SCAN if c.missing(CPU) is None and c.name != "naive"]
     calls = {
-        "reverse_scan": call(lambda: reverse_scan(delta, decay)),
-        "klq_targets": checked(task, Contender("klq_targets", ours.targets), inputs, torch.float32),
+        "reverse_scan": quiet(lambda: reverse_scan(delta, decay)),
+        "reverse_scan, compute": quiet(lambda: native.reverse_scan(deltas, decays, None, ends, out)),
+        "delta + decay": quiet(lambda: delta + decay),
+        "klq_targets": checked(targets, Contender("klq_targets", ours.targets), inputs, torch.float32),
+        "klq_targets, compute": lambda_errors(inputs, ends),
+        "klq_targets, compute, few rows": repeated(lambda_errors(small, ends[: few + 1])),
+        "copies": quiet(lambda: [t.clone() for t in (inputs.logprobs, inputs.values, inputs.rewards)]),
         "loop": scans.targets_by(scans.loop, inputs),
-        "compiled": checked(
-            task, Contender("compiled", lambda x: scans.targets_by(scans.compiled_doubling, x)), inputs, torch.float32
-        ),
-        "trajectory, compute": compute,
-        "trajectory, klq_targets": targets,
-        "trajectory, reverse_scan": call(lambda: reverse_scan(row, 0.95)),
-        "trajectory, loop": call(lambda: scans.loop(row, 0.95)),
+        "gae": checked(gae, Contender("gae", ours.advantages), inputs, torch.float32),
+        **{c.name: checked(gae, c, inputs, torch.float32) for c in contenders},
     }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
-        per_element = 1e6 * threads / (batch * length)
+        def each(name: str, call: str, limit: float | None = None, elements: int = batch * length) -> Bar:
+            return Bar(name, ms[call] * 1e6 * threads / elements, limit, "ns per element and thread")
+
+        in_cache = few * length * REPEATS
+
         return [
-            Bar("reverse_scan 512x4096", ms["reverse_scan"] * per_element, 0.5, "ns per element and thread"),
-            Bar("klq_targets 512x4096", ms["klq_targets"] * per_element, 0.5, "ns per element and thread"),
-            Bar("packed trajectory of 131072, masked, compute", ms["trajectory, compute"], 0.2, "ms"),
-            Bar("klq_targets / compiled doubling", ms["klq_targets"] / ms["compiled"], 1.0),
-            Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"], 500, at_least=True),
-            Bar(
-                "Python loop / reverse_scan, 1x131072",
-                ms["trajectory, loop"] / ms["trajectory, reverse_scan"], 500, at_least=True,
+            each("reverse_scan 512x4096", "reverse_scan", 0.5),
+            each("reverse_scan 512x4096, into a given buffer", "reverse_scan, compute"),
+            each("delta + decay 512x4096, PyTorch's own: the same reads and writes", "delta + decay"),
+            each("klq_targets 512x4096", "klq_targets", 0.5),
+            each("klq_targets 512x4096, lambda-errors into a given buffer", "klq_targets, compute"),
+            each("clones of klq_targets' three results 512x4096", "copies"),
+            each(
+                "klq_targets 8x4096, lambda-errors into a given buffer",
+                "klq_targets, compute, few rows",
+                None,
+                in_cache,
             ),
-        ]  # fmt: skip
+            Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"], 500, at_least=True),
+            *(Bar(f"gae / {c.name}, 512x4096", ms["gae"] / ms[c.name], 1.0) for c in contenders),
+        ]
 
     return Section(calls, bars)
+
+
+def trajectory() -> Section:
+    """One packed trajectory of 131,072 tokens with a mask, which fits the last-level cache."""
+    length = 131_072
+    inputs = replace(scan_inputs(Scan("bar", 1, length), CPU), mask=torch.rand(1, length) > 0.25)
+    ends = torch.tensor([0, length], dtype=torch.int32)
+    flat = [t.reshape(-1) for t in (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)]
+    delta, out = torch.randn(1, length), torch.empty(length)
+    assert inputs.mask is not None
+    mask, decay = inputs.mask.reshape(-1), torch.full((1,), 0.95)
+    calls = {
+        "compute": repeated(lambda_errors(inputs, ends)),
+        "scan, compute": repeated(quiet(lambda: native.reverse_scan(delta.reshape(-1), decay, mask, ends, out))),
+        "klq_targets": repeated(quiet(lambda: klq_targets(*flat, mask=mask, cu_seqlens=ends))),
+        "reverse_scan": repeated(quiet(lambda: reverse_scan(delta, 0.95))),
+        "loop": quiet(lambda: scans.loop(delta, 0.95)),
+    }
+
+    def bars(ms: dict[str, float]) -> list[Bar]:
+        once = {name: total if name == "loop" else total / REPEATS for name, total in ms.items()}
+        return [
+            Bar("packed trajectory of 131072, masked, lambda-errors into a given buffer", once["compute"], 0.2, "ms"),
+            Bar(
+                "packed trajectory of 131072, masked, reverse_scan into a given buffer",
+                once["scan, compute"],
+                0.2,
+                "ms",
+            ),
+            Bar("packed trajectory of 131072, masked, klq_targets", once["klq_targets"], None, "ms"),
+            Bar("Python loop / reverse_scan, 1x131072", once["loop"] / once["reverse_scan"], 500, at_least=True),
+        ]
+
+    return Section(calls, bars)
+
+
+def written(path: Path) -> dict[str, Any]:
+    """The sections that an earlier run left."""
+    return json.loads(path.read_text())["sections"] if path.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="head-bf16,head-fp32,large-bf16,scan")
+    parser.add_argument("--only", default="head-bf16,head-fp32,scan,trajectory")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -164,21 +261,23 @@ def main() -> None:
         "large-bf16": lambda: head(Shape("bar", 2048, 1024, 128_256), 1.12),
         "large-fp32": lambda: head(Shape("bar", 2048, 1024, 128_256, torch.float32), 1.06),
         "scan": lambda: scan(arguments.threads),
+        "trajectory": trajectory,
     }
-    bars: list[Bar] = []
-    medians: dict[str, dict[str, float]] = {}
+    found = written(arguments.output)
     for name in arguments.only.split(","):
         section = sections[name]()
         samples = take_turns(section.calls, CPU, arguments.rounds, float("inf"))
-        medians[name] = {call: statistics.median(taken) for call, taken in samples.items()}
-        for bar in section.bars(medians[name]):
-            bars.append(bar)
-            sign = ">=" if bar.at_least else "<="
-            print(f"{'met ' if bar.met else 'MISS'} {bar.name}: {bar.value:.3f} {bar.unit} ({sign} {bar.limit})")
-    environs = environment.describe(CPU, "python -m bench.native_bars") | {"isa": native.use_isa()}
-    results = [bar._asdict() | {"met": bar.met} for bar in bars]
-    document = {"rounds": arguments.rounds, "environment": environs, "bars": results, "median_ms": medians}
-    report.save_json(arguments.output, document)
+        medians = {call: statistics.median(taken) for call, taken in samples.items()}
+        bars = section.bars(medians)
+        print(*bars, sep="\n", flush=True)
+        command = f"python -m bench.native_bars --only {name}"
+        found[name] = {
+            "rounds": arguments.rounds,
+            "environment": environment.describe(CPU, command) | {"isa": native.use_isa()},
+            "bars": [bar._asdict() | {"met": bar.met} for bar in bars],
+            "median_ms": medians,
+        }
+        report.save_json(arguments.output, {"sections": found})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """docs/benchmarks.md, written from what is committed in bench/results: ``python -m bench.page`` (``--check`` compares).
 
 No number on that page is typed by hand. Every document there that ``report`` or ``gpu_suite`` wrote gets a section, and
-so does the table of the static gate.
+so do the bars of the CPU backend and the table of the static gate.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def page(results: Path) -> str:
         content = json.loads(path.read_text())
         if content.get("schema") == report.SCHEMA:
             sections.append(_section(path, content))
+    bars = results / "native_bars.json"
+    if bars.exists():
+        sections.append(_native_bars(json.loads(bars.read_text())["sections"]))
     gate = results / "static_gate.json"
     if gate.exists():
         sections.append(_static_gate(json.loads(gate.read_text())))
@@ -79,6 +82,31 @@ def _memory(rows: list[dict[str, Any]]) -> list[str]:
         ),
         "",
     ]
+
+
+def _native_bars(sections: dict[str, Any]) -> str:
+    """What the CPU backend set out for, and how far it came."""
+    lines = [
+        "## Bars of the CPU backend",
+        "",
+        "Ratios of medians taken in turns. A line without a bar says what the machine, or PyTorch, needs for the same.",
+        "",
+    ]
+    for section in sections.values():
+        environment = section["environment"]
+        lines += [
+            f"`{environment['command']}`, {section['rounds']} rounds on {environment['device']}, {environment['isa']}, "
+            f"{environment['threads']} threads, torch {environment['torch']}, commit {environment['commit']}.",
+            "",
+            "| | measured | bar | |",
+            "|---|---:|---:|---|",
+        ]
+        for bar in section["bars"]:
+            limit = "" if bar["limit"] is None else f"{'≥' if bar['at_least'] else '≤'} {bar['limit']:g}"
+            verdict = {True: "met", False: "missed", None: ""}[bar["met"]]
+            lines.append(f"| {bar['name']} | {bar['value']:.3g} {bar['unit']} | {limit} | {verdict} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _static_gate(content: dict[str, Any]) -> str:

@@ -60,6 +60,8 @@ inline Vec load(const double* p) {
   return load(copy);
 }
 
+inline Lanes first_lanes(int count) { return lanes_of((1u << count) - 1); }
+
 // The first `count` elements, `fill` in the other lanes; nothing beyond them is read or written.
 template <class T>
 inline Vec load_some(const T* p, int64_t count, float fill) {
@@ -73,6 +75,20 @@ inline void store_some(T* p, Vec v, int64_t count) {
   T copy[LANES];
   store(copy, v);
   memcpy(p, copy, size_t(count) * sizeof(T));
+}
+
+// `count` elements in the last lanes, 0 in the others; and back.
+template <class T>
+inline Vec load_last(const T* p, int64_t count) {
+  T copy[LANES] = {};
+  memcpy(copy + LANES - count, p, size_t(count) * sizeof(T));
+  return load(copy);
+}
+
+inline void store_last(float* p, Vec v, int64_t count) {
+  float copy[LANES];
+  store(copy, v);
+  memcpy(p, copy + LANES - count, size_t(count) * sizeof(float));
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// The kernels for AVX2 with FMA and F16C; empty on other architectures. The instruction set is asked for here and not on the
+// The kernels for AVX2 with FMA, F16C and BMI2; empty on other architectures. The instruction set is asked for here and not on the
 // command line, so that nothing else in the library is compiled for it.
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2,popcnt"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,popcnt")
+#pragma GCC target("avx2,fma,f16c,bmi2,popcnt")
 #endif
 
 #include "simd_avx2.h"

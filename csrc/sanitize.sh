@@ -5,7 +5,7 @@ set -eu
 python=${PYTHON:-python}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-KLQ_BUILD_NATIVE=1 KLQ_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1" \
+KLQ_BUILD_NATIVE=1 KLQ_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1 -Wno-uninitialized" \
   "$python" setup.py --quiet build_ext --build-lib "$build" --build-temp "$build/objects"
 # Python itself is not instrumented: the runtime comes first, and what Python leaves allocated is no leak of ours.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \

@@ -9,13 +9,63 @@
 // end of the sequence, and sequences never share one, so a sequence gives the same bits wherever it lies, however its
 // tokens are spread between masked ones, and on any number of threads; and nothing crosses from one into another.
 //
-// Masked tokens are taken out first: a window of up to 512 valid tokens is compressed into a buffer in the first-level
-// cache and its results are expanded from there. A window without a masked token (most are) is worked on where it lies.
+// A block of fewer than sixteen tokens, the first of its sequence, fills the last lanes. No lane depends on one before
+// it, so what the lanes before hold is of no consequence and the arithmetic needs no mask.
+//
+// A piece without masked tokens is worked on where it lies. Otherwise the terms of the recurrence, a, b and what else
+// the result is made of, are computed at all positions and those of up to 512 valid tokens compressed into a buffer in
+// the first-level cache; the results are expanded from there. Positions all masked are not even read.
+//
+// Memory is read against its direction, which processors do not foresee well: every read asks for what comes later.
 #pragma once
 
 namespace {
 
 constexpr int64_t WINDOW = 32 * LANES;  // valid tokens
+constexpr uintptr_t AHEAD = 2048;       // bytes
+constexpr uint32_t ALL = (1u << LANES) - 1;
+
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) - AHEAD));
+}
+
+// The tokens at `count` positions from `at` on, in the last lanes of a vector.
+struct Block {
+  int64_t at, count;
+
+  Block next() const { return {at + count, LANES}; }
+
+  template <class T>
+  Vec read_as(const void* data) const {
+    const T* p = static_cast<const T*>(data) + at;
+    prefetch(p);
+    return count == LANES ? load(p) : load_last(p, count);
+  }
+
+  template <bool FP32>
+  Vec read(const Column& column) const {
+    if (FP32) return read_as<float>(column.data);
+    switch (column.dtype) {
+      case Dtype::bf16: return read_as<bf16>(column.data);
+      case Dtype::f16: return read_as<f16>(column.data);
+      case Dtype::f64: return read_as<double>(column.data);
+      default: return read_as<float>(column.data);
+    }
+  }
+
+  void write(float* p, Vec v) const {
+    if (count == LANES) return store(p + at, v);
+    store_last(p + at, v, count);
+  }
+
+  uint32_t flags(const uint8_t* mask) const {  // of the lanes that hold a valid token
+    if (count == LANES) return flags_of(mask + at);
+    uint8_t copy[LANES] = {};
+    memcpy(copy + LANES - count, mask + at, size_t(count));
+    return flags_of(copy);
+  }
+};
 
 // The products of decays that the doubling steps need, and the decay from each lane to beyond the block.
 struct Decays {
@@ -30,203 +80,188 @@ struct Decays {
     total = step8 * shift<8>(step8, one);
   }
 
-  Vec solve(Vec a, float beyond) const {
+  Vec solve(Vec a, Vec beyond) const {
     const Vec zero = broadcast(0.0f);
     a = fma(step1, shift<1>(a, zero), a);
     a = fma(step2, shift<2>(a, zero), a);
     a = fma(step4, shift<4>(a, zero), a);
     a = fma(step8, shift<8>(a, zero), a);
-    return fma(total, broadcast(beyond), a);
+    return fma(total, beyond, a);
   }
 };
 
-// A block of tokens of a window: `count` from `start` on; lanes beyond them are the identity of the recurrence.
-struct Block {
-  int64_t start, count;
-
-  Vec read(const float* p, float fill) const {
-    return count == LANES ? load(p + start) : load_some(p + start, count, fill);
-  }
-  Vec decays(const float* p, float constant) const {
-    return p ? read(p, 1.0f) : select(first_lanes(int(count)), broadcast(constant), broadcast(1.0f));
-  }
-  void write(float* p, Vec v) const {
-    if (count == LANES) return store(p + start, v);
-    store_some(p + start, v, count);
-  }
-};
-
-// A_t = delta_t + decay_t A_{t+1}.
+// A_t = delta_t + decay_t A_{t+1}. Terms: delta and, where VARYING, decay.
+template <bool VARYING, bool FP32>
 struct ReverseScanStep {
-  static constexpr int COLUMNS = 2;
+  static constexpr int TERMS = VARYING ? 2 : 1;
   const ReverseScan& a;
   const Decays constant;
 
   explicit ReverseScanStep(const ReverseScan& a_) : a(a_), constant(broadcast(a_.constant_decay)) {}
 
-  const Column& column(int i) const { return i == 0 ? a.delta : a.decay; }
-  float* kept(int) const { return nullptr; }
   float* out() const { return a.out; }
   float beyond_sequence(int64_t) const { return 0.0f; }
   float beyond_tokens() const { return 0.0f; }
   void finish(float) const {}
+  void skip(Block) const {}
 
-  float operator()(const float* const* in, float* out, Block block, float beyond, bool last) const {
-    const Vec delta = block.read(in[0], 0.0f);
-    Vec s;
-    if (block.count == LANES && !in[1]) {
-      s = constant.solve(delta, beyond);
-    } else {
-      Vec b = block.decays(in[1], a.constant_decay);
-      if (last) {  // nothing follows the last token, so whatever its decay holds must not count
-        b = select(first_lanes(int(block.count - 1)), b, broadcast(0.0f));
-      }
-      s = Decays(b).solve(delta, beyond);
-    }
-    block.write(out, s);
-    return first(s);
+  void terms(Block block, uint32_t, Vec* term) const {
+    term[0] = block.read<FP32>(a.delta);
+    if (VARYING) term[TERMS - 1] = block.read<FP32>(a.decay);
+  }
+
+  // Nothing follows the last token of a sequence, so whatever its decay holds must not count.
+  Vec solve(const Vec* term, Vec beyond, bool last, Vec* state) const {
+    if (!VARYING) return *state = constant.solve(term[0], beyond);
+    const Vec b = term[TERMS - 1];
+    return *state = Decays(last ? select(lanes_of(ALL >> 1), b, broadcast(0.0f)) : b).solve(term[0], beyond);
   }
 };
 
 // A_t = u_t + S_{t+1} with S_t = (gamma V_t + b_t u_t) + b_t S_{t+1}, b_t = gamma lambda c_t, u_t = r_t - Q_t:
-// S_t is all that token t - 1 needs of its future (portable.lambda_errors derives it).
+// S_t is all that token t - 1 needs of its future (portable.lambda_errors derives it). Terms: u, gamma V + b u and,
+// where VARYING, b.
+template <bool VARYING, bool FP32>
 struct LambdaErrorsStep {
-  static constexpr int COLUMNS = 5;
+  static constexpr int TERMS = VARYING ? 3 : 2;
   const LambdaErrors& a;
   const Decays constant;
 
   explicit LambdaErrorsStep(const LambdaErrors& a_) : a(a_), constant(broadcast(a_.decay)) {}
 
-  const Column& column(int i) const {
-    const Column* columns[COLUMNS] = {&a.values, &a.rewards, &a.logp, &a.ref_logp, &a.trace};
-    return *columns[i];
-  }
-  float* kept(int i) const { return i == 0 ? a.kept_values : i == 2 ? a.kept_logp : nullptr; }
   float* out() const { return a.out; }
   float beyond_sequence(int64_t i) const { return a.tail[i]; }
   float beyond_tokens() const { return a.carry; }
   void finish(float s) const {
     if (a.first) *a.first = s;
   }
+  void skip(Block block) const {
+    if (a.kept_values) block.write(a.kept_values, broadcast(0.0f));
+    if (a.kept_logp) block.write(a.kept_logp, broadcast(0.0f));
+  }
 
-  float operator()(const float* const* in, float* out, Block block, float beyond, bool) const {
-    const Vec zero = broadcast(0.0f), v = block.read(in[0], 0.0f);
-    Vec u = (in[1] ? block.read(in[1], 0.0f) : zero) - v;
-    if (in[2]) u = u - broadcast(a.tau) * (block.read(in[2], 0.0f) - block.read(in[3], 0.0f));
-    Vec s;
-    if (block.count == LANES && !in[4]) {
-      s = constant.solve(fma(broadcast(a.decay), u, broadcast(a.gamma) * v), beyond);
-    } else {
-      const Vec within = broadcast(1.0f);
-      const Vec b = in[4] ? block.read(in[4], 1.0f) * select(first_lanes(int(block.count)), broadcast(a.decay), within)
-                          : block.decays(nullptr, a.decay);
-      const Vec local = fma(b, u, broadcast(a.gamma) * v);
-      s = Decays(b).solve(select(first_lanes(int(block.count)), local, zero), beyond);
+  void terms(Block block, uint32_t flags, Vec* term) const {
+    const Vec v = block.read<FP32>(a.values);
+    Vec u = a.rewards.data ? block.read<FP32>(a.rewards) - v : broadcast(0.0f) - v;
+    if (a.kept_values) keep(a.kept_values, v, block, flags);
+    if (a.logp.data) {
+      const Vec logp = block.read<FP32>(a.logp);
+      u = u - broadcast(a.tau) * (logp - block.read<FP32>(a.ref_logp));
+      if (a.kept_logp) keep(a.kept_logp, logp, block, flags);
     }
-    block.write(out, u + shift<1>(s, broadcast(beyond)));
-    return first(s);
+    const Vec b = VARYING ? broadcast(a.decay) * block.read<FP32>(a.trace) : constant.step1;
+    term[0] = u;
+    term[1] = fma(b, u, broadcast(a.gamma) * v);
+    if (VARYING) term[TERMS - 1] = b;
+  }
+
+  Vec solve(const Vec* term, Vec beyond, bool, Vec* state) const {
+    *state = (VARYING ? Decays(term[TERMS - 1]) : constant).solve(term[1], beyond);
+    return term[0] + shift<1>(*state, beyond);
+  }
+
+ private:
+  static void keep(float* p, Vec v, Block block, uint32_t flags) {
+    block.write(p, flags == ALL ? v : select(lanes_of(flags), v, broadcast(0.0f)));
   }
 };
 
-// First position of the shortest piece [position, end) that holds `want` valid tokens, or `begin`; counts them.
-inline int64_t window_start(const uint8_t* mask, int64_t begin, int64_t end, int64_t want, int64_t* valid) {
+// First position of the shortest piece [position, end) that holds WINDOW valid tokens, or `begin`; counts them.
+inline int64_t window_start(const uint8_t* mask, int64_t begin, int64_t end, int64_t* valid) {
   int64_t position = end, count = 0;
-  while (count < want && position - LANES >= begin) {
+  while (position - LANES >= begin) {
     const int64_t more = __builtin_popcount(flags_of(mask + position - LANES));
-    if (count + more > want) break;
+    if (count + more > WINDOW) break;
     position -= LANES;
     count += more;
   }
-  while (position > begin && count < want) count += mask[--position] != 0;
+  while (position > begin && count < WINDOW) count += mask[--position] != 0;
   *valid = count;
   return position;
 }
 
-inline uint32_t flags_of_some(const uint8_t* mask, int64_t count) {
-  if (count >= LANES) return flags_of(mask);
-  uint8_t copy[LANES] = {};
-  memcpy(copy, mask, size_t(count));
-  return flags_of(copy);
+// The state of a walk: that of the block before (later in time), and how many tokens are in it.
+struct Future {
+  Vec state;
+  int64_t count;
+  bool last;  // the next block ends the sequence
+
+  Vec beyond() const { return broadcast(first(state)); }
+  float at_first_token() const {
+    float lane[LANES];
+    store(lane, state);
+    return lane[LANES - count];
+  }
+};
+
+template <class Step>
+inline Vec advance(const Step& step, const Vec* term, int64_t count, Future* future) {
+  const Vec out = step.solve(term, future->beyond(), future->last, &future->state);
+  future->count = count;
+  future->last = false;
+  return out;
 }
 
-// Widens the valid tokens of [begin, end) into the `valid` elements at `to`. A null mask means all. Like everything here
-// it goes backwards, so that memory is read in one direction throughout.
-template <class T>
-inline void gather(const T* from, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
-  to += valid;
+// The piece [begin, end) of a sequence, all of it valid.
+template <class Step>
+void walk_dense(const Step& step, int64_t begin, int64_t end, Future* future) {
   for (int64_t stop = end; stop > begin; stop -= LANES) {
-    const int64_t count = stop - begin < LANES ? stop - begin : LANES, i = stop - count;
-    const Vec v = count == LANES ? load(from + i) : load_some(from + i, count, 0.0f);
-    const uint32_t flags = mask ? flags_of_some(mask + i, count) : (1u << count) - 1;
-    to -= __builtin_popcount(flags);
-    if (flags == 0xffff) {
-      store(to, v);
-    } else {
-      compress(to, v, flags);
-    }
+    const int64_t count = stop - begin < LANES ? stop - begin : LANES;
+    const Block block{stop - count, count};
+    Vec term[Step::TERMS];
+    step.terms(block, ALL, term);
+    block.write(step.out(), advance(step, term, count, future));
   }
 }
 
-inline void gather(const Column& column, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
-  switch (column.dtype) {
-    case Dtype::f32: return gather(static_cast<const float*>(column.data), mask, begin, end, valid, to);
-    case Dtype::bf16: return gather(static_cast<const bf16*>(column.data), mask, begin, end, valid, to);
-    case Dtype::f16: return gather(static_cast<const f16*>(column.data), mask, begin, end, valid, to);
-    case Dtype::f64: return gather(static_cast<const double*>(column.data), mask, begin, end, valid, to);
-  }
-}
-
-// The inverse: valid positions of [begin, end) take the `valid` elements at `from`, the others 0.
-inline void scatter(const float* from, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, float* to) {
-  from += valid;
-  for (int64_t stop = end; stop > begin; stop -= LANES) {
-    const int64_t count = stop - begin < LANES ? stop - begin : LANES, i = stop - count;
-    const uint32_t flags = mask ? flags_of_some(mask + i, count) : (1u << count) - 1;
-    from -= __builtin_popcount(flags);
-    const Vec v = flags == 0xffff ? load(from) : expand(from, flags);
-    if (count == LANES) {
-      store(to + i, v);
-    } else {
-      store_some(to + i, v, count);
+// The piece [begin, end) of a sequence, `valid` of whose tokens are.
+template <class Step>
+void walk_masked(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, int64_t valid, Future* future) {
+  constexpr int64_t ROOM = WINDOW + 2 * LANES;  // compress and expand touch a vector beyond what they need
+  alignas(64) float staged[Step::TERMS][ROOM], results[ROOM];
+  const int64_t empty = (LANES - valid % LANES) % LANES;  // lanes of the first block, so that blocks are aligned
+  for (auto& column : staged) store(column, broadcast(0.0f));
+  const Block first_block{begin, (end - begin) % LANES ? (end - begin) % LANES : LANES};
+  int64_t filled = empty;
+  for (Block block = first_block; block.at < end; block = block.next()) {
+    const uint32_t flags = block.flags(mask);
+    if (!flags) {
+      step.skip(block);
+      continue;
     }
+    Vec term[Step::TERMS];
+    step.terms(block, flags, term);
+    for (int k = 0; k < Step::TERMS; ++k) compress(staged[k] + filled, term[k], flags);
+    filled += __builtin_popcount(flags);
+  }
+  for (int64_t i = empty + valid - LANES; i >= 0; i -= LANES) {
+    Vec term[Step::TERMS];
+    for (int k = 0; k < Step::TERMS; ++k) term[k] = load(staged[k] + i);
+    store(results + i, advance(step, term, i ? LANES : LANES - empty, future));
+  }
+  int64_t taken = empty;
+  for (Block block = first_block; block.at < end; block = block.next()) {
+    const uint32_t flags = block.flags(mask);
+    block.write(step.out(), expand(results + taken, flags));
+    taken += __builtin_popcount(flags);
   }
 }
 
 // Walks one sequence, or the piece [begin, end) of it; returns the state at its first valid token.
 template <class Step>
-float walk(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, float state, bool ends_here) {
-  constexpr int COLUMNS = Step::COLUMNS;
-  float staged[COLUMNS][WINDOW], results[WINDOW];
-  bool last = ends_here;
+float walk(const Step& step, const uint8_t* mask, int64_t begin, int64_t end, float beyond, bool ends_here) {
+  Future future{broadcast(beyond), LANES, ends_here};
   while (end > begin) {
-    int64_t valid = end - begin < WINDOW ? end - begin : WINDOW;
-    const int64_t start = mask ? window_start(mask, begin, end, WINDOW, &valid) : end - valid;
-    const bool dense = valid == end - start;
-    const float* in[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) {
-      const Column& column = step.column(c);
-      if (!column.data) {
-        in[c] = nullptr;
-      } else if (dense && column.dtype == Dtype::f32) {
-        in[c] = static_cast<const float*>(column.data) + start;
-      } else {
-        gather(column, dense ? nullptr : mask, start, end, valid, staged[c]);
-        in[c] = staged[c];
-      }
-    }
-    float* out = dense ? step.out() + start : results;
-    for (int64_t stop = valid; stop > 0; stop -= LANES) {
-      const int64_t count = stop < LANES ? stop : LANES;
-      state = step(in, out, Block{stop - count, count}, state, last);
-      last = false;
-    }
-    if (!dense) scatter(results, mask, start, end, valid, step.out());
-    for (int c = 0; c < COLUMNS; ++c) {
-      if (float* kept = step.kept(c)) scatter(in[c], dense ? nullptr : mask, start, end, valid, kept);
+    int64_t start = begin, valid = end - begin;
+    if (mask) start = window_start(mask, begin, end, &valid);
+    if (valid == end - start) {
+      walk_dense(step, start, end, &future);
+    } else {
+      walk_masked(step, mask, start, end, valid, &future);
     }
     end = start;
   }
-  return state;
+  return future.at_first_token();
 }
 
 // Index of the sequence that holds a position: the last one that begins at or before it.
@@ -254,12 +289,26 @@ void walk_all(const Step& step, const Sequences& s, int64_t from, int64_t to) {
   }
 }
 
+// Whether each column is fp32 and whether decays vary is settled once, outside the loops.
+template <template <bool, bool> class Step, class Arguments>
+void walk_all(const Arguments& a, bool varying, bool fp32, int64_t from, int64_t to) {
+  if (varying) {
+    if (fp32) return walk_all(Step<true, true>(a), a.sequences, from, to);
+    return walk_all(Step<true, false>(a), a.sequences, from, to);
+  }
+  if (fp32) return walk_all(Step<false, true>(a), a.sequences, from, to);
+  return walk_all(Step<false, false>(a), a.sequences, from, to);
+}
+
+inline bool is_fp32(const Column& column) { return !column.data || column.dtype == Dtype::f32; }
+
 void reverse_scan(const ReverseScan& a, int64_t begin, int64_t end) {
-  walk_all(ReverseScanStep(a), a.sequences, begin, end);
+  walk_all<ReverseScanStep>(a, a.decay.data, is_fp32(a.delta) && is_fp32(a.decay), begin, end);
 }
 
 void lambda_errors(const LambdaErrors& a, int64_t begin, int64_t end) {
-  walk_all(LambdaErrorsStep(a), a.sequences, begin, end);
+  const bool fp32 = is_fp32(a.logp) && is_fp32(a.ref_logp) && is_fp32(a.values) && is_fp32(a.rewards) && is_fp32(a.trace);
+  walk_all<LambdaErrorsStep>(a, a.trace.data, fp32, begin, end);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Sixteen fp32 lanes in two AVX2 registers (AVX2, FMA, F16C). simd_portable.h says what each name means.
+// Sixteen fp32 lanes in two AVX2 registers (AVX2, FMA, F16C, BMI2). simd_portable.h says what each name means.
 //
 // The same number of lanes, with fused multiply-adds in the same places, as AVX-512: the two give the same bits.
 #pragma once
@@ -45,10 +45,11 @@ inline Lanes operator==(Vec a, Vec b) {
 inline Vec select(Lanes m, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
 }
-inline Lanes first_lanes(int count) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)),
-          _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8), lane))};
+inline Lanes lanes_of(uint32_t flags) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i lo = _mm256_and_si256(_mm256_set1_epi32(int(flags)), bit);
+  const __m256i hi = _mm256_and_si256(_mm256_set1_epi32(int(flags >> 8)), bit);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(lo, bit)), _mm256_castsi256_ps(_mm256_cmpeq_epi32(hi, bit))};
 }
 
 inline Vec power_of_two(Vec v) {
@@ -72,16 +73,26 @@ inline Vec shift(Vec v, Vec fill) {
 
 inline float first(Vec v) { return _mm256_cvtss_f32(v.lo); }
 
+// AVX2 permutes eight lanes by their numbers. The numbers, a byte each, are compressed and expanded by BMI2.
+inline uint64_t bytes_of(uint32_t flags) { return _pdep_u64(flags, 0x0101010101010101) * 0xff; }
+
+inline __m256 permuted(__m256 x, uint64_t lanes) {
+  return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(lanes))));
+}
+
 inline void compress(float* p, Vec v, uint32_t flags) {
-  float lane[LANES];
-  store(lane, v);
-  for (; flags; flags &= flags - 1) *p++ = lane[__builtin_ctz(flags)];
+  constexpr uint64_t lanes = 0x0706050403020100;
+  const uint32_t lo = flags & 0xff, hi = flags >> 8;
+  _mm256_storeu_ps(p, permuted(v.lo, _pext_u64(lanes, bytes_of(lo))));
+  _mm256_storeu_ps(p + __builtin_popcount(lo), permuted(v.hi, _pext_u64(lanes, bytes_of(hi))));
 }
 
 inline Vec expand(const float* p, uint32_t flags) {
-  float lane[LANES];
-  for (int i = 0; i < LANES; ++i) lane[i] = flags >> i & 1 ? *p++ : 0.0f;
-  return load(lane);
+  constexpr uint64_t lanes = 0x0706050403020100;
+  const uint32_t lo = flags & 0xff, hi = flags >> 8;
+  const Vec v = {permuted(_mm256_loadu_ps(p), _pdep_u64(lanes, bytes_of(lo))),
+                 permuted(_mm256_loadu_ps(p + __builtin_popcount(lo)), _pdep_u64(lanes, bytes_of(hi)))};
+  return select(lanes_of(flags), v, broadcast(0.0f));
 }
 
 inline uint32_t flags_of(const uint8_t* bytes) {

@@ -29,7 +29,7 @@ inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Lanes operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline Lanes operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Vec select(Lanes m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
-inline Lanes first_lanes(int count) { return {__mmask16((1u << count) - 1)}; }
+inline Lanes lanes_of(uint32_t flags) { return {__mmask16(flags)}; }
 
 inline Vec power_of_two(Vec v) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v.v), 23))}; }
 
@@ -41,13 +41,11 @@ inline Vec shift(Vec v, Vec fill) {
 inline float first(Vec v) { return _mm512_cvtss_f32(v.v); }
 
 inline void compress(float* p, Vec v, uint32_t flags) {  // in a register: compressing to memory is slow on some cores
-  const __mmask16 filled = __mmask16((1u << __builtin_popcount(flags)) - 1);
-  _mm512_mask_storeu_ps(p, filled, _mm512_maskz_compress_ps(__mmask16(flags), v.v));
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(flags), v.v));
 }
 
 inline Vec expand(const float* p, uint32_t flags) {
-  const __mmask16 needed = __mmask16((1u << __builtin_popcount(flags)) - 1);
-  return {_mm512_maskz_expand_ps(__mmask16(flags), _mm512_maskz_loadu_ps(needed, p))};
+  return {_mm512_maskz_expand_ps(__mmask16(flags), _mm512_loadu_ps(p))};
 }
 
 inline uint32_t flags_of(const uint8_t* bytes) {

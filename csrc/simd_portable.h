@@ -43,7 +43,7 @@ inline Vec abs(Vec a) { KLQ_EACH(fabsf(a.lane[i])); }
 inline Lanes operator<(Vec a, Vec b) { KLQ_EACH_FLAG(a.lane[i] < b.lane[i]); }
 inline Lanes operator==(Vec a, Vec b) { KLQ_EACH_FLAG(a.lane[i] == b.lane[i]); }
 inline Vec select(Lanes m, Vec a, Vec b) { KLQ_EACH(m.lane[i] ? a.lane[i] : b.lane[i]); }
-inline Lanes first_lanes(int count) { KLQ_EACH_FLAG(i < count); }
+inline Lanes lanes_of(uint32_t flags) { KLQ_EACH_FLAG(flags >> i & 1); }
 
 // 2^(k) from a float whose lowest mantissa bits hold k + 127.
 inline Vec power_of_two(Vec v) {
@@ -65,14 +65,14 @@ inline Vec shift(Vec v, Vec fill) {
 
 inline float first(Vec v) { return v.lane[0]; }
 
-// Stores the flagged lanes next to each other, and nothing else.
+// Stores the flagged lanes next to each other; up to LANES elements from p on may be overwritten.
 inline void compress(float* p, Vec v, uint32_t flags) {
   for (int i = 0; i < LANES; ++i) {
     if (flags >> i & 1) *p++ = v.lane[i];
   }
 }
 
-// The inverse: flagged lanes take successive elements, the others 0. Reads no further than it needs.
+// The inverse: flagged lanes take successive elements, the others 0. May read up to LANES elements.
 inline Vec expand(const float* p, uint32_t flags) {
   Vec r;
   for (int i = 0; i < LANES; ++i) r.lane[i] = flags >> i & 1 ? *p++ : 0.0f;

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import planner
+from . import planner, products
 
 
 class Head(NamedTuple):
@@ -120,10 +120,7 @@ class Logits:
 
     def project(self, hidden: Tensor) -> Tensor:
         """Raw logits of these rows (before softcap and temperature), valid until the next call."""
-        out = self._buffer[: hidden.shape[0]]
-        if self._head.bias is None:
-            return torch.mm(hidden, self._head.weight.T, out=out)
-        return torch.addmm(self._head.bias, hidden, self._head.weight.T, out=out)
+        return products.project(hidden, self._head.weight, self._head.bias, self._buffer[: hidden.shape[0]])
 
 
 class HeadGradients:
@@ -148,33 +145,16 @@ class HeadGradients:
     def add(self, chunk: slice, hidden: Tensor, dlogits: Tensor) -> None:
         positions = self._rows.positions
         if self.hidden is not None:
-            # Into a buffer of its own: a GEMM may add in another order where its output is aligned otherwise.
-            product = torch.mm(dlogits, self._head.weight)
+            product = products.project_back(dlogits, self._head.weight)
             if positions is None:
                 self.hidden[chunk] = product
             else:
                 self.hidden.index_copy_(0, positions[chunk], product)
         if self.weight is not None:
-            accumulate_product(self.weight, dlogits.T, hidden, first=self._first)
+            products.accumulate(self.weight, dlogits, hidden, first=self._first)
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
         self._first = False
-
-
-def accumulate_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total (+)= left @ right, with ``total`` fp32 or in the dtype of the operands; ``first`` overwrites."""
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
-    elif total.is_cuda:  # fp32 output straight from the GEMM's accumulator
-        torch.addmm(total, left, right, out_dtype=torch.float32, beta=0 if first else 1, out=total)
-    else:
-        for start in range(0, total.shape[0], planner.STRIP_ROWS):
-            strip = slice(start, start + planner.STRIP_ROWS)
-            product = torch.mm(left[strip], right)
-            if first:
-                total[strip] = product
-            else:
-                total[strip] += product
 
 
 def logprobs_pass(

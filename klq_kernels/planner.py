@@ -10,6 +10,8 @@ only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the defau
 from __future__ import annotations
 
 import math
+import platform
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,8 @@ ROWS_WORTHWHILE = 24_576
 ROW_ALIGNMENT = 64
 # Rows of the fp32 accumulator updated at a time where the device's GEMM cannot write fp32 from 16-bit inputs.
 STRIP_ROWS = 4096
+# Columns of logits widened to fp32 at a time where a CPU does not multiply 16-bit numbers.
+WIDE_COLUMNS = 2048
 
 
 def row_stride(vocab: int) -> int:
@@ -66,6 +70,24 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
     return min(_round_up(even, multiple), most // multiple * multiple, n)
 
 
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of these numbers; only of x86 it is known where it has not."""
+    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    try:
+        if dtype == torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    except (AttributeError, RuntimeError):  # a torch that does not tell: take its products as they are
+        return True
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of these numbers run in fp32, strip by strip (``products``)."""
+    return device.type == "cpu" and not _multiplies(dtype)
+
+
 def weight_gradient_dtype(
     positions: int,
     vocab: int,
@@ -76,8 +98,8 @@ def weight_gradient_dtype(
 ) -> torch.dtype:
     """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
 
-    A CPU's 16-bit GEMM cannot write fp32, so where one chunk holds all ``positions`` its product is the gradient as it
-    stands, and an fp32 copy would hold the same numbers in twice the memory.
+    Where one chunk holds all ``positions``, the product of a CPU, rounded to 16 bits as it is written, is the gradient
+    as it stands, and an fp32 copy would hold the same numbers in twice the memory.
     """
     if device.type != "cpu" or torch.float32 in (dtype, weight_dtype):
         return torch.float32
@@ -160,14 +182,16 @@ def fused_memory(p: Problem) -> Memory:
 
     Forward makes the gradients; backward scales them, which for a 16-bit weight writes a second, 16-bit gradient beside
     the fp32 accumulator. On a CPU a 16-bit accumulation goes through an extra strip of products, or where one chunk is
-    all there is needs no accumulator (``weight_gradient_dtype``).
+    all there is needs no accumulator (``weight_gradient_dtype``); one without 16-bit products widens strips instead, of
+    which the allocator keeps as much again for the next.
     """
     d_hidden, d_weight = _head_gradients(p)
     masked = p.positions is not None and p.positions != p.tokens
     row_bytes = p.hidden * p.dtype.itemsize
     in_fp32 = p.weight_gradient_dtype == torch.float32
     accumulator = 4 * p.vocab * p.hidden * p.weight_gradient * in_fp32
-    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype
+    wide = widens(p.dtype, p.device)
+    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype and not wide
     cast = p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0
     forward = _nonzero(
         logits_chunk=p.rows * row_stride(p.vocab) * p.dtype.itemsize,
@@ -177,7 +201,8 @@ def fused_memory(p: Problem) -> Memory:
         gathered_hidden_chunk=p.rows * row_bytes * masked,
         hidden_gradient_chunk=p.rows * row_bytes * p.hidden_gradient,
         weight_cast=cast,
-        product_strip=min(STRIP_ROWS, p.vocab) * row_bytes * strips,
+        product_strip=min(STRIP_ROWS, p.vocab) * p.hidden * p.dtype.itemsize * strips,
+        widened_strips=8 * (min(WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
     )
     backward = _nonzero(
         weight_gradient_fp32=accumulator,

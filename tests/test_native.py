@@ -142,12 +142,16 @@ def test_sixteen_bit_conversions(isa: str) -> None:
         torch.testing.assert_close(row[:, 0], wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def scan_case(lengths: list[int], *, masked: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+def scan_case(lengths: list[int], *, masked: str | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+    """(columns, mask, cu_seqlens); NaN at masked tokens: "holes" anywhere, or "prompts", the half of each sequence."""
     total = sum(lengths)
     g = generator(total)
     columns = {name: torch.randn(total, generator=g) for name in ("logp", "ref_logp", "values", "rewards", "delta")}
     columns["decay"] = torch.rand(total, generator=g)
-    mask = (torch.rand(total, generator=g) > 0.3) if masked else None
+    holes, responses = torch.rand(total, generator=g) > 0.3, torch.ones(total, dtype=torch.bool)
+    for begin, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths, strict=False):
+        responses[begin : begin + length // 2] = False
+    mask = {"holes": holes, "prompts": responses, None: None}[masked]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     if mask is not None:
         for name in columns:
@@ -172,10 +176,10 @@ def run_scans(columns: dict[str, Tensor], mask: Tensor | None, ends: Tensor, bac
 LENGTHS = [[1], [0, 5, 0], [15, 16, 17], [31, 0, 33, 1, 1], [511, 512, 513], [2000, 3], [1] * 40]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [None, "holes", "prompts"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_scans(isa: str, lengths: list[int], dtype: torch.dtype, masked: bool) -> None:
+def test_scans(isa: str, lengths: list[int], dtype: torch.dtype, masked: str | None) -> None:
     columns, mask, ends = scan_case(lengths, masked=masked)
     columns = {name: column.to(dtype) for name, column in columns.items()}
     wanted = run_scans(columns, mask, ends, portable)
@@ -186,7 +190,7 @@ def test_scans(isa: str, lengths: list[int], dtype: torch.dtype, masked: bool) -
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_a_sequence_has_the_same_bits_wherever_it_lies(isa: str, lengths: list[int]) -> None:
     """Between holes or packed, first or last, at any address."""
-    columns, mask, ends = scan_case(lengths, masked=True)
+    columns, mask, ends = scan_case(lengths, masked="holes")
     assert mask is not None
     spread = run_scans(columns, mask, ends)[:2]
     kept = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[ends.long()].to(torch.int32)
@@ -203,7 +207,7 @@ def test_a_sequence_has_the_same_bits_wherever_it_lies(isa: str, lengths: list[i
 
 
 def test_nothing_crosses_a_sequence_end(isa: str) -> None:
-    columns, _, ends = scan_case([40, 3, 40], masked=False)
+    columns, _, ends = scan_case([40, 3, 40], masked=None)
     clean = run_scans(columns, None, ends)
     spoiled = {name: c.index_fill(0, torch.arange(40, 43), float("inf")) for name, c in columns.items()}
     for a, b in zip(clean, run_scans(spoiled, None, ends), strict=True):
@@ -213,7 +217,7 @@ def test_nothing_crosses_a_sequence_end(isa: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 16, 100])
 def test_lambda_errors_in_pieces(isa: str, size: int) -> None:
-    columns, _, ends = scan_case([31, 1, 64, 33], masked=False)
+    columns, _, ends = scan_case([31, 1, 64, 33], masked=None)
     logp, ref_logp, values, rewards, _, decay = columns.values()
     tail = torch.randn(4, generator=generator())
     total = values.numel()
@@ -258,7 +262,7 @@ def everything(isa: str) -> list[Tensor]:
             logits, actions, found[0], torch.ones(n), -torch.ones(n), torch.ones(n), found[2], scale=0.9, softcap=30.0
         )
         out += [*found, logits]
-    return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked=True))
+    return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 
 
 def test_any_number_of_threads_gives_the_same_bits(isa: str, threads: None) -> None:

@@ -1,0 +1,68 @@
+"""The three matrix products of the head, on one chunk of rows.
+
+They run in the dtype of the model where the processor multiplies it. A CPU without such instructions emulates them,
+which takes several times as long as the same product in fp32 (and fp16 far longer still). There each product goes
+through strips of the vocabulary, widened to fp32 as they come: exact inputs, fp32 sums, rounded once as they are
+written, and no fp32 copy of the weight or of a chunk of logits. ``planner.widens`` tells where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import planner
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden @ weight.T (+ bias), into ``out``."""
+    if not planner.widens(hidden.dtype, hidden.device):
+        if bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(bias, hidden, weight.T, out=out)
+    wide = hidden.float()
+    for strip in _strips(weight.shape[0], planner.WIDE_COLUMNS):
+        wide_bias = None if bias is None else bias[strip].float()
+        out[:, strip] = torch.nn.functional.linear(wide, weight[strip].float(), wide_bias)
+    return out
+
+
+def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """dlogits @ weight, in memory of its own: a GEMM may add in another order where its output is aligned otherwise."""
+    if not planner.widens(dlogits.dtype, dlogits.device):
+        return torch.mm(dlogits, weight)
+    total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
+    for strip in _strips(weight.shape[0], planner.WIDE_COLUMNS):
+        total.addmm_(dlogits[:, strip].float(), weight[strip].float())
+    return total.to(dlogits.dtype)
+
+
+def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total (+)= dlogits.T @ hidden, with ``total`` fp32 or in the dtype of the operands; ``first`` overwrites."""
+    if planner.widens(dlogits.dtype, dlogits.device):
+        wide = hidden.float()
+        for strip in _strips(total.shape[0], planner.WIDE_COLUMNS):
+            _accumulate(total[strip], dlogits[:, strip].float().T, wide, first)
+    elif dlogits.is_cuda and total.dtype != dlogits.dtype:  # fp32 output straight from the GEMM's accumulator
+        torch.addmm(total, dlogits.T, hidden, out_dtype=torch.float32, beta=0 if first else 1, out=total)
+    elif total.dtype != dlogits.dtype:
+        for strip in _strips(total.shape[0], planner.STRIP_ROWS):
+            _accumulate(total[strip], dlogits[:, strip].T, hidden, first)
+    else:
+        _accumulate(total, dlogits.T, hidden, first)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(left, right))
+    else:
+        total.add_(torch.mm(left, right))
+
+
+def _strips(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
