@@ -1,0 +1,51 @@
+"""The profile of a training step: what is booked where, and a page that says what was measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import train_profile
+from bench.train_profile import PHASES, Recorder
+
+
+def test_an_inner_phase_does_not_count_for_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(train_profile, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    recorder = Recorder(torch.device("cpu"))
+    recorder.begin_cycle()
+    recorder.settle()
+    with recorder.phase("forward"), recorder.phase("loss"):
+        held = torch.ones(2**23)  # 32 MiB, gone before the outer phase goes on
+        del held
+    (cycle,) = recorder.cycles
+    assert [cycle[name]["seconds"] for name in ("forward", "loss", "reward")] == [2, 1, 0]
+    assert cycle["loss"]["peak_bytes"] > cycle["forward"]["peak_bytes"] + 2**24
+
+
+@pytest.mark.parametrize("loss", train_profile.LOSSES)
+def test_every_phase_of_a_tiny_run_is_booked(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_profile, "VOCAB", 500)
+    monkeypatch.setattr(train_profile, "BATCH", {"cpu": (2, 4, 4)})
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
+    monkeypatch.setattr(train_profile, "SMALL", small)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer, objectives = train_profile.trainer_module, train_profile.objectives
+    monkeypatch.setattr(trainer, "score", trainer.score)  # put back what the naive run replaces
+    monkeypatch.setitem(objectives.OBJECTIVES, "klq", objectives.klq)
+    found = train_profile.profile(loss)
+    assert found["cycles"] == train_profile.CYCLES - 1
+    assert all(found["phases"][name]["seconds"] > 0 for name in PHASES)
+    json.dumps(found)
+
+
+def test_the_page_is_made_of_the_committed_result() -> None:
+    content = json.loads(train_profile.RESULT.read_text())
+    assert train_profile.PAGE.read_text() == train_profile.page(content)
+    fused, naive = (run["phases"] for run in content["runs"])
+    assert max(PHASES, key=lambda n: fused[n]["peak_bytes"]) != "loss"
+    assert max(p["peak_bytes"] for p in fused.values()) < max(p["peak_bytes"] for p in naive.values())
