@@ -89,7 +89,9 @@ def _native_bars(sections: dict[str, Any]) -> str:
     lines = [
         "## Bars of the CPU backend",
         "",
-        "Ratios of medians taken in turns. A line without a bar says what the machine, or PyTorch, needs for the same.",
+        "Ratios of medians taken in turns. A line without a bar says what the machine, or PyTorch, needs for the same. "
+        "On a processor without AVX512_BF16 or AMX, PyTorch emulates the bf16 products that the bars compare with; a "
+        "ratio far below 1 says there that the loss goes around the emulation (`klq_kernels/products.py`).",
         "",
     ]
     for section in sections.values():
