@@ -207,6 +207,7 @@ def test_a_run_killed_in_an_update_resumes_to_the_same_losses(tmp_path: Path) ->
     whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert len(tiny.losses(whole)) == 12
+    assert series(resumed, "objective/kl") == series(whole, "objective/kl")
     assert tiny.losses(resumed) == tiny.losses(whole)
     assert_same(resumed, whole, atol=0)
 
@@ -218,6 +219,17 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"glob')
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def test_the_log_of_a_cycle_that_was_interrupted_is_whole(tmp_path: Path) -> None:
+    """One log per cycle of eight steps: what came before the checkpoint at step 5 counts as well."""
+    settings = {**SAVING, "logging_steps": 8, "max_steps": 8}
+    whole, resumed = (tiny.trainer(tmp_path / name, **settings) for name in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    for name in ("objective/kl", "objective/scores", "policy/entropy_avg", "policy/approxkl_avg", "val/value_mean"):
+        assert series(resumed, name) == pytest.approx(series(whole, name), rel=1e-9), name
+        assert len(series(resumed, name)) == 1
 
 
 def test_resuming_between_cycles_and_across_epochs(tmp_path: Path) -> None:

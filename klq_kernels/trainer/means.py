@@ -28,8 +28,16 @@ class Means:
         for name, value in values.items():
             mean = torch.as_tensor(value, dtype=torch.float64).detach()
             total = mean * count if count else torch.zeros_like(mean)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What has been added since the last drain, for a checkpoint."""
+        return {"sums": {n: total.item() for n, total in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load_state(self, state: dict[str, dict[str, float]]) -> None:
+        self._sums = {n: torch.tensor(total, dtype=torch.float64) for n, total in state["sums"].items()}
+        self._counts = dict(state["counts"])
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes since the last drain, without those of nothing. Every process must call it."""

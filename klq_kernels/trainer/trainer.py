@@ -535,15 +535,21 @@ class KLQTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the random state, the experience of a cycle that is not over yet."""
+        """Beside the random state, what the next log will say, and the experience of a cycle that is not over yet."""
         super()._save_rng_state(output_dir)
+        torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
-            self.experience.save(self._experience_file(output_dir))
+            self.experience.save(self._file_of_process(output_dir, "experience"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self.state.global_step % self.args.steps_per_cycle:
-            file = self._experience_file(checkpoint)
+        if checkpoint is None:
+            return
+        means = self._file_of_process(checkpoint, "means")
+        if means.exists():
+            self.means.load_state(torch.load(means, weights_only=True))
+        if self.state.global_step % self.args.steps_per_cycle:
+            file = self._file_of_process(checkpoint, "experience")
             require(
                 file.exists(),
                 "resume_from_checkpoint",
@@ -551,8 +557,8 @@ class KLQTrainer(Trainer):
             )
             self.experience = Experience.load(file, self.args.device)
 
-    def _experience_file(self, folder: str) -> Path:
-        return Path(folder) / f"experience_{self.args.process_index}.pt"
+    def _file_of_process(self, folder: str, name: str) -> Path:
+        return Path(folder) / f"{name}_{self.args.process_index}.pt"
 
 
 def last_complete_checkpoint(output_dir: Path) -> str | None:
