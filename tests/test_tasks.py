@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def test_a_warm_start_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
     task = load_task("arithmetic")
     first = warm_started(task, seed=1, steps=2, cache=tmp_path / "models")
     (folder,) = (tmp_path / "models").iterdir()  # and nothing unfinished
-    assert folder.name.startswith("arithmetic-seed1-steps2-klq")
+    assert folder.name.startswith("arithmetic-seed1-steps2-")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(folder))
     again = warm_started(task, seed=1, steps=2, cache=tmp_path / "models")
     anew = warm_started(task, seed=1, steps=2)
@@ -283,6 +284,9 @@ def test_a_warm_start_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytes
     assert not again.training
     warm_started(task, seed=1, steps=1, cache=tmp_path / "models")
     assert len(list((tmp_path / "models").iterdir())) == 2
+    other = replace(task, warm_batch=task.warm_batch + 1)  # what it would be made of has changed: not the same
+    warm_started(other, seed=1, steps=1, cache=tmp_path / "models")
+    assert len(list((tmp_path / "models").iterdir())) == 3
     monkeypatch.setattr(warm_start, "supervise", lambda *_, **__: pytest.fail("trained again"))
     warm_started(task, seed=1, steps=2, cache=tmp_path / "models")
 

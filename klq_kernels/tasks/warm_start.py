@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import __version__
 from .task import Task
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ def warm_started(
     steps = task.warm_steps if steps is None else steps
     if steps < 0:
         raise ValueError(f"steps: must not be negative, got {steps}")
-    kept = None if cache is None else Path(cache) / f"{task.name}-seed{seed}-steps{steps}-klq{__version__}"
+    model, tokenizer = task.build_model(seed), task.tokenizer()
+    name = f"{task.name}-seed{seed}-steps{steps}-{fingerprint(task, model)}"
+    kept = None if cache is None else Path(cache) / name
     if kept is not None and kept.is_dir():
         return AutoModelForCausalLM.from_pretrained(kept, local_files_only=True).eval()
-    model, tokenizer = task.build_model(seed), task.tokenizer()
     examples = ((example.prompt, example.completion) for example in task.examples(seed))
     losses = supervise(model, tokenizer, examples, steps=steps, batch=task.warm_batch, lr=LEARNING_RATE)
     for step, loss in enumerate(losses, 1):
@@ -64,6 +65,12 @@ def warm_started(
     if kept is not None:
         keep(kept, model, tokenizer)
     return model.eval()
+
+
+def fingerprint(task: Task, model: PreTrainedModel) -> str:
+    """Of what a warm start is made of: text, model and schedule. Another one is never taken for this one."""
+    made_of = (list(islice(task.examples(0), 256)), model.config.to_json_string(), task.warm_batch, LEARNING_RATE)
+    return sha256(repr(made_of).encode()).hexdigest()[:8]
 
 
 def supervise(
