@@ -369,7 +369,7 @@ def run_python(script: str, **settings: str) -> str:
     lines = [line[8:] for line in script.strip("\n").splitlines()]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=CHECKOUT, env={**os.environ, **settings},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -185,7 +185,7 @@ def start(arguments: list[str], expect: int = 0) -> None:
     """Python in a process of its own, or in several."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == expect, done.stderr[-3000:]
 
 
