@@ -97,6 +97,15 @@ def backend(place: Place) -> str:
     return place.backend
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models, which are slower on two threads; and sums are then the same everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fills every fresh buffer with NaN (or the largest integer), so that an element nobody writes is seen."""

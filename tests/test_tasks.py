@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -23,13 +22,7 @@ from klq_kernels.tasks import TASKS, Case, Task, arithmetic, load_task, summariz
 EVERY_TASK = pytest.mark.parametrize("task", [load_task(name) for name in TASKS], ids=TASKS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rewards_of(task: Task, rows: list[tuple[Case, str]]) -> list[float]:
