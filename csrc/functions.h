@@ -60,21 +60,15 @@ inline Vec load(const double* p) {
   return load(copy);
 }
 
-inline Lanes first_lanes(int count) { return lanes_of((1u << count) - 1); }
-
-// The first `count` elements, `fill` in the other lanes; nothing beyond them is read or written.
+// out[column][row] = in[row][column], for up to TILE rows and LANES columns.
 template <class T>
-inline Vec load_some(const T* p, int64_t count, float fill) {
-  T copy[LANES] = {};
-  memcpy(copy, p, size_t(count) * sizeof(T));
-  return select(first_lanes(int(count)), load(copy), broadcast(fill));
-}
-
-template <class T>
-inline void store_some(T* p, Vec v, int64_t count) {
-  T copy[LANES];
-  store(copy, v);
-  memcpy(p, copy, size_t(count) * sizeof(T));
+inline void turn(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
+  if (sizeof(T) == sizeof(uint16_t) && rows == TILE && columns == LANES) {
+    return turn_tile(reinterpret_cast<const uint16_t*>(in), in_stride, reinterpret_cast<uint16_t*>(out), out_stride);
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t row = 0; row < rows; ++row) out[column * out_stride + row] = in[row * in_stride + column];
+  }
 }
 
 // `count` elements in the last lanes, 0 in the others; and back.

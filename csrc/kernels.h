@@ -1,12 +1,14 @@
-// What a row kernel is told, and the table through which an instruction set offers its kernels.
+// What a kernel is told, and the table through which an instruction set offers its kernels.
 //
 // Plain data, no torch: ops.cpp fills these structs from tensors, kernels_<isa>.cpp run on them. Every kernel does a
-// range of independent pieces (rows, sequences, tokens), so any split of the range over threads gives the same bits.
+// range of independent pieces (tokens, groups of them, sequences), so any split of the range over threads gives the same bits.
 #pragma once
 
 #include <stdint.h>
 
-constexpr int LANES = 16;  // of the vectors all kernels are written in
+constexpr int LANES = 16;          // of the vectors all kernels are written in
+constexpr int GROUP = 2 * LANES;  // tokens whose column of a strip is one thread's work: a cache line of 16-bit logits
+constexpr int TILE = 32;          // entries of a strip that are turned at a time: likewise
 
 struct bf16 {  // 16-bit floats by their bits
   uint16_t bits;
@@ -22,21 +24,24 @@ struct Column {  // one number per token, contiguous; absent where data is null
   Dtype dtype = Dtype::f32;
 };
 
-struct RowStats {
+// A strip is a range of the vocabulary, from `first` on, by some tokens: logits[entry][token], tokens adjacent.
+struct StripStats {
   const void* logits;
   Dtype dtype;
-  int64_t vocab, stride;  // stride: elements from one row to the next
+  int64_t entries, tokens, first;
   const int64_t* actions;
-  float *lse, *logp, *entropy;  // entropy may be null
-  float scale, softcap;         // softcap 0: none
+  float *top, *total, *weighted, *taken;  // [tokens], what the strips before came to; weighted may be null
+  float scale, softcap;                   // softcap 0: none
 };
 
-struct RowGrad {
-  void* logits;
+struct StripGrad {
+  const void* logits;
   Dtype dtype;
-  int64_t vocab, stride;
+  int64_t entries, tokens, first;
   const int64_t* actions;
   const float *lse, *d_action, *d_softmax, *d_entropy, *entropy;  // the last two may be null, together
+  void *out, *turned;  // [entry][token], may be logits itself; [token][entry], may be null
+  Dtype out_dtype;     // of both; fp32 has none turned
   float scale, softcap;
 };
 
@@ -75,11 +80,11 @@ struct LambdaErrors {
 };
 
 struct Kernels {
-  void (*row_stats)(const RowStats&, int64_t begin, int64_t end);           // rows
-  void (*row_grad)(const RowGrad&, int64_t begin, int64_t end);             // rows
-  void (*residual)(const Residual&, int64_t begin, int64_t end);            // tokens
-  void (*reverse_scan)(const ReverseScan&, int64_t begin, int64_t end);     // sequences that begin at these tokens
-  void (*lambda_errors)(const LambdaErrors&, int64_t begin, int64_t end);   // likewise
+  void (*strip_stats)(const StripStats&, int64_t begin, int64_t end);      // groups of GROUP tokens
+  void (*strip_grad)(const StripGrad&, int64_t begin, int64_t end);        // likewise
+  void (*residual)(const Residual&, int64_t begin, int64_t end);           // tokens
+  void (*reverse_scan)(const ReverseScan&, int64_t begin, int64_t end);    // sequences that begin at these tokens
+  void (*lambda_errors)(const LambdaErrors&, int64_t begin, int64_t end);  // likewise
 };
 
 extern const Kernels kernels_portable;

@@ -11,13 +11,14 @@
 #include "simd_avx2.h"
 //
 #include "functions.h"
-#include "rows.h"
+#include "residual.h"
 #include "scans.h"
+#include "strips.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
-const Kernels kernels_avx2 = {row_stats, row_grad, residual, reverse_scan, lambda_errors};
+const Kernels kernels_avx2 = {strip_stats, strip_grad, residual, reverse_scan, lambda_errors};
 
 #endif

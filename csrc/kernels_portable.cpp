@@ -2,7 +2,8 @@
 #include "simd_portable.h"
 //
 #include "functions.h"
-#include "rows.h"
+#include "residual.h"
 #include "scans.h"
+#include "strips.h"
 
-const Kernels kernels_portable = {row_stats, row_grad, residual, reverse_scan, lambda_errors};
+const Kernels kernels_portable = {strip_stats, strip_grad, residual, reverse_scan, lambda_errors};

@@ -20,8 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t ROW_ELEMENTS = 32768;  // of logits, worth waking a thread for
-constexpr int64_t TOKENS = 16384;        // likewise, of per-token columns
+constexpr int64_t LOGITS = 32768;  // worth waking a thread for
+constexpr int64_t TOKENS = 16384;  // likewise, of per-token columns
 
 // ---- which instruction set --------------------------------------------------------------------------------------
 
@@ -97,20 +97,16 @@ Sequences sequences(const Maybe& mask, const Tensor& cu_seqlens, int64_t first_r
           vector_of<int32_t>(cu_seqlens, batch + 1, ScalarType::Int, "cu_seqlens"), batch, first_row, tokens};
 }
 
-struct LogitRows {
-  void* data;
-  Dtype dtype;
-  int64_t rows, vocab, stride;
-};
-
-LogitRows logit_rows(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1), "logits: must be [n, V] with contiguous rows");
-  const Dtype dtype = dtype_of(t, "logits");
-  STD_TORCH_CHECK(dtype != Dtype::f64, "logits: must be float32, bfloat16 or float16");
-  return {t.data_ptr(), dtype, t.size(0), t.size(1), t.stride(0)};
+void* strip_of(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name,
+                  ": must be contiguous, [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(dtype_of(t, name) != Dtype::f64, name, ": must be float32, bfloat16 or float16");
+  return t.data_ptr();
 }
 
-int64_t rows_worth_a_thread(int64_t vocab) { return vocab > ROW_ELEMENTS ? 1 : ROW_ELEMENTS / (vocab + 1) + 1; }
+int64_t groups_of(int64_t tokens) { return (tokens + GROUP - 1) / GROUP; }
+
+int64_t groups_worth_a_thread(int64_t entries) { return LOGITS / (GROUP * (entries + 1)) + 1; }
 
 // A sequence is one thread's work, so a single one wakes nobody else.
 int64_t tokens_worth_a_thread(const Sequences& s) { return s.batch > 1 ? TOKENS : s.tokens + 1; }
@@ -131,28 +127,34 @@ void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& ar
 
 // ---- operators --------------------------------------------------------------------------------------------------
 
-void row_stats(Tensor logits, Tensor actions, Tensor lse, Tensor logp, Maybe entropy, double scale,
-               std::optional<double> softcap) {
-  const LogitRows l = logit_rows(logits);
-  const RowStats a{l.data, l.dtype, l.vocab, l.stride,
-                   vector_of<int64_t>(actions, l.rows, ScalarType::Long, "actions"),
-                   floats(lse, l.rows, "lse"), floats(logp, l.rows, "logp"), floats(entropy, l.rows, "entropy"),
-                   float(scale), float(softcap.value_or(0.0))};
-  run(kernels.load()->row_stats, a, l.rows, rows_worth_a_thread(l.vocab));
+void strip_stats(Tensor logits, int64_t first, Tensor actions, Tensor top, Tensor total, Maybe weighted, Tensor taken,
+                 double scale, std::optional<double> softcap) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: must be [entries, tokens]");
+  const int64_t entries = logits.size(0), n = logits.size(1);
+  const StripStats a{strip_of(logits, entries, n, "logits"), dtype_of(logits, "logits"), entries, n, first,
+                     vector_of<int64_t>(actions, n, ScalarType::Long, "actions"), floats(top, n, "top"),
+                     floats(total, n, "total"), floats(weighted, n, "weighted"), floats(taken, n, "taken"),
+                     float(scale), float(softcap.value_or(0.0))};
+  run(kernels.load()->strip_stats, a, groups_of(n), groups_worth_a_thread(entries));
 }
 
-void row_grad(Tensor logits, Tensor actions, Tensor lse, Tensor d_action, Tensor d_softmax, Maybe d_entropy,
-              Maybe entropy, double scale, std::optional<double> softcap) {
-  const LogitRows l = logit_rows(logits);
+void strip_grad(Tensor logits, int64_t first, Tensor actions, Tensor lse, Tensor d_action,
+                Tensor d_softmax, Maybe d_entropy, Maybe entropy, Tensor out, Maybe turned, double scale,
+                std::optional<double> softcap) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: must be [entries, tokens]");
+  const int64_t entries = logits.size(0), n = logits.size(1);
+  const Dtype dtype = dtype_of(logits, "logits"), out_dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(out_dtype == dtype || out_dtype == Dtype::f32, "out: must be float32 or have the dtype of logits");
+  STD_TORCH_CHECK(!turned || dtype_of(*turned, "turned") == out_dtype, "turned: must have the dtype of out");
   const bool with_entropy = d_entropy && entropy;
-  const RowGrad a{l.data, l.dtype, l.vocab, l.stride,
-                  vector_of<int64_t>(actions, l.rows, ScalarType::Long, "actions"),
-                  floats(lse, l.rows, "lse"), floats(d_action, l.rows, "d_action"),
-                  floats(d_softmax, l.rows, "d_softmax"),
-                  with_entropy ? floats(d_entropy, l.rows, "d_entropy") : nullptr,
-                  with_entropy ? floats(entropy, l.rows, "entropy") : nullptr,
-                  float(scale), float(softcap.value_or(0.0))};
-  run(kernels.load()->row_grad, a, l.rows, rows_worth_a_thread(l.vocab));
+  const StripGrad a{strip_of(logits, entries, n, "logits"), dtype, entries, n, first,
+                    vector_of<int64_t>(actions, n, ScalarType::Long, "actions"), floats(lse, n, "lse"),
+                    floats(d_action, n, "d_action"), floats(d_softmax, n, "d_softmax"),
+                    with_entropy ? floats(d_entropy, n, "d_entropy") : nullptr,
+                    with_entropy ? floats(entropy, n, "entropy") : nullptr, strip_of(out, entries, n, "out"),
+                    turned ? strip_of(*turned, n, entries, "turned") : nullptr, out_dtype, float(scale),
+                    float(softcap.value_or(0.0))};
+  run(kernels.load()->strip_grad, a, groups_of(n), groups_worth_a_thread(entries));
 }
 
 void klq_residual(Tensor logp, Tensor values, Maybe old_logp, Maybe old_values, Tensor advantages, Maybe weights,
@@ -202,11 +204,11 @@ void lambda_errors(Maybe logp, Maybe ref_logp, Tensor values, Maybe rewards, May
 STABLE_TORCH_LIBRARY(klq_native, m) {
   m.def("use_isa(int isa) -> int");
   m.def(
-      "row_stats(Tensor logits, Tensor actions, Tensor(a!) lse, Tensor(b!) logp, Tensor(c!)? entropy, float scale, "
-      "float? softcap) -> ()");
+      "strip_stats(Tensor logits, int first, Tensor actions, Tensor(a!) top, Tensor(b!) total, Tensor(c!)? weighted, "
+      "Tensor(d!) taken, float scale, float? softcap) -> ()");
   m.def(
-      "row_grad_(Tensor(a!) logits, Tensor actions, Tensor lse, Tensor d_action, Tensor d_softmax, Tensor? d_entropy, "
-      "Tensor? entropy, float scale, float? softcap) -> ()");
+      "strip_grad(Tensor logits, int first, Tensor actions, Tensor lse, Tensor d_action, Tensor d_softmax, "
+      "Tensor? d_entropy, Tensor? entropy, Tensor(a!) out, Tensor(b!)? turned, float scale, float? softcap) -> ()");
   m.def(
       "klq_residual(Tensor logp, Tensor values, Tensor? old_logp, Tensor? old_values, Tensor advantages, "
       "Tensor? weights, Tensor(a!) losses, Tensor(b!) d_logp, Tensor(c!) d_values, Tensor grad_scale, float tau, "
@@ -221,8 +223,8 @@ STABLE_TORCH_LIBRARY(klq_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(klq_native, CompositeExplicitAutograd, m) { m.impl("use_isa", TORCH_BOX(&use_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(klq_native, CPU, m) {
-  m.impl("row_stats", TORCH_BOX(&row_stats));
-  m.impl("row_grad_", TORCH_BOX(&row_grad));
+  m.impl("strip_stats", TORCH_BOX(&strip_stats));
+  m.impl("strip_grad", TORCH_BOX(&strip_grad));
   m.impl("klq_residual", TORCH_BOX(&klq_residual));
   m.impl("reverse_scan", TORCH_BOX(&reverse_scan));
   m.impl("lambda_errors", TORCH_BOX(&lambda_errors));

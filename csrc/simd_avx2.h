@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -132,3 +133,5 @@ inline void store(f16* p, Vec v) {
 }
 
 }  // namespace
+
+#include "simd_plain.h"

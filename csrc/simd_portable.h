@@ -135,3 +135,5 @@ inline void store(f16* p, Vec v) {
 #undef KLQ_EACH_FLAG
 
 }  // namespace
+
+#include "simd_plain.h"

@@ -1,6 +1,7 @@
 """The compiled row operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
 
-A backend module like ``portable``, which documents the functions. The library picks the best of its instruction sets
+A backend module like ``portable``, which documents the functions of both; here logits come in strips of the vocabulary
+(``vocabulary_major``), so ``strip_stats`` and ``strip_grad`` stand in place of the row operations. The library picks the best of its instruction sets
 (portable, avx2, avx512) for the processor at run time. Two environment variables are for testing it: ``KLQ_NATIVE_ISA``
 names an instruction set to use instead, ``KLQ_NATIVE_LIBRARY`` the path of another build (one with sanitizers, say).
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 NAME = "native"
+VOCABULARY_MAJOR = True
 ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")  # in the order of csrc/kernels.h
 
@@ -49,32 +51,56 @@ def _load() -> str | None:
 WHY_UNAVAILABLE = _load()
 
 
-def row_stats(
+def strip_stats(
     logits: Tensor,
+    first: int,
     actions: Tensor,
-    lse: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    weighted: Tensor | None,
+    taken: Tensor,
     *,
     scale: float,
     softcap: float | None,
 ) -> None:
-    torch.ops.klq_native.row_stats(logits, actions, lse, logp, entropy, scale, softcap)
+    """Takes one more strip of the vocabulary into the running statistics of softmax(z), per token.
+
+    Args:
+        logits: [entries, n] contiguous, raw, of the vocabulary's entries from ``first`` on; z = scale * softcap(logits).
+        actions: int64 [n].
+        top, total, weighted, taken: fp32 [n], updated: the largest z so far, the sum of e = exp(z - top), the sum of
+            e (z - top) (None where no entropy is wanted), and z of the taken token once its strip has come.
+            They start at -inf, 0, 0 and NaN.
+    """
+    torch.ops.klq_native.strip_stats(logits, first, actions, top, total, weighted, taken, scale, softcap)
 
 
-def row_grad_(
+def strip_grad(
     logits: Tensor,
+    first: int,
     actions: Tensor,
     lse: Tensor,
     d_action: Tensor,
     d_softmax: Tensor,
     d_entropy: Tensor | None,
     entropy: Tensor | None,
+    out: Tensor,
+    turned: Tensor | None,
     *,
     scale: float,
     softcap: float | None,
 ) -> None:
-    torch.ops.klq_native.row_grad_(logits, actions, lse, d_action, d_softmax, d_entropy, entropy, scale, softcap)
+    """Writes the gradient by a strip of logits: the formula of ``portable.row_grad_``, tokens being columns here.
+
+    Args:
+        logits, first: as in ``strip_stats``.
+        actions, lse, d_action, d_softmax, d_entropy, entropy: [n], as in ``portable.row_grad_``.
+        out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
+        turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
+    """
+    torch.ops.klq_native.strip_grad(
+        logits, first, actions, lse, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
+    )
 
 
 def klq_residual(

@@ -12,51 +12,25 @@ A token's gradient needs its lambda-error, and that needs only tokens after it. 
 and one scalar is carried over the boundary; the gradient is exact and is ready when the loss is. With rollout targets
 A is given and the same loop runs without the scan. Each product is left out where nobody needs its result.
 
-Gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
-backward. So fp16 gradients of a mean over many thousand tokens do not underflow on the way, and bf16 ones round once.
+fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
+backward, so that those of a mean over many thousand tokens do not underflow on the way.
 
 The loop is written once, over the row operations of a backend (``portable`` documents the five of them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import planner, products
+from .chunks import Head, Needs, Rows, chunks_last_to_first
+from .token_major import TokenMajor
+from .vocabulary_major import VocabularyMajor
 
-
-class Head(NamedTuple):
-    """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
-
-    weight: Tensor  # [V, H], in the dtype of the products
-    bias: Tensor | None  # [V], likewise
-    scale: float
-    softcap: float | None
-    gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``planner.weight_gradient_dtype``)
-
-
-class Rows(NamedTuple):
-    """The valid rows of a call: where they lie, what was taken there, and how many there are."""
-
-    hidden: Tensor  # [M, H], the caller's
-    positions: Tensor | None  # int64 [n] into hidden, None for all
-    actions: Tensor  # int64 [n]
-
-    def take(self, chunk: slice) -> Tensor:
-        return self.hidden[chunk] if self.positions is None else self.hidden.index_select(0, self.positions[chunk])
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody will read."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
+NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class ScanInputs(NamedTuple):
@@ -103,58 +77,12 @@ class PassResult(NamedTuple):
     d_bias: Tensor | None
 
 
-def chunks_last_to_first(n: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` rows that cover n rows, the last rows first."""
-    for start in reversed(range(0, n, max(size, 1))):
-        yield slice(start, min(start + size, n))
-
-
-class Logits:
-    """One reusable buffer of logits, rows at 16-byte multiples, filled by GEMM 1."""
-
-    def __init__(self, n: int, head: Head, workspace_bytes: int | None) -> None:
-        vocab = head.weight.shape[0]
-        self.rows = planner.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
-        self._head = head
-        self._buffer = head.weight.new_empty(self.rows, planner.row_stride(vocab))[:, :vocab]
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Raw logits of these rows (before softcap and temperature), valid until the next call."""
-        return products.project(hidden, self._head.weight, self._head.bias, self._buffer[: hidden.shape[0]])
-
-
-class HeadGradients:
-    """Sums a linear head's gradients over chunks of dlogits.
-
-    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
-    position, and is 0 elsewhere.
-    """
-
-    def __init__(self, rows: Rows, head: Head, needs: Needs) -> None:
-        self._rows, self._head = rows, head
-        vocab, width = head.weight.shape
-        device = head.weight.device
-        rowless = rows.actions.numel() == 0
-        make = torch.zeros if rowless or rows.positions is not None else torch.empty
-        self.hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
-        make = torch.zeros if rowless else torch.empty
-        self.weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
-        self.bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
-        self._first = True
-
-    def add(self, chunk: slice, hidden: Tensor, dlogits: Tensor) -> None:
-        positions = self._rows.positions
-        if self.hidden is not None:
-            product = products.project_back(dlogits, self._head.weight)
-            if positions is None:
-                self.hidden[chunk] = product
-            else:
-                self.hidden.index_copy_(0, positions[chunk], product)
-        if self.weight is not None:
-            products.accumulate(self.weight, dlogits, hidden, first=self._first)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
-        self._first = False
+def _vocabulary_work(
+    backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+) -> TokenMajor | VocabularyMajor:
+    """Products and row operations in the form that suits the backend."""
+    form = VocabularyMajor if backend.VOCABULARY_MAJOR else TokenMajor
+    return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
 
 
 def logprobs_pass(
@@ -164,13 +92,9 @@ def logprobs_pass(
     n = rows.actions.numel()
     logp, lse = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(2))
     entropies = torch.empty_like(logp) if entropy else None
-    buffer = Logits(n, head, workspace_bytes)
-    for chunk in chunks_last_to_first(n, buffer.rows):
-        logits = buffer.project(rows.take(chunk))
-        backend.row_stats(
-            logits, rows.actions[chunk], lse[chunk], logp[chunk], None if entropies is None else entropies[chunk],
-            scale=head.scale, softcap=head.softcap,
-        )  # fmt: skip
+    work = _vocabulary_work(backend, rows, head, NOTHING, keep=False, workspace_bytes=workspace_bytes)
+    for chunk in chunks_last_to_first(n, work.chunk_rows):
+        work.statistics(chunk, lse[chunk], logp[chunk], None if entropies is None else entropies[chunk])
     return logp, lse, entropies
 
 
@@ -186,22 +110,17 @@ def logprobs_backward_pass(
     d_entropy: Tensor | None,
     *,
     workspace_bytes: int | None,
-) -> HeadGradients:
+) -> TokenMajor | VocabularyMajor:
     """Gradients of the head from those of its per-row outputs: recomputes each chunk of logits, then GEMM 2 and 3."""
     n = rows.actions.numel()
-    gradients = HeadGradients(rows, head, needs)
     d_softmax = -d_logp if d_lse is None else d_lse - d_logp
-    buffer = Logits(n, head, workspace_bytes)
-    for chunk in chunks_last_to_first(n, buffer.rows):
-        hidden = rows.take(chunk)
-        logits = buffer.project(hidden)
-        backend.row_grad_(
-            logits, rows.actions[chunk], lse[chunk], d_logp[chunk], d_softmax[chunk],
-            None if d_entropy is None else d_entropy[chunk], None if entropy is None else entropy[chunk],
-            scale=head.scale, softcap=head.softcap,
+    work = _vocabulary_work(backend, rows, head, needs, keep=False, workspace_bytes=workspace_bytes)
+    for chunk in chunks_last_to_first(n, work.chunk_rows):
+        work.gradients(
+            chunk, lse[chunk], d_logp[chunk], d_softmax[chunk], None if d_entropy is None else d_entropy[chunk],
+            None if entropy is None else entropy[chunk],
         )  # fmt: skip
-        gradients.add(chunk, hidden, logits)
-    return gradients
+    return work
 
 
 def klq_pass(
@@ -226,16 +145,9 @@ def klq_pass(
     entropies = torch.empty_like(logp) if entropy else None
     advantages = torch.empty_like(logp) if targets is None else targets.advantages
     carry = torch.zeros(1, dtype=torch.float32, device=device)
-    gradients = HeadGradients(rows, head, needs)
-    buffer = Logits(n, head, workspace_bytes)
-    for chunk in chunks_last_to_first(n, buffer.rows):
-        hidden = rows.take(chunk)
-        actions = rows.actions[chunk]
-        logits = buffer.project(hidden)
-        backend.row_stats(
-            logits, actions, lse[chunk], logp[chunk], None if entropies is None else entropies[chunk],
-            scale=head.scale, softcap=head.softcap,
-        )  # fmt: skip
+    work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
+    for chunk in chunks_last_to_first(n, work.chunk_rows):
+        work.statistics(chunk, lse[chunk], logp[chunk], None if entropies is None else entropies[chunk])
         if scan is not None:
             backend.lambda_errors(
                 logp[chunk], scan.ref_logp[chunk], values[chunk],
@@ -253,9 +165,5 @@ def klq_pass(
             grad_scale=grad_scale, **shape._asdict(),
         )  # fmt: skip
         if any(needs):
-            backend.row_grad_(
-                logits, actions, lse[chunk], d_logp[chunk], -d_logp[chunk], None, None,
-                scale=head.scale, softcap=head.softcap,
-            )  # fmt: skip
-            gradients.add(chunk, hidden, logits)
-    return PassResult(logp, entropies, advantages, losses, d_values, gradients.hidden, gradients.weight, gradients.bias)
+            work.gradients(chunk, lse[chunk], d_logp[chunk], -d_logp[chunk], None, None)
+    return PassResult(logp, entropies, advantages, losses, d_values, work.hidden, work.weight, work.bias)

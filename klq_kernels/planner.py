@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .layout import require
+from .ops.dispatch import backend_for
 
 MIB = 2**20
 CPU_WORKSPACE = 256 * MIB
@@ -30,6 +31,10 @@ ROW_ALIGNMENT = 64
 STRIP_ROWS = 4096
 # Columns of logits widened to fp32 at a time where a CPU does not multiply 16-bit numbers.
 WIDE_COLUMNS = 2048
+# A strip of the vocabulary (``vocabulary_major``): large enough for its products to run at full speed, small enough to
+# stay in a last-level cache.
+STRIP_BYTES = 16 * MIB
+MOST_ENTRIES, FEWEST_ENTRIES = 4096, 512
 
 
 def row_stride(vocab: int) -> int:
@@ -70,6 +75,40 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
     return min(_round_up(even, multiple), most // multiple * multiple, n)
 
 
+def vocabulary_major(device: torch.device) -> bool:
+    """Whether logits on this device are stored entry by entry of the vocabulary (``vocabulary_major``)."""
+    return device.type == "cpu" and backend_for(device).VOCABULARY_MAJOR
+
+
+def rows_in_gradient(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype) -> int:
+    """How many rows of logits [V, rows] fit into the memory of the weight's gradient [V, width]."""
+    return width * gradient_dtype.itemsize // dtype.itemsize
+
+
+def strip_chunk_rows(
+    n: int, vocab: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None, *, keep: bool, room: int
+) -> int:
+    """``chunk_rows`` where the vocabulary is walked in strips.
+
+    Logits that are kept take no workspace where they fit the weight's gradient, which has ``room`` for some rows; of
+    those that are not there is never more than a strip.
+    """
+    if not keep:
+        vocab = min(vocab, FEWEST_ENTRIES)
+    elif n <= room:
+        return n
+    return chunk_rows(n, vocab, dtype, device, workspace_bytes)
+
+
+def strip_entries(rows: int, vocab: int, dtype: torch.dtype, workspace_bytes: int | None) -> int:
+    """Entries of the vocabulary per strip of ``rows`` tokens, whose logits are of ``dtype``."""
+    row_bytes = max(rows, 1) * dtype.itemsize
+    most = max(STRIP_BYTES // row_bytes, FEWEST_ENTRIES)
+    if workspace_bytes is not None:
+        most = min(most, max(workspace_bytes // row_bytes, 1))
+    return min(vocab, MOST_ENTRIES, most // 64 * 64 if most >= 64 else most)
+
+
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of these numbers; only of x86 it is known where it has not."""
@@ -91,20 +130,28 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 def weight_gradient_dtype(
     positions: int,
     vocab: int,
+    width: int,
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     device: torch.device,
     workspace_bytes: int | None,
+    *,
+    keep: bool = True,
 ) -> torch.dtype:
     """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
 
     Where one chunk holds all ``positions``, the product of a CPU, rounded to 16 bits as it is written, is the gradient
-    as it stands, and an fp32 copy would hold the same numbers in twice the memory.
+    as it stands, and an fp32 copy would hold the same numbers in twice the memory. ``keep``: whether logits are kept
+    from the forward to the gradient, as the loss does and the backward of log-probabilities does not.
     """
     if device.type != "cpu" or torch.float32 in (dtype, weight_dtype):
         return torch.float32
-    single = chunk_rows(positions, vocab, dtype, device, workspace_bytes) >= positions
-    return dtype if single else torch.float32
+    if vocabulary_major(device):
+        room = rows_in_gradient(width, dtype, dtype)
+        rows = strip_chunk_rows(positions, vocab, dtype, device, workspace_bytes, keep=keep, room=room)
+    else:
+        rows = chunk_rows(positions, vocab, dtype, device, workspace_bytes)
+    return dtype if rows >= positions else torch.float32
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -126,9 +173,38 @@ class Problem(NamedTuple):
     workspace_bytes: int | None = None
 
     @property
+    def keeps_logits(self) -> bool:
+        """Whether logits are needed again for a gradient."""
+        return self.hidden_gradient or self.weight_gradient
+
+    @property
     def rows(self) -> int:
         """Rows of logits held at a time."""
-        return chunk_rows(self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes)
+        if not vocabulary_major(self.device):
+            return chunk_rows(self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes)
+        return strip_chunk_rows(
+            self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes, keep=self.keeps_logits,
+            room=self._room,
+        )  # fmt: skip
+
+    @property
+    def strip_entries(self) -> int:
+        """Entries of the vocabulary worked on at a time: all, unless they come in strips."""
+        if not vocabulary_major(self.device):
+            return self.vocab
+        computed = torch.float32 if widens(self.dtype, self.device) else self.dtype
+        return strip_entries(self.rows, self.vocab, computed, self.workspace_bytes)
+
+    @property
+    def _room(self) -> int:
+        if not (self.weight_gradient and vocabulary_major(self.device)):
+            return 0
+        return rows_in_gradient(self.hidden, self.dtype, self.weight_gradient_dtype)
+
+    @property
+    def in_gradient(self) -> bool:
+        """Whether the logits lie in the memory that becomes the weight's gradient."""
+        return self.tokens <= self._room
 
     @property
     def chunks(self) -> int:
@@ -139,7 +215,9 @@ class Problem(NamedTuple):
         """What the weight's gradient adds up in."""
         positions = self.tokens if self.positions is None else self.positions
         weight_dtype = self.weight_dtype or self.dtype
-        return weight_gradient_dtype(positions, self.vocab, self.dtype, weight_dtype, self.device, self.workspace_bytes)
+        return weight_gradient_dtype(
+            positions, self.vocab, self.hidden, self.dtype, weight_dtype, self.device, self.workspace_bytes
+        )
 
     @property
     def gemm_flop(self) -> int:
@@ -178,38 +256,63 @@ def _nonzero(**terms: int) -> dict[str, int]:
 
 
 def fused_memory(p: Problem) -> Memory:
-    """``fused_klq_loss``: one chunk of logits, an fp32 weight gradient, and the gradients themselves.
+    """``fused_klq_loss``: one chunk of logits, the weight's gradient in what it adds up in, the gradients themselves.
 
-    Forward makes the gradients; backward scales them, which for a 16-bit weight writes a second, 16-bit gradient beside
-    the fp32 accumulator. On a CPU a 16-bit accumulation goes through an extra strip of products, or where one chunk is
-    all there is needs no accumulator (``weight_gradient_dtype``); one without 16-bit products widens strips instead, of
-    which the allocator keeps as much again for the next.
+    Forward makes the gradients; backward scales them, which for a 16-bit weight whose gradient added up in fp32 writes
+    a second, 16-bit one beside it.
     """
     d_hidden, d_weight = _head_gradients(p)
     masked = p.positions is not None and p.positions != p.tokens
     row_bytes = p.hidden * p.dtype.itemsize
     in_fp32 = p.weight_gradient_dtype == torch.float32
     accumulator = 4 * p.vocab * p.hidden * p.weight_gradient * in_fp32
-    wide = widens(p.dtype, p.device)
-    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype and not wide
-    cast = p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0
     forward = _nonzero(
-        logits_chunk=p.rows * row_stride(p.vocab) * p.dtype.itemsize,
         weight_gradient_fp32=accumulator,
         weight_gradient=d_weight * (not in_fp32),
         hidden_gradient=d_hidden,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
-        hidden_gradient_chunk=p.rows * row_bytes * p.hidden_gradient,
-        weight_cast=cast,
-        product_strip=min(STRIP_ROWS, p.vocab) * p.hidden * p.dtype.itemsize * strips,
-        widened_strips=8 * (min(WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
+        weight_cast=p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0,
+        **(_strip_buffers(p) if vocabulary_major(p.device) else _chunk_buffers(p)),
     )
     backward = _nonzero(
         weight_gradient_fp32=accumulator,
-        weight_gradient=d_weight if (p.weight_dtype or p.dtype) != torch.float32 else 0,
+        weight_gradient=d_weight if not in_fp32 or (p.weight_dtype or p.dtype) != torch.float32 else 0,
         hidden_gradient=d_hidden,
     )
     return Memory(forward, backward)
+
+
+def _chunk_buffers(p: Problem) -> dict[str, int]:
+    """What ``token_major`` holds. On a CPU a 16-bit accumulation in fp32 goes through an extra strip of products; one
+    without 16-bit products widens strips instead, of which the allocator keeps as much again for the next.
+    """
+    wide = widens(p.dtype, p.device)
+    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype and not wide
+    return {
+        "logits_chunk": p.rows * row_stride(p.vocab) * p.dtype.itemsize,
+        "hidden_gradient_chunk": p.rows * p.hidden * p.dtype.itemsize * p.hidden_gradient,
+        "product_strip": min(STRIP_ROWS, p.vocab) * p.hidden * p.dtype.itemsize * strips,
+        "widened_strips": 8 * (min(WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
+    }
+
+
+def _strip_buffers(p: Problem) -> dict[str, int]:
+    """What ``vocabulary_major`` holds."""
+    wide = widens(p.dtype, p.device)
+    computed = torch.float32 if wide else p.dtype
+    entries = p.strip_entries
+    own = 0 if p.in_gradient else p.vocab * p.rows * p.dtype.itemsize
+    strip = entries * p.rows * computed.itemsize
+    narrow = computed != torch.float32
+    return {
+        "logits_chunk": own * p.keeps_logits,
+        "logits_strip": strip * (not own or wide or not p.keeps_logits),
+        "turned_strip": strip * narrow * p.hidden_gradient,
+        "hidden_gradient_chunk": p.rows * p.hidden * (4 + p.dtype.itemsize * narrow) * p.hidden_gradient,
+        "product_strip": entries * p.hidden * computed.itemsize * p.weight_gradient * (p.weight_gradient_dtype != computed),
+        "widened_weight_strip": 4 * entries * p.hidden * wide,
+        "widened_hidden_chunk": 4 * p.rows * p.hidden * wide,
+    }
 
 
 def naive_memory(p: Problem) -> Memory:
@@ -237,6 +340,8 @@ def why_chunks(p: Problem) -> str:
     """The chunk size that ``chunk_rows`` chose and the reason for it, in a sentence."""
     row_bytes = row_stride(p.vocab) * p.dtype.itemsize
     size = f"{p.rows:,} rows of logits at a time, {p.rows * row_bytes / MIB:,.0f} MiB"
+    if p.in_gradient:
+        return f"all {size}, in the memory that becomes the weight's gradient: no workspace, one chunk"
     if p.chunks <= 1:
         return f"all {size}: they fit the workspace, so there is one chunk and no chunking overhead"
     if p.workspace_bytes is not None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 NAME = "torch"
+VOCABULARY_MAJOR = False
+PADS_ROWS = False
 SCRATCH_ELEMENTS = 2**18  # fp32 elements of a block: 1 MiB
 
 

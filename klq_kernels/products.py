@@ -44,17 +44,18 @@ def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -
     if planner.widens(dlogits.dtype, dlogits.device):
         wide = hidden.float()
         for strip in _strips(total.shape[0], planner.WIDE_COLUMNS):
-            _accumulate(total[strip], dlogits[:, strip].float().T, wide, first)
+            add_product(total[strip], dlogits[:, strip].float().T, wide, first)
     elif dlogits.is_cuda and total.dtype != dlogits.dtype:  # fp32 output straight from the GEMM's accumulator
         torch.addmm(total, dlogits.T, hidden, out_dtype=torch.float32, beta=0 if first else 1, out=total)
     elif total.dtype != dlogits.dtype:
         for strip in _strips(total.shape[0], planner.STRIP_ROWS):
-            _accumulate(total[strip], dlogits[:, strip].T, hidden, first)
+            add_product(total[strip], dlogits[:, strip].T, hidden, first)
     else:
-        _accumulate(total, dlogits.T, hidden, first)
+        add_product(total, dlogits.T, hidden, first)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total (+)= left @ right, in memory where total has their dtype, else rounded to it before it is added."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif first:

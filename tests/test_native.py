@@ -45,12 +45,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def logits_of(n: int, vocab: int, dtype: torch.dtype, *, stride: int | None = None) -> Tensor:
-    """Peaked rows, -inf among them; rows ``stride`` elements apart, and NaN beyond each row's end."""
-    whole = torch.full((n, stride or vocab), NAN)
-    whole[:, :vocab] = 9 * torch.randn(n, vocab, generator=generator(vocab))
-    whole[:, 1:vocab:5] = -float("inf")
-    return whole.to(dtype)[:, :vocab]
+def logits_of(n: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """[V, n], entry by entry of the vocabulary: peaked columns, -inf among them, and NaN before and behind."""
+    whole = torch.full((vocab + 2, n), NAN)
+    whole[1:-1] = 9 * torch.randn(vocab, n, generator=generator(vocab))
+    whole[2:-1:5] = -float("inf")
+    return whole.to(dtype)[1:-1]
 
 
 def z_of(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -58,53 +58,83 @@ def z_of(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
 
 
-def statistics(logits: Tensor, actions: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> list[Tensor]:
-    """[lse, logp, entropy] by row_stats, every element of which must be written."""
-    out = [torch.full((logits.shape[0],), NAN) for _ in range(3)]
-    native.row_stats(logits, actions, *out, scale=scale, softcap=softcap)
-    return out
+def strips_of(vocab: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+
+
+def statistics(
+    logits: Tensor, actions: Tensor, *, scale: float = 1.0, softcap: float | None = None, size: int = 4096
+) -> list[Tensor]:
+    """[lse, logp, entropy] from what strips of this size leave behind."""
+    n = logits.shape[1]
+    top, total, weighted, taken = (torch.full((n,), x) for x in (-float("inf"), 0.0, 0.0, NAN))
+    for strip in strips_of(logits.shape[0], size):
+        native.strip_stats(
+            logits[strip], strip.start, actions, top, total, weighted, taken, scale=scale, softcap=softcap
+        )
+    lse = top + total.log()
+    return [lse, taken - lse, total.log() - weighted / total]
+
+
+def gradient(logits: Tensor, *rows: Tensor | None, out: Tensor, size: int = 4096, **head: float | None) -> Tensor:
+    """Fills ``out``, [V, n], strip by strip of this size; returns the turned copies side by side, [n, V]."""
+    vocab, n = logits.shape
+    turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in strips_of(vocab, size)]
+    for strip, copy in zip(strips_of(vocab, size), turned, strict=True):
+        native.strip_grad(logits[strip], strip.start, *rows, out[strip], copy, **head)
+    return torch.cat(turned, 1)
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_row_stats(isa: str, n: int, vocab: int, dtype: torch.dtype, softcap: float | None) -> None:
-    logits = logits_of(n, vocab, dtype, stride=vocab + 3)
+@pytest.mark.parametrize("n", [0, 1, 16, 35])
+def test_strip_stats(isa: str, n: int, vocab: int, dtype: torch.dtype, softcap: float | None) -> None:
+    logits = logits_of(n, vocab, dtype)
     actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5  # never at -inf
-    z = z_of(logits, 0.7, softcap)
+    z = z_of(logits.T, 0.7, softcap)
     logp = z.log_softmax(1)
     gold = [z.logsumexp(1), logp.gather(1, actions[:, None]).squeeze(1), -torch.xlogy(logp.exp(), logp.exp()).sum(1)]
-    for ours, right in zip(statistics(logits, actions, scale=0.7, softcap=softcap), gold, strict=True):
-        torch.testing.assert_close(ours.double(), right, rtol=3e-7, atol=4e-6)
+    for size in (7, 100, 4096):
+        ours = statistics(logits, actions, scale=0.7, softcap=softcap, size=size)
+        for found, right in zip(ours, gold, strict=True):
+            torch.testing.assert_close(found.double(), right, rtol=3e-7, atol=4e-6)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "out_dtype"), [*zip(DTYPES, DTYPES, strict=True), *((d, DTYPES[0]) for d in DTYPES[1:])])
 @pytest.mark.parametrize("vocab", SIZES)
-def test_row_grad(isa: str, vocab: int, dtype: torch.dtype, softcap: float | None, entropy: bool) -> None:
-    n = 3
-    logits = logits_of(n, vocab, dtype, stride=vocab + 3)
-    beyond = logits.as_strided((n, 3), (vocab + 3, 1), vocab)
-    actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5
-    lse, _, entropies = statistics(logits, actions, scale=0.7, softcap=softcap)
-    d_action, d_softmax, d_entropy = torch.randn(3, n, generator=generator(1))
-    extra = (d_entropy, entropies) if entropy else (None, None)
-    right = logits.float().contiguous()
-    options = {"scale": 0.7, "softcap": softcap}
-    portable.row_grad_(right, actions, lse, d_action, d_softmax, *extra, **options)
-    native.row_grad_(logits, actions, lse, d_action, d_softmax, *extra, **options)
-    rounding = 0.0 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
-    torch.testing.assert_close(logits.float(), right, rtol=rounding + 2e-5, atol=3e-6)
-    assert beyond.isnan().all(), "wrote beyond the vocabulary"
+def test_strip_grad(
+    isa: str, vocab: int, dtype: torch.dtype, out_dtype: torch.dtype, softcap: float | None, entropy: bool
+) -> None:
+    """One and several strips, whole and broken groups of tokens, in place and not, and turned around."""
+    for n, size in ((3, 4096), (32, 50), (35, 4096)):
+        logits = logits_of(n, vocab, dtype)
+        actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5
+        lse, _, entropies = statistics(logits, actions, scale=0.7, softcap=softcap)
+        d_action, d_softmax, d_entropy = torch.randn(3, n, generator=generator(1))
+        rows = (actions, lse, d_action, d_softmax, *((d_entropy, entropies) if entropy else (None, None)))
+        head = {"scale": 0.7, "softcap": softcap}
+        right = torch.empty(n, vocab).copy_(logits.T)
+        portable.row_grad_(right, *rows, **head)
+        around = torch.full((vocab + 2, n), 7.0, dtype=out_dtype)
+        out = around[1:-1]
+        turned = gradient(logits, *rows, out=out, size=size, **head)
+        rounding = 0.0 if out_dtype == torch.float32 else 0.51 * torch.finfo(out_dtype).eps
+        torch.testing.assert_close(out.T.float(), right, rtol=rounding + 2e-5, atol=3e-6)
+        assert torch.equal(turned, out.T)
+        assert (around[[0, -1]] == 7).all(), "wrote beyond the strip"
+        if out_dtype == dtype:
+            gradient(logits, *rows, out=logits, size=size, **head)
+            assert torch.equal(logits, out)
 
 
-def test_rows_that_are_not_finite(isa: str) -> None:
-    logits = torch.zeros(4, 40)
-    logits[0, 7] = NAN
-    logits[1] = -float("inf")
-    logits[2, 20] = 3e38
+def test_tokens_that_are_not_finite(isa: str) -> None:
+    logits = torch.zeros(40, 4)
+    logits[7, 0] = NAN
+    logits[:, 1] = -float("inf")
+    logits[20, 2] = 3e38
     lse, logp, _ = statistics(logits, torch.tensor([1, 1, 20, 1]))
     assert lse[0].isnan()
     assert logp[0].isnan()
@@ -114,14 +144,16 @@ def test_rows_that_are_not_finite(isa: str) -> None:
 
 
 @pytest.mark.parametrize("action", [-1, 40, -(2**62), 2**62])
-def test_impossible_actions_give_nan_rows(isa: str, action: int) -> None:
-    logits = torch.randn(2, 40, generator=generator())
+def test_impossible_actions_have_no_log_probability(isa: str, action: int) -> None:
+    """Which makes their loss and gradients NaN; nothing outside the logits is read or written for them."""
+    logits = torch.randn(40, 2, generator=generator())
     actions = torch.tensor([action, 3])
-    lse, logp, _ = statistics(logits, actions)
+    lse, logp, _ = statistics(logits, actions, size=16)
     assert logp.isnan().tolist() == [True, False]
-    native.row_grad_(logits, actions, lse, torch.ones(2), -torch.ones(2), None, None, scale=1.0, softcap=None)
-    assert logits[0].isnan().all()
-    assert torch.isfinite(logits[1]).all()
+    d_logp = torch.where(logp.isnan(), NAN, 1.0)
+    gradient(logits, actions, lse, d_logp, -d_logp, None, None, out=logits, size=16, scale=1.0, softcap=None)
+    assert logits[:, 0].isnan().all()
+    assert torch.isfinite(logits[:, 1]).all()
 
 
 def test_sixteen_bit_conversions(isa: str) -> None:
@@ -135,11 +167,10 @@ def test_sixteen_bit_conversions(isa: str) -> None:
     top = torch.finfo(torch.float16).max
     wanted = torch.cat([torch.logspace(-9, 4, 4001), torch.tensor([top, top + 15, top + 17, NAN, 3e38])])
     for dtype in (torch.bfloat16, torch.float16):
-        row = torch.zeros(wanted.numel(), 1, dtype=dtype)  # one logit: p = 1 and the gradient is d_action + d_softmax
+        row = torch.zeros(1, wanted.numel(), dtype=dtype)  # one logit: p = 1 and the gradient is d_action + d_softmax
         zero = torch.zeros_like(wanted)
-        actions = zero.long()
-        native.row_grad_(row, actions, zero, wanted, zero, None, None, scale=1.0, softcap=None)
-        torch.testing.assert_close(row[:, 0], wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
+        gradient(row, zero.long(), zero, wanted, zero, None, None, out=row, scale=1.0, softcap=None)
+        torch.testing.assert_close(row[0], wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def scan_case(lengths: list[int], *, masked: str | None) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
@@ -252,16 +283,14 @@ def test_klq_residual(isa: str, loss_type: str, on_policy: bool) -> None:
 def everything(isa: str) -> list[Tensor]:
     """Every kernel once, over enough work for several threads, in this instruction set."""
     native.use_isa(isa)
-    n, vocab = 64, 4099
-    actions = torch.randint(0, vocab, (n,), generator=generator())
+    n, vocab = 131, 4099
+    actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5
     out = []
     for dtype in DTYPES:
         logits = logits_of(n, vocab, dtype)
-        found = statistics(logits, actions // 5 * 5)
-        native.row_grad_(
-            logits, actions, found[0], torch.ones(n), -torch.ones(n), torch.ones(n), found[2], scale=0.9, softcap=30.0
-        )
-        out += [*found, logits]
+        found = statistics(logits, actions, size=1000)
+        rows = (actions, found[0], torch.ones(n), -torch.ones(n), torch.ones(n), found[2])
+        out += [*found, gradient(logits, *rows, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
     return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 
 
@@ -345,16 +374,31 @@ def test_settings_that_cannot_be_met_leave_the_backend_out_and_say_why(setting: 
 
 def wrong_calls() -> dict[str, Callable[[], None]]:
     row, ends = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32)
-    actions = torch.zeros(2, dtype=torch.int64)
-    stats = {"scale": 1.0, "softcap": None}
+    actions = torch.zeros(4, dtype=torch.int64)
+    head = {"scale": 1.0, "softcap": None}
+
+    def stats(logits: Tensor, actions: Tensor = actions) -> Callable[[], None]:
+        return lambda: native.strip_stats(logits, 0, actions, row, row, None, row, **head)
+
+    def grad(out: Tensor, turned: Tensor | None = None) -> Callable[[], None]:
+        logits = torch.zeros(5, 4, dtype=torch.bfloat16)
+        return lambda: native.strip_grad(logits, 0, actions, row, row, row, None, None, out, turned, **head)
+
     return {
         "short output": lambda: native.reverse_scan(row, row, None, ends, torch.empty(3)),
         "strided delta": lambda: native.reverse_scan(torch.zeros(8)[::2], row, None, ends, torch.empty(4)),
         "int delta": lambda: native.reverse_scan(row.long(), row, None, ends, torch.empty(4)),
         "int64 ends": lambda: native.reverse_scan(row, row, None, ends.long(), torch.empty(4)),
         "short mask": lambda: native.reverse_scan(row, row, torch.ones(3, dtype=torch.bool), ends, torch.empty(4)),
-        "few actions": lambda: native.row_stats(torch.zeros(3, 5), actions, row, row, None, **stats),
-        "strided rows": lambda: native.row_stats(torch.zeros(2, 8)[:, ::2], actions, row[:2], row[:2], None, **stats),
+        "few actions": stats(torch.zeros(5, 4), actions[:3]),
+        "int32 actions": stats(torch.zeros(5, 4), actions.int()),
+        "strided logits": stats(torch.zeros(5, 8)[:, ::2]),
+        "flat logits": stats(torch.zeros(20)),
+        "float64 logits": stats(torch.zeros(5, 4, dtype=torch.float64)),
+        "short gradient": grad(torch.zeros(4, 4, dtype=torch.bfloat16)),
+        "gradient of another 16-bit type": grad(torch.zeros(5, 4, dtype=torch.float16)),
+        "unturned": grad(torch.zeros(5, 4, dtype=torch.bfloat16), torch.zeros(5, 4, dtype=torch.bfloat16)),
+        "turned, of another type": grad(torch.zeros(5, 4, dtype=torch.bfloat16), torch.zeros(4, 5)),
     }
 
 

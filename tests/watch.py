@@ -43,6 +43,10 @@ class Watch(TorchDispatchMode):
     def largest(self) -> int:
         return max((size for _, size in self.allocations), default=0)
 
+    def products(self) -> int:
+        """How many matrix products ran."""
+        return sum(call.startswith(("aten.mm", "aten.addmm")) for call in self.calls)
+
     def at_least(self, size: int) -> list[tuple[str, int]]:
         return [a for a in self.allocations if a[1] >= size]
 

@@ -3,7 +3,7 @@
 Conventions of every kernel here: arithmetic in fp32 whatever is loaded; 64-bit offsets wherever rows meet the
 vocabulary; exponentials as exp2 of a fused multiply-add; no atomics, so the same inputs give the same bits.
 
-Rows of logits come from ``one_pass.Logits``: they begin at multiples of 64 elements, and what lies between V and the
+Rows of logits come from ``token_major``: they begin at multiples of 64 elements, and what lies between V and the
 next row is padding that ``row_grad_`` may overwrite. So every access is 16 bytes wide whatever V is.
 """
 
@@ -13,5 +13,7 @@ from .row_stats import row_stats
 from .scans import lambda_errors, reverse_scan
 
 NAME = "triton"
+VOCABULARY_MAJOR = False
+PADS_ROWS = True
 
-__all__ = ["NAME", "klq_residual", "lambda_errors", "reverse_scan", "row_grad_", "row_stats"]
+__all__ = ["NAME", "PADS_ROWS", "VOCABULARY_MAJOR", "klq_residual", "lambda_errors", "reverse_scan", "row_grad_", "row_stats"]

@@ -5,7 +5,6 @@ The gradients are outputs of the forward; backward only multiplies them by the i
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,24 +12,27 @@ from torch import Tensor
 
 from .. import layout, planner
 from ..metrics import RowVectors, klq_metrics, metric_names
-from ..one_pass import Head, LossShape, Needs, Rows, ScanInputs, Targets, klq_pass
+from ..chunks import Head, Needs, Rows
+from ..one_pass import LossShape, ScanInputs, Targets, klq_pass
 from .dispatch import backend_for
 from .gradients import scaled_gradient
 from .scans import tail_values
 
 
 class GradientScale:
-    """loss = sum / denom, with 1 / denom = grad_scale * unit and unit a power of two (see ``one_pass``)."""
+    """loss = sum / denom, with 1 / denom = grad_scale * unit: gradients are carried at grad_scale, for backward to
+    multiply by unit. That is a power of two near 1 / denom where they would underflow in fp16, and otherwise 1.
+    """
 
-    def __init__(self, denom: Tensor | None, n: int, device: torch.device) -> None:
+    def __init__(self, denom: Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> None:
         if denom is None:
-            mantissa, exponent = math.frexp(max(n, 1))
-            self.grad_scale = torch.full((), 1.0 / mantissa, dtype=torch.float32, device=device)
-            self.unit = torch.full((), math.ldexp(1.0, -exponent), dtype=torch.float32, device=device)
-        else:
-            fraction, power = torch.frexp(denom.detach().to(device=device, dtype=torch.float32).reshape(()))
-            self.grad_scale = fraction.reciprocal()
-            self.unit = torch.ldexp(torch.ones_like(fraction), -power)
+            denom = torch.full((), max(n, 1), dtype=torch.float32, device=device)
+        denom = denom.detach().to(device=device, dtype=torch.float32).reshape(())
+        self.unit = torch.ones_like(denom)
+        if dtype == torch.float16:
+            denom, power = torch.frexp(denom)
+            self.unit = torch.ldexp(self.unit, -power)
+        self.grad_scale = denom.reciprocal()
 
     def mean(self, losses: Tensor) -> Tensor:
         """sum(losses) / denom; 0 where there is no row at all."""
@@ -45,19 +47,20 @@ def make_head(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-    workspace_bytes: int | None,
+    gradient_dtype: torch.dtype,
 ) -> Head:
     """The head in the dtype of ``hidden``: products run in it, an fp32 master weight is cast for them."""
-    gradient_dtype = weight_gradient_dtype(hidden, weight, workspace_bytes)
     weight = weight.detach().to(hidden.dtype)
     bias = None if bias is None else bias.detach().to(hidden.dtype)
     return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype)
 
 
-def weight_gradient_dtype(hidden: Tensor, weight: Tensor, workspace_bytes: int | None) -> torch.dtype:
+def weight_gradient_dtype(
+    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, keep: bool = True
+) -> torch.dtype:
     """``planner.weight_gradient_dtype`` of these inputs."""
     return planner.weight_gradient_dtype(
-        hidden.shape[0], weight.shape[0], hidden.dtype, weight.dtype, hidden.device, workspace_bytes
+        hidden.shape[0], *weight.shape, hidden.dtype, weight.dtype, hidden.device, workspace_bytes, keep=keep
     )
 
 
@@ -124,12 +127,14 @@ def fused_klq_loss(
         decay = torch.full_like(row_values, gamma * lam) if scan.trace is None else gamma * lam * scan.trace.roll(-1)
         decay_next = decay.masked_fill(layout.sequence_ends(row_cu_seqlens, n), 0.0)
     shape = LossShape(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
-    scale = GradientScale(denom, n, hidden.device)
+    scale = GradientScale(denom, n, hidden.dtype, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         result = klq_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
+            make_head(
+                hidden, weight, bias, temperature, softcap, weight_gradient_dtype(hidden, weight, workspace_bytes)
+            ),
             Needs(need_hidden, need_weight, need_bias),
             row_values,
             targets,

@@ -26,7 +26,10 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
         return torch.mul(saved, scale.reshape(1), out=out)
     if saved.dtype == dtype:
-        return saved.mul_(scale) if reuse else saved * scale
+        if not reuse:
+            return saved * scale
+        known = type(scale) is Tensor  # and not one that is being traced
+        return saved if known and scale.item() == 1.0 else saved.mul_(scale)
     out = torch.empty_like(saved, dtype=dtype)
     for part, into in zip(saved.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
         into.copy_(part * scale)  # the product stays in cache: one pass over memory

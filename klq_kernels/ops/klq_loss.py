@@ -44,7 +44,7 @@ def klq_loss(
     vectors = RowVectors(
         take(logp), take(values), take(advantages), take(old_logp), take(old_values), take(ref_logp), None, None
     )
-    scale = GradientScale(denom, vectors.logp.numel(), logp.device)
+    scale = GradientScale(denom, vectors.logp.numel(), logp.dtype, logp.device)
     losses, d_logp, d_values = (torch.empty_like(vectors.logp) for _ in range(3))
     backend_for(logp.device).klq_residual(
         vectors.logp, vectors.values, vectors.old_logp, vectors.old_values, vectors.advantages, take(weights),

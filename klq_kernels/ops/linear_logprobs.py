@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..one_pass import Needs, Rows, logprobs_backward_pass, logprobs_pass
+from ..chunks import Needs, Rows
+from ..one_pass import logprobs_backward_pass, logprobs_pass
 from .dispatch import backend_for
-from .fused_loss import make_head
+from .fused_loss import make_head, weight_gradient_dtype
 
 
 @torch.library.custom_op("klq_kernels::linear_logprobs", mutates_args=())
@@ -40,7 +41,7 @@ def linear_logprobs(
         results = logprobs_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
+            make_head(hidden, weight, bias, temperature, softcap, torch.float32),
             entropy=return_entropy,
             workspace_bytes=workspace_bytes,
         )
@@ -91,7 +92,10 @@ def linear_logprobs_backward(
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap, workspace_bytes),
+            make_head(
+                hidden, weight, bias, temperature, softcap,
+                weight_gradient_dtype(hidden, weight, workspace_bytes, keep=False),
+            ),
             Needs(need_hidden, need_weight, need_bias),
             row_lse,
             take(entropy),

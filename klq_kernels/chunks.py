@@ -1,0 +1,67 @@
+"""What a pass over the vocabulary works on: the head, the valid rows, the gradients wanted, and chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
+
+    weight: Tensor  # [V, H], in the dtype of the products
+    bias: Tensor | None  # [V], likewise
+    scale: float
+    softcap: float | None
+    gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``planner.weight_gradient_dtype``)
+
+
+class Rows(NamedTuple):
+    """The valid rows of a call: where they lie, what was taken there, and how many there are."""
+
+    hidden: Tensor  # [M, H], the caller's
+    positions: Tensor | None  # int64 [n] into hidden, None for all
+    actions: Tensor  # int64 [n]
+
+    def take(self, chunk: slice) -> Tensor:
+        """The hidden states of these rows, contiguous."""
+        if self.positions is None:
+            return self.hidden[chunk].contiguous()
+        return self.hidden.index_select(0, self.positions[chunk])
+
+    def put(self, total: Tensor, chunk: slice, values: Tensor) -> None:
+        """Writes these rows of ``total``, [M, H], at the caller's positions."""
+        if self.positions is None:
+            total[chunk] = values
+        else:
+            total.index_copy_(0, self.positions[chunk], values)
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody will read."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def chunks_last_to_first(n: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` rows that cover n rows, the last rows first."""
+    for start in reversed(range(0, n, max(size, 1))):
+        yield slice(start, min(start + size, n))
+
+
+def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where the gradients of (hidden, weight, bias) go: 0 wherever no chunk will write, uninitialised elsewhere."""
+    vocab, width = head.weight.shape
+    device = head.weight.device
+    rowless = rows.actions.numel() == 0
+    make = torch.zeros if rowless or rows.positions is not None else torch.empty
+    hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
+    make = torch.zeros if rowless else torch.empty
+    weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
+    bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
+    return hidden, weight, bias

@@ -1,0 +1,78 @@
+"""A chunk of logits stored token by token, [rows, V]: the form for GPUs, and for plain PyTorch.
+
+One buffer holds the logits of a chunk. GEMM 1 fills it, ``row_stats`` reads it, ``row_grad_`` turns it into its own
+gradient in place, and GEMM 2 and 3 read that.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import planner, products
+from .chunks import Head, Needs, Rows, empty_gradients
+
+
+class TokenMajor:
+    """The vocabulary's work on chunks of at most ``chunk_rows`` rows; sums the head's gradients.
+
+    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
+    position, and is 0 elsewhere. With ``keep`` the logits of ``statistics`` are those that ``gradients`` continues
+    with; otherwise it computes them again.
+    """
+
+    def __init__(
+        self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+    ) -> None:
+        self._backend, self._rows, self._head, self._keep = backend, rows, head, keep
+        n = rows.actions.numel()
+        vocab = head.weight.shape[0]
+        self.chunk_rows = planner.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
+        # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: the GEMM of a CPU
+        # with AMX multiplies what lies behind a row of its left operand by 0, which turns a NaN there into a NaN here.
+        stride = planner.row_stride(vocab) if backend.PADS_ROWS else vocab
+        self._buffer = head.weight.new_empty(self.chunk_rows, stride)[:, :vocab]
+        self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
+        self._first = True
+
+    def statistics(self, chunk: slice, lse: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+        """GEMM 1 and the statistics of each row: writes lse, logp and, where asked, entropy, fp32."""
+        self._project(chunk)
+        self._backend.row_stats(
+            self._logits, self._rows.actions[chunk], lse, logp, entropy, scale=self._head.scale,
+            softcap=self._head.softcap,
+        )  # fmt: skip
+
+    def gradients(
+        self,
+        chunk: slice,
+        lse: Tensor,
+        d_action: Tensor,
+        d_softmax: Tensor,
+        d_entropy: Tensor | None,
+        entropy: Tensor | None,
+    ) -> None:
+        """Adds the chunk's part of the head's gradients: row_grad_, GEMM 2 and GEMM 3."""
+        if not self._keep:
+            self._project(chunk)
+        dlogits = self._logits
+        self._backend.row_grad_(
+            dlogits, self._rows.actions[chunk], lse, d_action, d_softmax, d_entropy, entropy, scale=self._head.scale,
+            softcap=self._head.softcap,
+        )  # fmt: skip
+        if self.hidden is not None:
+            self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))
+        if self.weight is not None:
+            products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=torch.float32)
+        self._first = False
+
+    def _project(self, chunk: slice) -> None:
+        """Raw logits of these rows (before softcap and temperature), valid until the next call."""
+        self._hidden = self._rows.take(chunk)
+        self._logits = products.project(
+            self._hidden, self._head.weight, self._head.bias, self._buffer[: self._hidden.shape[0]]
+        )

@@ -1,0 +1,137 @@
+"""A chunk of logits stored entry by entry of the vocabulary, [V, rows]: the form for CPUs.
+
+    for strip of the vocabulary:                     logits[strip] = W[strip] @ hidden.T         GEMM 1
+                                                     running maximum and sum of exponentials     strip_stats
+    for strip of the vocabulary, last to first:      g = dlogp (onehot(action) - softmax)        strip_grad
+                                                     d_hidden += g.T @ W[strip]                  GEMM 2
+                                                     d_weight[strip] = g @ hidden                GEMM 3
+
+The vocabulary is the long side of all three products. Stored this way, W is the left operand of the first and g of the
+third as they lie in memory, and what a matrix unit wants rearranged is the small hidden matrix; the other way round a
+CPU's GEMM rearranges W, and the logits, on every call. The second product wants g the other way: ``strip_grad`` writes
+it a second time, turned, while it is in registers.
+
+A strip stays in cache between its steps. Where the logits need not survive until the gradient (scoring, or the backward
+of log-probabilities, which knows lse) a strip is all there ever is of them. Where they do, they lie in the memory that
+is to become the weight's gradient if they fit: strips go from last to first, so d_weight[strip] only ever overwrites
+logits that are done with. Each strip of the weight's gradient is then written once, in its own dtype.
+
+16-bit products of a CPU without 16-bit instructions are emulated; there strips are fp32 (``planner.widens``).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import planner
+from .chunks import Head, Needs, Rows, empty_gradients
+from .products import add_product
+
+
+class VocabularyMajor:
+    """What ``TokenMajor`` is, for a backend with ``strip_stats`` and ``strip_grad``."""
+
+    def __init__(
+        self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+    ) -> None:
+        self._backend, self._rows, self._head = backend, rows, head
+        n = rows.actions.numel()
+        vocab, width = head.weight.shape
+        stored, device = head.weight.dtype, head.weight.device
+        self._computed = torch.float32 if planner.widens(stored, device) else stored
+        self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
+        room = planner.rows_in_gradient(width, stored, head.gradient_dtype) if needs.weight else 0
+        self.chunk_rows = planner.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
+        size = planner.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
+        self._strips = [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+        self._kept = self._strip = self._turned = None  # flat buffers, of which each chunk takes what it needs
+        inside = keep and self.weight is not None and n <= room
+        if inside:
+            self._kept = self.weight.view(-1).view(stored)
+        elif keep:
+            self._kept = head.weight.new_empty(vocab * self.chunk_rows)
+        if inside or not keep or self._computed != stored:
+            self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
+        if needs.hidden and self._computed != torch.float32:
+            self._turned = head.weight.new_empty(size * self.chunk_rows)
+        self._first = True
+
+    def statistics(self, chunk: slice, lse: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+        """GEMM 1 and the statistics of each row: writes lse, logp and, where asked, entropy, fp32."""
+        actions = self._rows.actions[chunk]
+        self._hidden = self._rows.take(chunk).to(self._computed)
+        top, total, taken = (torch.full_like(lse, x) for x in (-torch.inf, 0.0, torch.nan))
+        weighted = None if entropy is None else torch.zeros_like(lse)
+        for strip in self._strips:
+            logits = self._project(strip)
+            self._backend.strip_stats(
+                logits, strip.start, actions, top, total, weighted, taken, scale=self._head.scale,
+                softcap=self._head.softcap,
+            )  # fmt: skip
+        log_total = total.log()
+        torch.add(top, log_total, out=lse)
+        torch.sub(taken, lse, out=logp)
+        if entropy is not None and weighted is not None:
+            torch.sub(log_total, weighted.div_(total), out=entropy)
+
+    def gradients(
+        self,
+        chunk: slice,
+        lse: Tensor,
+        d_action: Tensor,
+        d_softmax: Tensor,
+        d_entropy: Tensor | None,
+        entropy: Tensor | None,
+    ) -> None:
+        """Adds the chunk's part of the head's gradients: strip_grad, GEMM 2 and GEMM 3."""
+        actions = self._rows.actions[chunk]
+        if self._kept is None:
+            self._hidden = self._rows.take(chunk).to(self._computed)
+        n = self._hidden.shape[0]
+        d_hidden = None if self.hidden is None else torch.empty(self._hidden.shape, dtype=torch.float32)
+        for strip in reversed(self._strips):
+            entries = strip.stop - strip.start
+            logits = self._project(strip) if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
+            dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
+            turned = None if self._turned is None else _matrix(self._turned, n, entries)
+            self._backend.strip_grad(
+                logits, strip.start, actions, lse, d_action, d_softmax, d_entropy, entropy,
+                dlogits, turned, scale=self._head.scale, softcap=self._head.softcap,
+            )  # fmt: skip
+            if d_hidden is not None:
+                by_token = dlogits.T if turned is None else turned
+                add_product(d_hidden, by_token, self._weight(strip), first=strip is self._strips[-1])
+            if self.weight is not None:
+                add_product(self.weight[strip], dlogits, self._hidden, first=self._first)
+            if self.bias is not None:
+                self.bias[strip] += dlogits.sum(1, dtype=torch.float32)
+        if self.hidden is not None and d_hidden is not None:
+            self._rows.put(self.hidden, chunk, d_hidden.to(self.hidden.dtype))
+        self._first = False
+
+    def _weight(self, strip: slice) -> Tensor:
+        """Contiguous, like every left operand here (``token_major`` says why)."""
+        return self._head.weight[strip].to(self._computed).contiguous()
+
+    def _project(self, strip: slice) -> Tensor:
+        """Raw logits of a strip (before softcap and temperature), in the dtype of the products."""
+        entries, n = strip.stop - strip.start, self._hidden.shape[0]
+        kept = None if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
+        out = kept if self._strip is None or (kept is not None and kept.dtype == self._computed) else None
+        logits = _matrix(self._strip, entries, n) if out is None else out
+        if self._head.bias is None:
+            torch.mm(self._weight(strip), self._hidden.T, out=logits)
+        else:
+            bias = self._head.bias[strip, None].to(self._computed)
+            torch.addmm(bias, self._weight(strip), self._hidden.T, out=logits)
+        if kept is not None and kept is not logits:
+            kept.copy_(logits)
+        return logits
+
+
+def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The first elements of a flat buffer as a matrix."""
+    return buffer[: rows * columns].view(rows, columns)
