@@ -1,4 +1,4 @@
-"""Where the time of the fused loss goes: the three products, the two row kernels, and what is left."""
+"""Where the time of the fused loss goes: the three products, the work on rows of logits, and what is left."""
 
 from __future__ import annotations
 
@@ -13,34 +13,75 @@ from .inputs import HeadInputs
 
 
 def row_kernels(inputs: HeadInputs) -> dict[str, Call]:
-    """row_stats and row_grad_ over as many rows as the loss has, chunk by chunk in a buffer like its own."""
+    """A backend's work on as many logits as the loss has, ``statistics`` and ``gradient``, in buffers like its own."""
+    return _on_strips(inputs) if planner.vocabulary_major(inputs.weight.device) else _on_rows(inputs)
+
+
+def _columns(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
+    """(actions, lse, d_logp) of the valid rows."""
+    n, device = inputs.tokens, inputs.weight.device
+    lse, d_logp = (torch.full((n,), x, dtype=torch.float32, device=device) for x in (10.0, 1e-3))
+    return inputs.valid(inputs.actions), lse, d_logp
+
+
+def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     weight = inputs.weight
     vocab, n, device = weight.shape[0], inputs.tokens, weight.device
     rows = planner.chunk_rows(n, vocab, weight.dtype, device, None)
     backend = backend_for(device)
     buffer = torch.zeros(rows, planner.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
-    actions = inputs.valid(inputs.actions)
-    lse, logp, d_logp = (torch.full((n,), x, dtype=torch.float32, device=device) for x in (10.0, 0.0, 1e-3))
-    scale = {"scale": 1.0, "softcap": inputs.softcap}
+    actions, lse, d_logp = _columns(inputs)
+    found = torch.empty_like(lse), torch.empty_like(lse)
+    head = {"scale": 1.0, "softcap": inputs.softcap}
     chunks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
     def statistics() -> Outputs:
         for c in chunks:
-            backend.row_stats(buffer[: c.stop - c.start], actions[c], lse[c].clone(), logp[c], None, **scale)
+            backend.row_stats(buffer[: c.stop - c.start], actions[c], *(f[c] for f in found), None, **head)
         return {}
 
     def gradient() -> Outputs:
         for c in chunks:
-            backend.row_grad_(
-                buffer[: c.stop - c.start], actions[c], lse[c], d_logp[c], -d_logp[c], None, None, **scale
-            )
+            backend.row_grad_(buffer[: c.stop - c.start], actions[c], lse[c], d_logp[c], -d_logp[c], None, None, **head)
         return {}
 
-    return {"row_stats": statistics, "row_grad_": gradient}
+    return {"statistics": statistics, "gradient": gradient}
+
+
+def _on_strips(inputs: HeadInputs) -> dict[str, Call]:
+    vocab, width = inputs.weight.shape
+    problem = planner.Problem(inputs.tokens, width, vocab, inputs.weight.dtype, inputs.weight.device)
+    backend = backend_for(problem.device)
+    actions, lse, d_logp = _columns(inputs)
+    running = [torch.zeros_like(lse) for _ in range(3)]
+    computed = torch.float32 if planner.widens(problem.dtype, problem.device) else problem.dtype
+    logits, out = (torch.zeros(problem.strip_entries, inputs.tokens, dtype=computed) for _ in range(2))
+    turned = None if computed == torch.float32 else torch.empty(inputs.tokens * problem.strip_entries, dtype=computed)
+    head = {"scale": 1.0, "softcap": inputs.softcap}
+    firsts = range(0, vocab, problem.strip_entries)
+
+    def statistics() -> Outputs:
+        for first in firsts:
+            top, total, taken = running
+            backend.strip_stats(logits[: vocab - first], first, actions, top, total, None, taken, **head)
+        return {}
+
+    def gradient() -> Outputs:
+        for first in firsts:
+            entries = min(problem.strip_entries, vocab - first)
+            copy = None if turned is None else turned[: inputs.tokens * entries].view(inputs.tokens, entries)
+            rows = (actions, lse, None, d_logp, -d_logp, None, None)
+            backend.strip_grad(logits[:entries], first, *rows, out[:entries], copy, **head)
+        return {}
+
+    return {"statistics": statistics, "gradient": gradient}
 
 
 def breakdown(inputs: HeadInputs, whole_ms: float, gemms_ms: float, rounds: int) -> dict[str, float]:
-    """ms by part; ``rest`` is what neither bare products nor row kernels explain: chunking, dW in fp32, the scan."""
+    """ms by part; ``rest`` is what neither bare products nor row kernels explain: chunking, dW in fp32, the scan.
+
+    It is negative where the loss runs its products in a better form than the plain one they are timed in.
+    """
     samples = take_turns(row_kernels(inputs), inputs.weight.device, rounds, 10.0)
     parts = {"three GEMMs": gemms_ms}
     for name, taken in samples.items():

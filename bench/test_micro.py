@@ -28,7 +28,7 @@ def synchronised(call: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=lambda s: s.dtype_name)
-@pytest.mark.parametrize("kernel", ["row_stats", "row_grad_"])
+@pytest.mark.parametrize("kernel", ["statistics", "gradient"])
 def test_row_kernel(benchmark: Any, kernel: str, shape: Shape) -> None:
     benchmark(synchronised(row_kernels(head_inputs(shape, DEVICE))[kernel]))
 

@@ -123,7 +123,7 @@ void strip_stats_of(const StripStats& a, int64_t begin, int64_t end) {
 template <bool ENTROPY>
 struct LogitGradient {
   Squash squash;
-  Vec minus_lse, d_softmax, d_entropy, entropy;
+  Vec minus_lse, lse_rest, d_softmax, d_entropy, entropy;
 
   Vec operator()(Vec x, Vec onehot) const {
     const Vec one = broadcast(1.0f), zero = broadcast(0.0f);
@@ -132,7 +132,7 @@ struct LogitGradient {
       t = squash.tanh_of(x);
       z = squash.cap * t;
     }
-    const Vec logp = fma(z, squash.scale, minus_lse);
+    const Vec logp = fma(z, squash.scale, minus_lse) - lse_rest;
     const Vec p = exp(logp);
     Vec g;
     if (ENTROPY) {
@@ -154,8 +154,8 @@ void tile_grad(const StripGrad& a, const Squash& squash, const Group& group, int
   Out tile[TILE][GROUP];
   for (int64_t k = 0; k < VECTORS; ++k) {
     const LogitGradient<ENTROPY> gradient{
-        squash, zero - group.read<WHOLE>(a.lse, k), group.read<WHOLE>(a.d_softmax, k),
-        ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero, ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
+        squash, zero - group.read<WHOLE>(a.lse, k), a.lse_rest ? group.read<WHOLE>(a.lse_rest, k) : zero,
+        group.read<WHOLE>(a.d_softmax, k), ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero, ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
     for (int64_t i = 0; i < entries; ++i) {
       const T* row = logits + i * a.tokens;
       if (k == 0) group.prefetch_next(row);

@@ -80,6 +80,7 @@ def strip_grad(
     first: int,
     actions: Tensor,
     lse: Tensor,
+    lse_rest: Tensor | None,
     d_action: Tensor,
     d_softmax: Tensor,
     d_entropy: Tensor | None,
@@ -95,11 +96,13 @@ def strip_grad(
     Args:
         logits, first: as in ``strip_stats``.
         actions, lse, d_action, d_softmax, d_entropy, entropy: [n], as in ``portable.row_grad_``.
+        lse_rest: fp32 [n], what lse lost when it was rounded to fp32, or None. Where logits are large that is more than
+            the gradient of a likely token.
         out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
         turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
     """
     torch.ops.klq_native.strip_grad(
-        logits, first, actions, lse, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
+        logits, first, actions, lse, lse_rest, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
     )
 
 

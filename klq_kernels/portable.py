@@ -72,7 +72,7 @@ def row_stats(
             weighted = torch.where(e > 0, e.mul_(x), 0).sum(1)
             torch.sub(log_sum, weighted.div_(total), out=entropy[rows])
         torch.add(top, log_sum, out=lse[rows])
-        torch.sub(taken, lse[rows], out=logp[rows])
+        torch.sub(taken - top, log_sum, out=logp[rows])
 
 
 def row_grad_(

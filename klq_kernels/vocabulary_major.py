@@ -57,6 +57,7 @@ class VocabularyMajor:
             self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
         if needs.hidden and self._computed != torch.float32:
             self._turned = head.weight.new_empty(size * self.chunk_rows)
+        self._lse_rest: Tensor | None = None  # what lse, rounded to fp32, leaves out
         self._first = True
 
     def statistics(self, chunk: slice, lse: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
@@ -73,7 +74,8 @@ class VocabularyMajor:
             )  # fmt: skip
         log_total = total.log()
         torch.add(top, log_total, out=lse)
-        torch.sub(taken, lse, out=logp)
+        torch.sub(taken - top, log_total, out=logp)
+        self._lse_rest = (top - lse).add_(log_total)
         if entropy is not None and weighted is not None:
             torch.sub(log_total, weighted.div_(total), out=entropy)
 
@@ -98,8 +100,8 @@ class VocabularyMajor:
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(
-                logits, strip.start, actions, lse, d_action, d_softmax, d_entropy, entropy,
-                dlogits, turned, scale=self._head.scale, softcap=self._head.softcap,
+                logits, strip.start, actions, lse, self._lse_rest, d_action, d_softmax, d_entropy, entropy, dlogits,
+                turned, scale=self._head.scale, softcap=self._head.softcap,
             )  # fmt: skip
             if d_hidden is not None:
                 by_token = dlogits.T if turned is None else turned
@@ -117,19 +119,17 @@ class VocabularyMajor:
         return self._head.weight[strip].to(self._computed).contiguous()
 
     def _project(self, strip: slice) -> Tensor:
-        """Raw logits of a strip (before softcap and temperature), in the dtype of the products."""
+        """Raw logits of a strip (before softcap and temperature), as later steps will see them: kept where they are."""
         entries, n = strip.stop - strip.start, self._hidden.shape[0]
         kept = None if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
-        out = kept if self._strip is None or (kept is not None and kept.dtype == self._computed) else None
-        logits = _matrix(self._strip, entries, n) if out is None else out
+        direct = kept is not None and kept.dtype == self._computed
+        logits = kept if direct else _matrix(self._strip, entries, n)
         if self._head.bias is None:
             torch.mm(self._weight(strip), self._hidden.T, out=logits)
         else:
             bias = self._head.bias[strip, None].to(self._computed)
             torch.addmm(bias, self._weight(strip), self._hidden.T, out=logits)
-        if kept is not None and kept is not logits:
-            kept.copy_(logits)
-        return logits
+        return logits if kept is None else kept if direct else kept.copy_(logits)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -429,7 +429,7 @@ def test_a_task_runs_with_memory_and_breakdown() -> None:
     records = run_task(task, [SMALL], CPU, rounds=1, seconds=1.0, with_memory=True, limit=None, say=lambda _: None)
     mine = next(r for r in records if r.name == "klq_kernels")
     assert mine.peak_bytes is not None
-    assert set(mine.parts) == {"three GEMMs", "row_stats", "row_grad_", "rest"}
+    assert set(mine.parts) == {"three GEMMs", "statistics", "gradient", "rest"}
     assert sum(mine.parts.values()) == pytest.approx(mine.ms)
 
 
