@@ -138,8 +138,15 @@ def quiet(function: Callable[[], object]) -> Call:
 
 
 def repeated(call: Call) -> Call:
-    """REPEATS times in a row, for calls so short that waking up would be most of what is measured."""
+    """REPEATS times in a row, for calls so short that waking up, and fetching what the call before it displaced, would
+    be most of what is measured.
+    """
     return quiet(lambda: [call() for _ in range(REPEATS)])
+
+
+def once(ms: dict[str, float], whole: tuple[str, ...]) -> dict[str, float]:
+    """Times of one call each, ``whole`` naming those that were not repeated."""
+    return {name: taken if name in whole else taken / REPEATS for name, taken in ms.items()}
 
 
 def lambda_errors(inputs: ScanInputs, ends: torch.Tensor) -> Call:
@@ -160,86 +167,101 @@ def lambda_errors(inputs: ScanInputs, ends: torch.Tensor) -> Call:
 
 
 def scan(threads: int) -> Section:
-    """Scans at 512 x 4096, beside what moving the same bytes takes and what others do with the same inputs."""
+    """Scans at 512 x 4096, beside what moving the same bytes takes and what others do with the same inputs.
+
+    The Python loop steps through all 512 sequences at once, so it is only 4096 vector operations long. A bar of 500
+    times its speed would be a tenth of the time that the bytes of this shape take; it stands where the loop hurts, at
+    one long trajectory (``trajectory``).
+    """
     batch, length, few = 512, 4096, 8
     inputs, small = (scan_inputs(Scan("bar", rows, length), CPU) for rows in (batch, few))
     delta, decay = torch.randn(batch, length), torch.rand(batch, length)
     ends = torch.arange(batch + 1, dtype=torch.int32) * length
     out = torch.empty(batch * length)
     deltas, decays = delta.reshape(-1), decay.reshape(-1)
+    columns = (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)
     gae, targets = TASKS["scan"], TASKS["targets"]
-    contenders = [c for c in scans.SCAN if c.missing(CPU) is None and c.name != "naive"]
+    contenders = {c.name: c for c in scans.SCAN if c.missing(CPU) is None and c.name != "naive"}
+    slow = {
+        "loop": scans.targets_by(scans.loop, inputs),
+        **{name: checked(gae, c, inputs, torch.float32) for name, c in contenders.items()},
+    }
     calls = {
-        "reverse_scan": quiet(lambda: reverse_scan(delta, decay)),
-        "reverse_scan, compute": quiet(lambda: native.reverse_scan(deltas, decays, None, ends, out)),
-        "delta + decay": quiet(lambda: delta + decay),
+        "reverse_scan": lambda: reverse_scan(delta, decay),
+        "reverse_scan, compute": lambda: native.reverse_scan(deltas, decays, None, ends, out),
+        "delta + decay": lambda: delta + decay,
+        "delta + decay, given": lambda: torch.add(deltas, decays, out=out),
         "klq_targets": checked(targets, Contender("klq_targets", ours.targets), inputs, torch.float32),
         "klq_targets, compute": lambda_errors(inputs, ends),
-        "klq_targets, compute, few rows": repeated(lambda_errors(small, ends[: few + 1])),
-        "copies": quiet(lambda: [t.clone() for t in (inputs.logprobs, inputs.values, inputs.rewards)]),
-        "loop": scans.targets_by(scans.loop, inputs),
+        "klq_targets, compute, few rows": lambda_errors(small, ends[: few + 1]),
+        "their bytes": lambda: [*(c.sum() for c in columns), out.zero_()],
         "gae": checked(gae, Contender("gae", ours.advantages), inputs, torch.float32),
-        **{c.name: checked(gae, c, inputs, torch.float32) for c in contenders},
     }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
-        def each(name: str, call: str, limit: float | None = None, elements: int = batch * length) -> Bar:
-            return Bar(name, ms[call] * 1e6 * threads / elements, limit, "ns per element and thread")
+        ms = once(ms, tuple(slow))
 
-        in_cache = few * length * REPEATS
+        def each(name: str, call: str, limit: float | None = None, rows: int = batch) -> Bar:
+            return Bar(name, ms[call] * 1e6 * threads / (rows * length), limit, "ns per element and thread")
 
         return [
             each("reverse_scan 512x4096", "reverse_scan", 0.5),
-            each("reverse_scan 512x4096, into a given buffer", "reverse_scan, compute"),
+            each("reverse_scan 512x4096, into a given buffer", "reverse_scan, compute", 0.5),
             each("delta + decay 512x4096, PyTorch's own: the same reads and writes", "delta + decay"),
+            each("delta + decay 512x4096, into a given buffer", "delta + decay, given"),
             each("klq_targets 512x4096", "klq_targets", 0.5),
-            each("klq_targets 512x4096, lambda-errors into a given buffer", "klq_targets, compute"),
-            each("clones of klq_targets' three results 512x4096", "copies"),
+            each("klq_targets 512x4096, lambda-errors into a given buffer", "klq_targets, compute", 0.5),
+            each("sums of its four columns and a fill of the fifth 512x4096: the same reads and writes", "their bytes"),
             each(
-                "klq_targets 8x4096, lambda-errors into a given buffer",
+                "klq_targets 8x4096 (in cache), lambda-errors into a given buffer",
                 "klq_targets, compute, few rows",
-                None,
-                in_cache,
+                0.5,
+                few,
             ),
-            Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"], 500, at_least=True),
-            *(Bar(f"gae / {c.name}, 512x4096", ms["gae"] / ms[c.name], 1.0) for c in contenders),
+            Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"]),
+            *(Bar(f"gae / {name}, 512x4096", ms["gae"] / ms[name], 1.0) for name in contenders),
         ]
 
-    return Section(calls, bars)
+    return Section({**slow, **{name: repeated(quiet(call)) for name, call in calls.items()}}, bars)
 
 
 def trajectory() -> Section:
-    """One packed trajectory of 131,072 tokens with a mask, which fits the last-level cache."""
+    """One packed trajectory of 131,072 tokens with a mask, which fits the last-level cache; the loops without one."""
     length = 131_072
-    inputs = replace(scan_inputs(Scan("bar", 1, length), CPU), mask=torch.rand(1, length) > 0.25)
+    inputs = scan_inputs(Scan("bar", 1, length), CPU)
     ends = torch.tensor([0, length], dtype=torch.int32)
-    flat = [t.reshape(-1) for t in (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)]
+    columns = (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)
+    flat = [t.reshape(-1) for t in columns]
+    masked = replace(inputs, mask=torch.rand(1, length) > 0.25)
     delta, out = torch.randn(1, length), torch.empty(length)
-    assert inputs.mask is not None
-    mask, decay = inputs.mask.reshape(-1), torch.full((1,), 0.95)
+    assert masked.mask is not None
+    mask, decay = masked.mask.reshape(-1), torch.full((1,), 0.95)
     calls = {
-        "compute": repeated(lambda_errors(inputs, ends)),
-        "scan, compute": repeated(quiet(lambda: native.reverse_scan(delta.reshape(-1), decay, mask, ends, out))),
-        "klq_targets": repeated(quiet(lambda: klq_targets(*flat, mask=mask, cu_seqlens=ends))),
-        "reverse_scan": repeated(quiet(lambda: reverse_scan(delta, 0.95))),
-        "loop": quiet(lambda: scans.loop(delta, 0.95)),
+        "compute": lambda_errors(masked, ends),
+        "scan, compute": lambda: native.reverse_scan(delta.reshape(-1), decay, mask, ends, out),
+        "klq_targets": lambda: klq_targets(*flat, mask=mask, cu_seqlens=ends),
+        "klq_targets, unmasked": lambda: klq_targets(*columns),
+        "reverse_scan": lambda: reverse_scan(delta, 0.95),
     }
+    slow = {"loop": quiet(lambda: scans.loop(delta, 0.95)), "loop, targets": scans.targets_by(scans.loop, inputs)}
 
     def bars(ms: dict[str, float]) -> list[Bar]:
-        once = {name: total if name == "loop" else total / REPEATS for name, total in ms.items()}
+        ms = once(ms, tuple(slow))
+        shape = "packed trajectory of 131072, masked"
         return [
-            Bar("packed trajectory of 131072, masked, lambda-errors into a given buffer", once["compute"], 0.2, "ms"),
+            Bar(f"{shape}, lambda-errors into a given buffer", ms["compute"], 0.2, "ms"),
+            Bar(f"{shape}, reverse_scan into a given buffer", ms["scan, compute"], 0.2, "ms"),
+            Bar(f"{shape}, klq_targets", ms["klq_targets"], None, "ms"),
+            Bar("Python loop / reverse_scan, 1x131072", ms["loop"] / ms["reverse_scan"], 500, at_least=True),
             Bar(
-                "packed trajectory of 131072, masked, reverse_scan into a given buffer",
-                once["scan, compute"],
-                0.2,
-                "ms",
+                "Python loop / klq_targets, 1x131072",
+                ms["loop, targets"] / ms["klq_targets, unmasked"],
+                500,
+                at_least=True,
             ),
-            Bar("packed trajectory of 131072, masked, klq_targets", once["klq_targets"], None, "ms"),
-            Bar("Python loop / reverse_scan, 1x131072", once["loop"] / once["reverse_scan"], 500, at_least=True),
         ]
 
-    return Section(calls, bars)
+    return Section({**slow, **{name: repeated(quiet(call)) for name, call in calls.items()}}, bars)
 
 
 def written(path: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
@@ -125,6 +128,36 @@ void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& ar
       0, size, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
+// ---- fresh memory -----------------------------------------------------------------------------------------------
+
+#if defined(__linux__)
+constexpr int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, Linux 5.14; headers may be older than the kernel
+constexpr uintptr_t PAGE = 4096, PIECE = uintptr_t(1) << 21;
+
+struct Memory {
+  uintptr_t begin, end;
+};
+
+void populate_pieces(const Memory& memory, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; ++i) {
+    const uintptr_t begin = memory.begin + uintptr_t(i) * PIECE, left = memory.end - begin;
+    madvise(reinterpret_cast<void*>(begin), left < PIECE ? left : PIECE, POPULATE_WRITE);  // a kernel may refuse
+  }
+}
+#endif
+
+// Has the kernel provide the pages of a new buffer, many at a time and on all threads. One by one, as they are first
+// written, they take about as long again as the matrix product that writes them.
+void populate(Tensor buffer) {
+#if defined(__linux__)
+  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  const uintptr_t last = first + uintptr_t(buffer.numel()) * buffer.element_size();
+  const Memory memory{(first + PAGE - 1) / PAGE * PAGE, last / PAGE * PAGE};
+  if (memory.begin >= memory.end) return;
+  run(populate_pieces, memory, int64_t((memory.end - memory.begin + PIECE - 1) / PIECE), 1);
+#endif
+}
+
 // ---- operators --------------------------------------------------------------------------------------------------
 
 void strip_stats(Tensor logits, int64_t first, Tensor actions, Tensor top, Tensor total, Maybe weighted, Tensor taken,
@@ -203,6 +236,7 @@ void lambda_errors(Maybe logp, Maybe ref_logp, Tensor values, Maybe rewards, May
 
 STABLE_TORCH_LIBRARY(klq_native, m) {
   m.def("use_isa(int isa) -> int");
+  m.def("populate(Tensor(a!) buffer) -> ()");
   m.def(
       "strip_stats(Tensor logits, int first, Tensor actions, Tensor(a!) top, Tensor(b!) total, Tensor(c!)? weighted, "
       "Tensor(d!) taken, float scale, float? softcap) -> ()");
@@ -223,6 +257,7 @@ STABLE_TORCH_LIBRARY(klq_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(klq_native, CompositeExplicitAutograd, m) { m.impl("use_isa", TORCH_BOX(&use_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(klq_native, CPU, m) {
+  m.impl("populate", TORCH_BOX(&populate));
   m.impl("strip_stats", TORCH_BOX(&strip_stats));
   m.impl("strip_grad", TORCH_BOX(&strip_grad));
   m.impl("klq_residual", TORCH_BOX(&klq_residual));

@@ -44,8 +44,10 @@ struct Group {
   bool whole() const { return count[VECTORS - 1] == LANES; }
 
   template <class T>
-  void prefetch_next(const T* row) const {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row + first + GROUP)));
+  void prefetch(const T* row) const {
+    for (size_t byte = 0; byte < GROUP * sizeof(T); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row + first) + byte), 0, 2);
+    }
   }
 
   template <bool WHOLE, class T>
@@ -68,7 +70,7 @@ void tile_stats(const StripStats& a, const Squash& squash, const Group& group, i
   Vec highest[VECTORS], base[VECTORS], factor[VECTORS], change[VECTORS], sum[VECTORS], weighted[VECTORS];
   for (int64_t k = 0; k < VECTORS; ++k) highest[k] = nothing;
   for (int64_t i = 0; i < entries; ++i) {
-    group.prefetch_next(logits + i * a.tokens);
+    group.prefetch(logits + (i + TILE) * a.tokens);
     for (int64_t k = 0; k < VECTORS; ++k) {
       const Vec v = squash(group.read<WHOLE>(logits + i * a.tokens, k));
       store(z[i] + k * LANES, v);
@@ -158,7 +160,7 @@ void tile_grad(const StripGrad& a, const Squash& squash, const Group& group, int
         group.read<WHOLE>(a.d_softmax, k), ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero, ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
     for (int64_t i = 0; i < entries; ++i) {
       const T* row = logits + i * a.tokens;
-      if (k == 0) group.prefetch_next(row);
+      if (k == 0) group.prefetch(row + TILE * a.tokens);
       store(tile[i] + k * LANES, gradient(group.read<WHOLE>(row, k), zero));
     }
     for (int64_t lane = 0; lane < group.count[k]; ++lane) {  // few of these entries were taken

@@ -1,9 +1,11 @@
-"""The compiled row operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
+"""The compiled operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
 
-A backend module like ``portable``, which documents the functions of both; here logits come in strips of the vocabulary
-(``vocabulary_major``), so ``strip_stats`` and ``strip_grad`` stand in place of the row operations. The library picks the best of its instruction sets
-(portable, avx2, avx512) for the processor at run time. Two environment variables are for testing it: ``KLQ_NATIVE_ISA``
-names an instruction set to use instead, ``KLQ_NATIVE_LIBRARY`` the path of another build (one with sanitizers, say).
+A backend module like ``portable``, which documents what both have. Logits come in strips of the vocabulary here
+(``vocabulary_major``), so ``strip_stats`` and ``strip_grad`` stand in place of the row operations.
+
+The library picks the best of its instruction sets (portable, avx2, avx512) for the processor at run time. Two
+environment variables are for testing it: ``KLQ_NATIVE_ISA`` names an instruction set to use instead,
+``KLQ_NATIVE_LIBRARY`` the path of another build (one with sanitizers, say).
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ def _load() -> str | None:
 WHY_UNAVAILABLE = _load()
 
 
+def populate(buffer: Tensor) -> None:
+    """Has a Linux kernel provide the memory of a new, contiguous buffer at once; it must be going to be written."""
+    torch.ops.klq_native.populate(buffer)
+
+
 def strip_stats(
     logits: Tensor,
     first: int,
@@ -66,7 +73,7 @@ def strip_stats(
     """Takes one more strip of the vocabulary into the running statistics of softmax(z), per token.
 
     Args:
-        logits: [entries, n] contiguous, raw, of the vocabulary's entries from ``first`` on; z = scale * softcap(logits).
+        logits: [entries, n] contiguous: raw, of the vocabulary's entries from ``first`` on; z = scale softcap(logits).
         actions: int64 [n].
         top, total, weighted, taken: fp32 [n], updated: the largest z so far, the sum of e = exp(z - top), the sum of
             e (z - top) (None where no entropy is wanted), and z of the taken token once its strip has come.

@@ -304,12 +304,13 @@ def _strip_buffers(p: Problem) -> dict[str, int]:
     own = 0 if p.in_gradient else p.vocab * p.rows * p.dtype.itemsize
     strip = entries * p.rows * computed.itemsize
     narrow = computed != torch.float32
+    rounded = p.weight_gradient and p.weight_gradient_dtype != computed
     return {
         "logits_chunk": own * p.keeps_logits,
         "logits_strip": strip * (not own or wide or not p.keeps_logits),
         "turned_strip": strip * narrow * p.hidden_gradient,
         "hidden_gradient_chunk": p.rows * p.hidden * (4 + p.dtype.itemsize * narrow) * p.hidden_gradient,
-        "product_strip": entries * p.hidden * computed.itemsize * p.weight_gradient * (p.weight_gradient_dtype != computed),
+        "product_strip": entries * p.hidden * computed.itemsize * rounded,
         "widened_weight_strip": 4 * entries * p.hidden * wide,
         "widened_hidden_chunk": 4 * p.rows * p.hidden * wide,
     }

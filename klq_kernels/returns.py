@@ -96,6 +96,8 @@ def lambda_returns(
     """TD(lambda) returns: ``gae`` + values (arguments, result and errors as there), without gradient."""
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
     inputs = _scan_inputs(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    if layout.mask is None:
+        return scans.lambda_errors(*inputs).reshape(layout.shape).add_(values.detach())
     _, valid_values, advantages = scans.klq_targets(*inputs)
     return advantages.add_(valid_values).reshape(layout.shape)
 
@@ -131,7 +133,8 @@ def klq_targets(
         mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
 
     Returns:
-        ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens.
+        ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens. Without a
+        mask, logprobs and values that are fp32 already are handed on detached, not copied.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
@@ -140,6 +143,10 @@ def klq_targets(
     inputs = _scan_inputs(
         layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
     )
+    if layout.mask is None:
+        return KLQTargets(
+            logprobs.detach().float(), values.detach().float(), scans.lambda_errors(*inputs).reshape(layout.shape)
+        )
     return KLQTargets(*(t.reshape(layout.shape) for t in scans.klq_targets(*inputs)))
 
 

@@ -30,8 +30,8 @@ class TokenMajor:
         n = rows.actions.numel()
         vocab = head.weight.shape[0]
         self.chunk_rows = planner.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
-        # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: the GEMM of a CPU
-        # with AMX multiplies what lies behind a row of its left operand by 0, which turns a NaN there into a NaN here.
+        # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
+        # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
         stride = planner.row_stride(vocab) if backend.PADS_ROWS else vocab
         self._buffer = head.weight.new_empty(self.chunk_rows, stride)[:, :vocab]
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)

@@ -47,16 +47,20 @@ class VocabularyMajor:
         self.chunk_rows = planner.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
         size = planner.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
         self._strips = [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
-        self._kept = self._strip = self._turned = None  # flat buffers, of which each chunk takes what it needs
-        inside = keep and self.weight is not None and n <= room
-        if inside:
-            self._kept = self.weight.view(-1).view(stored)
-        elif keep:
-            self._kept = head.weight.new_empty(vocab * self.chunk_rows)
-        if inside or not keep or self._computed != stored:
+        inside = self.weight if keep and n <= room else None
+        own = vocab * self.chunk_rows if keep and inside is None else 0
+        # Flat buffers, of which each chunk takes what it needs.
+        self._kept = None if inside is None else inside.view(-1).view(stored)
+        self._strip = self._turned = None
+        if own:
+            self._kept = head.weight.new_empty(own)
+        if not own or self._computed != stored:
             self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
         if needs.hidden and self._computed != torch.float32:
             self._turned = head.weight.new_empty(size * self.chunk_rows)
+        for buffer in (self.weight, self._kept if own else None):
+            if buffer is not None:
+                backend.populate(buffer)
         self._lse_rest: Tensor | None = None  # what lse, rounded to fp32, leaves out
         self._first = True
 
@@ -122,14 +126,17 @@ class VocabularyMajor:
         """Raw logits of a strip (before softcap and temperature), as later steps will see them: kept where they are."""
         entries, n = strip.stop - strip.start, self._hidden.shape[0]
         kept = None if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
-        direct = kept is not None and kept.dtype == self._computed
-        logits = kept if direct else _matrix(self._strip, entries, n)
+        if kept is not None and kept.dtype == self._computed:
+            logits = kept
+        else:
+            assert self._strip is not None
+            logits = _matrix(self._strip, entries, n)
         if self._head.bias is None:
             torch.mm(self._weight(strip), self._hidden.T, out=logits)
         else:
             bias = self._head.bias[strip, None].to(self._computed)
             torch.addmm(bias, self._weight(strip), self._hidden.T, out=logits)
-        return logits if kept is None else kept if direct else kept.copy_(logits)
+        return logits if kept is None or kept is logits else kept.copy_(logits)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

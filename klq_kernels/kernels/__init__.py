@@ -16,4 +16,13 @@ NAME = "triton"
 VOCABULARY_MAJOR = False
 PADS_ROWS = True
 
-__all__ = ["NAME", "PADS_ROWS", "VOCABULARY_MAJOR", "klq_residual", "lambda_errors", "reverse_scan", "row_grad_", "row_stats"]
+__all__ = [
+    "NAME",
+    "PADS_ROWS",
+    "VOCABULARY_MAJOR",
+    "klq_residual",
+    "lambda_errors",
+    "reverse_scan",
+    "row_grad_",
+    "row_stats",
+]

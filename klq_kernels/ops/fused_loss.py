@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import layout, planner
-from ..metrics import RowVectors, klq_metrics, metric_names
 from ..chunks import Head, Needs, Rows
+from ..metrics import RowVectors, klq_metrics, metric_names
 from ..one_pass import LossShape, ScanInputs, Targets, klq_pass
 from .dispatch import backend_for
 from .gradients import scaled_gradient
@@ -60,8 +60,9 @@ def weight_gradient_dtype(
 ) -> torch.dtype:
     """``planner.weight_gradient_dtype`` of these inputs."""
     return planner.weight_gradient_dtype(
-        hidden.shape[0], *weight.shape, hidden.dtype, weight.dtype, hidden.device, workspace_bytes, keep=keep
-    )
+        hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, weight.dtype, hidden.device, workspace_bytes,
+        keep=keep,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("klq_kernels::fused_klq_loss", mutates_args=())

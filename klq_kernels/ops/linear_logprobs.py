@@ -93,7 +93,11 @@ def linear_logprobs_backward(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
             make_head(
-                hidden, weight, bias, temperature, softcap,
+                hidden,
+                weight,
+                bias,
+                temperature,
+                softcap,
                 weight_gradient_dtype(hidden, weight, workspace_bytes, keep=False),
             ),
             Needs(need_hidden, need_weight, need_bias),
