@@ -40,7 +40,13 @@ def device_name(device: torch.device) -> str:
     except OSError:
         return platform.machine()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    return ", ".join([model, torch.backends.cpu.get_cpu_capability(), *_sixteen_bit_units()])
+
+
+def _sixteen_bit_units() -> list[str]:
+    """What of this processor multiplies 16-bit numbers, by the names of x86."""
+    units = {"AVX512_BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    return [name for name, test in units.items() if getattr(torch.cpu, test, lambda: False)()]
 
 
 def version_of(module: str) -> str | None:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from klq_kernels import klq_targets, native, reverse_scan
+from klq_kernels import klq_targets, native, planner, reverse_scan
+from klq_kernels.products import add_product
 
 from . import environment, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
@@ -88,6 +89,28 @@ def into_fresh_memory(inputs: HeadInputs, *, gradients: bool) -> Call:
     return call
 
 
+def strip_by_strip(inputs: HeadInputs) -> Call:
+    """The three products as ``klq_kernels.vocabulary_major`` runs them, into buffers that are reused."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    n, width = hidden.shape
+    logits, turned = (hidden.new_zeros(planner.MOST_ENTRIES * n) for _ in range(2))
+    d_hidden, d_weight = torch.zeros(n, width), torch.empty_like(weight)
+    starts = range(0, weight.shape[0], planner.MOST_ENTRIES)
+    strips = [slice(start, min(start + planner.MOST_ENTRIES, weight.shape[0])) for start in starts]
+
+    def call() -> Outputs:
+        for strip in strips:
+            entries = strip.stop - strip.start
+            torch.mm(weight[strip], hidden.T, out=logits[: entries * n].view(entries, n))
+        for strip in strips:
+            entries = strip.stop - strip.start
+            add_product(d_hidden, turned[: entries * n].view(n, entries), weight[strip], first=False)
+            torch.mm(logits[: entries * n].view(entries, n), hidden, out=d_weight[strip])
+        return {}
+
+    return call
+
+
 def head(shape: Shape, gemm_bar: float) -> Section:
     """Loss forward and backward, and log-probabilities, against the products alone and against naive PyTorch."""
     inputs = head_inputs(shape, CPU)
@@ -97,6 +120,7 @@ def head(shape: Shape, gemm_bar: float) -> Section:
         "fused": checked(loss, Contender("fused", ours.fused), inputs, shape.dtype),
         "three GEMMs": three_gemms(inputs),
         "three GEMMs, fresh": into_fresh_memory(inputs, gradients=True),
+        "three GEMMs, strips": strip_by_strip(inputs),
         "naive": plain.loss_through(plain.naive_logprobs, inputs),
         "naive, fp32 logits": plain.loss_through(plain.fp32_logprobs, inputs),
         "fused, 25% valid": ours.fused(quarter),
@@ -116,6 +140,7 @@ def head(shape: Shape, gemm_bar: float) -> Section:
         return [
             ratio("fused loss / three GEMMs", "fused", "three GEMMs", gemm_bar),
             ratio("three GEMMs into fresh memory / three GEMMs", "three GEMMs, fresh", "three GEMMs"),
+            ratio("three GEMMs as the loss runs them / three GEMMs", "three GEMMs, strips", "three GEMMs"),
             ratio("fused loss / naive", "fused", "naive", naive_bar),
             ratio("fused loss / naive with fp32 logits", "fused", "naive, fp32 logits"),
             ratio("fused loss, 25% valid / all", "fused, 25% valid", "fused", 0.32),
@@ -194,7 +219,8 @@ def scan(threads: int) -> Section:
         "klq_targets": checked(targets, Contender("klq_targets", ours.targets), inputs, torch.float32),
         "klq_targets, compute": lambda_errors(inputs, ends),
         "klq_targets, compute, few rows": lambda_errors(small, ends[: few + 1]),
-        "their bytes": lambda: [*(c.sum() for c in columns), out.zero_()],
+        "bytes of the lambda-errors": lambda: [*(c.sum() for c in columns), out.zero_()],
+        "bytes of the targets": lambda: [columns[1].sum(), columns[3].sum(), *(columns[k].clone() for k in (0, 2, 3))],
         "gae": checked(gae, Contender("gae", ours.advantages), inputs, torch.float32),
     }
 
@@ -210,12 +236,15 @@ def scan(threads: int) -> Section:
             each("delta + decay 512x4096, PyTorch's own: the same reads and writes", "delta + decay"),
             each("delta + decay 512x4096, into a given buffer", "delta + decay, given"),
             each("klq_targets 512x4096", "klq_targets", 0.5),
+            each("clones of its three results, sums of two columns: its reads and writes", "bytes of the targets"),
             each("klq_targets 512x4096, lambda-errors into a given buffer", "klq_targets, compute", 0.5),
-            each("sums of its four columns and a fill of the fifth 512x4096: the same reads and writes", "their bytes"),
+            each(
+                "sums of its four columns, a fill of the fifth: the same reads and writes", "bytes of the lambda-errors"
+            ),
             each(
                 "klq_targets 8x4096 (in cache), lambda-errors into a given buffer",
                 "klq_targets, compute, few rows",
-                0.5,
+                None,
                 few,
             ),
             Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"]),

@@ -12,5 +12,5 @@ LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.
   ASAN_OPTIONS=detect_leaks=0 \
   UBSAN_OPTIONS=print_stacktrace=1 \
   KLQ_NATIVE_LIBRARY="$(ls "$build"/klq_kernels/_native*.so)" \
-  "$python" -m pytest -q -p no:cacheprovider -k native "$@" \
-  tests/test_native.py tests/test_returns.py tests/test_logprobs.py tests/test_loss.py
+  "$python" -m pytest -q -p no:cacheprovider -k "native or vocabulary_major" "$@" \
+  tests/test_native.py tests/test_vocabulary_major.py tests/test_returns.py tests/test_logprobs.py tests/test_loss.py

@@ -2,9 +2,9 @@
 
     for chunk of rows, last to first:
         logits = hidden[chunk] @ W.T                       GEMM 1
-        lse, logp (, entropy) of each row                  row_stats
+        lse, logp (, entropy) of each row                  statistics
         A (reverse scan with a carry), loss, dlogp, dV     lambda_errors, klq_residual: a few numbers per row
-        logits <- dlogp (onehot(action) - softmax)         row_grad_, in place
+        logits <- dlogp (onehot(action) - softmax)         gradients
         d_hidden[chunk] = logits @ W                       GEMM 2
         d_weight += logits.T @ hidden[chunk]               GEMM 3, fp32
 
@@ -15,7 +15,8 @@ A is given and the same loop runs without the scan. Each product is left out whe
 fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
 backward, so that those of a mean over many thousand tokens do not underflow on the way.
 
-The loop is written once, over the row operations of a backend (``portable`` documents the five of them).
+The loop is written once, over the operations of a backend (``portable`` documents them). Its lines on the vocabulary
+exist in two forms, by how a chunk of logits is stored: ``token_major`` and ``vocabulary_major``.
 """
 
 from __future__ import annotations

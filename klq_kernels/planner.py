@@ -4,6 +4,8 @@ Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
 only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the default is 256 MiB.
 
+A CPU's native backend needs no chunk of logits where they fit into the weight's gradient (``strip_chunk_rows``).
+
 ``chunk_rows`` is what the library itself asks; ``fused_memory`` and ``naive_memory`` predict a call's bytes from it.
 """
 
@@ -85,13 +87,26 @@ def rows_in_gradient(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype
     return width * gradient_dtype.itemsize // dtype.itemsize
 
 
+def rows_in_one_chunk(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, workspace_bytes: int | None) -> int:
+    """How many rows of logits cost less kept at once than cut into chunks.
+
+    Those that fit into the weight's gradient cost nothing. Beyond them, more than one chunk of 16-bit rows needs an
+    fp32 accumulator beside the 16-bit gradient, 4 V width bytes; that much a buffer of logits may take instead, where
+    the caller has set no limit.
+    """
+    room = rows_in_gradient(width, dtype, gradient_dtype)
+    if workspace_bytes is None and gradient_dtype != torch.float32:
+        room = max(room, 4 * width // dtype.itemsize)
+    return room
+
+
 def strip_chunk_rows(
     n: int, vocab: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None, *, keep: bool, room: int
 ) -> int:
     """``chunk_rows`` where the vocabulary is walked in strips.
 
-    Logits that are kept take no workspace where they fit the weight's gradient, which has ``room`` for some rows; of
-    those that are not there is never more than a strip.
+    Up to ``room`` rows whose logits are kept make one chunk (``rows_in_one_chunk``). Of logits that are not kept there
+    is never more than a strip.
     """
     if not keep:
         vocab = min(vocab, FEWEST_ENTRIES)
@@ -147,7 +162,7 @@ def weight_gradient_dtype(
     if device.type != "cpu" or torch.float32 in (dtype, weight_dtype):
         return torch.float32
     if vocabulary_major(device):
-        room = rows_in_gradient(width, dtype, dtype)
+        room = rows_in_one_chunk(width, dtype, dtype, workspace_bytes)
         rows = strip_chunk_rows(positions, vocab, dtype, device, workspace_bytes, keep=keep, room=room)
     else:
         rows = chunk_rows(positions, vocab, dtype, device, workspace_bytes)
@@ -197,14 +212,16 @@ class Problem(NamedTuple):
 
     @property
     def _room(self) -> int:
-        if not (self.weight_gradient and vocabulary_major(self.device)):
+        if not self.weight_gradient:
             return 0
-        return rows_in_gradient(self.hidden, self.dtype, self.weight_gradient_dtype)
+        return rows_in_one_chunk(self.hidden, self.dtype, self.weight_gradient_dtype, self.workspace_bytes)
 
     @property
     def in_gradient(self) -> bool:
         """Whether the logits lie in the memory that becomes the weight's gradient."""
-        return self.tokens <= self._room
+        if not (self.weight_gradient and vocabulary_major(self.device)):
+            return False
+        return self.tokens <= rows_in_gradient(self.hidden, self.dtype, self.weight_gradient_dtype)
 
     @property
     def chunks(self) -> int:

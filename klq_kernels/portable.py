@@ -1,7 +1,9 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the five functions below; ``kernels`` holds the same five in Triton. All per-row vectors are
-contiguous fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
+A backend is a module with the five functions below; ``kernels`` holds the same five in Triton, and ``native`` has
+functions on strips of logits in place of the first two, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
+rows of a buffer of logits begin at multiples of 64 elements (``planner.row_stride``). Per-row vectors are contiguous
+fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
 logits is read from memory once per operation and never copied whole.

@@ -1,4 +1,4 @@
-"""The three matrix products of the head, on one chunk of rows.
+"""The three matrix products of the head, on one chunk of rows stored token by token.
 
 They run in the dtype of the model where the processor multiplies it. A CPU without such instructions emulates them,
 which takes several times as long as the same product in fp32 (and fp16 far longer still). There each product goes

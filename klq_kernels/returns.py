@@ -133,8 +133,8 @@ def klq_targets(
         mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
 
     Returns:
-        ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens. Without a
-        mask, logprobs and values that are fp32 already are handed on detached, not copied.
+        ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens.
+        They share no memory with the arguments.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
@@ -143,10 +143,6 @@ def klq_targets(
     inputs = _scan_inputs(
         layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
     )
-    if layout.mask is None:
-        return KLQTargets(
-            logprobs.detach().float(), values.detach().float(), scans.lambda_errors(*inputs).reshape(layout.shape)
-        )
     return KLQTargets(*(t.reshape(layout.shape) for t in scans.klq_targets(*inputs)))
 
 

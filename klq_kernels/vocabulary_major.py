@@ -43,11 +43,11 @@ class VocabularyMajor:
         stored, device = head.weight.dtype, head.weight.device
         self._computed = torch.float32 if planner.widens(stored, device) else stored
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
-        room = planner.rows_in_gradient(width, stored, head.gradient_dtype) if needs.weight else 0
+        room = planner.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
         self.chunk_rows = planner.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
         size = planner.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
         self._strips = [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
-        inside = self.weight if keep and n <= room else None
+        inside = self.weight if keep and n <= planner.rows_in_gradient(width, stored, head.gradient_dtype) else None
         own = vocab * self.chunk_rows if keep and inside is None else 0
         # Flat buffers, of which each chunk takes what it needs.
         self._kept = None if inside is None else inside.view(-1).view(stored)
