@@ -1,14 +1,14 @@
 // The kernels that read logits: strips of the vocabulary, tokens in the lanes. Include after a simd_*.h and functions.h.
 //
 // Sums and maxima run down the entries, so they stay in their lanes, and a token's bits do not depend on the others.
-// strip_stats reads a logit once: a block of entries by a group of tokens is widened to fp32 in the first-level cache and
+// strip_stats reads a logit once: a tile of entries by a group of tokens is widened to fp32 in the first-level cache and
 // its maximum taken, then its exponentials are summed against the largest logit seen so far; when that has grown, the
 // sums before it are rescaled. So there is one exponential per logit, and what a strip leaves behind (top, total,
 // weighted, taken) is all that the next one needs. strip_grad is one more pass. It can also write its result turned
 // around, tokens apart and entries adjacent, because the two products that follow want to read it in either order.
 //
 // Rows of a strip are far apart, often by a power of two. So each cache line of them is touched once, what is needed
-// again is kept in a tile of its own, and the next group's lines are asked for while this one is worked on.
+// again is kept in a tile of its own, and the next tile's lines are asked for while this one is worked on.
 #pragma once
 
 namespace {
@@ -44,9 +44,10 @@ struct Group {
   bool whole() const { return count[VECTORS - 1] == LANES; }
 
   template <class T>
-  void prefetch(const T* row) const {
+  void prefetch(const T* row, int64_t elements_on) const {
+    const uintptr_t there = reinterpret_cast<uintptr_t>(row) + uintptr_t(first + elements_on) * sizeof(T);
     for (size_t byte = 0; byte < GROUP * sizeof(T); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row + first) + byte), 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(there + byte), 0, 2);
     }
   }
 
@@ -70,7 +71,7 @@ void tile_stats(const StripStats& a, const Squash& squash, const Group& group, i
   Vec highest[VECTORS], base[VECTORS], factor[VECTORS], change[VECTORS], sum[VECTORS], weighted[VECTORS];
   for (int64_t k = 0; k < VECTORS; ++k) highest[k] = nothing;
   for (int64_t i = 0; i < entries; ++i) {
-    group.prefetch(logits + (i + TILE) * a.tokens);
+    group.prefetch(logits + i * a.tokens, TILE * a.tokens);
     for (int64_t k = 0; k < VECTORS; ++k) {
       const Vec v = squash(group.read<WHOLE>(logits + i * a.tokens, k));
       store(z[i] + k * LANES, v);
@@ -115,9 +116,9 @@ void strip_stats_of(const StripStats& a, int64_t begin, int64_t end) {
   }
   const int64_t last = end * GROUP < a.tokens ? end * GROUP : a.tokens;
   for (int64_t token = begin * GROUP; token < last; ++token) {
-    const int64_t entry = a.actions[token] - a.first;
-    if (uint64_t(entry) >= uint64_t(a.entries)) continue;
-    a.taken[token] = first(squash(load_some(static_cast<const T*>(a.logits) + entry * a.tokens + token, 1)));
+    const uint64_t entry = uint64_t(a.actions[token]) - uint64_t(a.first);
+    if (entry >= uint64_t(a.entries)) continue;
+    a.taken[token] = first(squash(load_some(static_cast<const T*>(a.logits) + int64_t(entry) * a.tokens + token, 1)));
   }
 }
 
@@ -160,12 +161,14 @@ void tile_grad(const StripGrad& a, const Squash& squash, const Group& group, int
         group.read<WHOLE>(a.d_softmax, k), ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero, ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
     for (int64_t i = 0; i < entries; ++i) {
       const T* row = logits + i * a.tokens;
-      if (k == 0) group.prefetch(row + TILE * a.tokens);
+      if (k == 0) group.prefetch(row, TILE * a.tokens);
       store(tile[i] + k * LANES, gradient(group.read<WHOLE>(row, k), zero));
     }
     for (int64_t lane = 0; lane < group.count[k]; ++lane) {  // few of these entries were taken
-      const int64_t token = group.first + k * LANES + lane, i = a.actions[token] - a.first - start;
-      if (uint64_t(i) >= uint64_t(entries)) continue;
+      const int64_t token = group.first + k * LANES + lane;
+      const uint64_t entry = uint64_t(a.actions[token]) - uint64_t(a.first + start);
+      if (entry >= uint64_t(entries)) continue;
+      const int64_t i = int64_t(entry);
       Out taken[LANES];
       store(taken, gradient(group.read<WHOLE>(logits + i * a.tokens, k), broadcast(a.d_action[token])));
       tile[i][k * LANES + lane] = taken[lane];

@@ -9,7 +9,7 @@
 The vocabulary is the long side of all three products. Stored this way, W is the left operand of the first and g of the
 third as they lie in memory, and what a matrix unit wants rearranged is the small hidden matrix; the other way round a
 CPU's GEMM rearranges W, and the logits, on every call. The second product wants g the other way: ``strip_grad`` writes
-it a second time, turned, while it is in registers.
+it a second time, turned, while it is at hand.
 
 A strip stays in cache between its steps. Where the logits need not survive until the gradient (scoring, or the backward
 of log-probabilities, which knows lse) a strip is all there ever is of them. Where they do, they lie in the memory that
@@ -100,7 +100,7 @@ class VocabularyMajor:
         d_hidden = None if self.hidden is None else torch.empty(self._hidden.shape, dtype=torch.float32)
         for strip in reversed(self._strips):
             entries = strip.stop - strip.start
-            logits = self._project(strip) if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
+            logits = self._project(strip) if self._kept is None else self._kept_logits(self._kept, strip)
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(
@@ -118,19 +118,22 @@ class VocabularyMajor:
             self._rows.put(self.hidden, chunk, d_hidden.to(self.hidden.dtype))
         self._first = False
 
+    def _kept_logits(self, kept: Tensor, strip: slice) -> Tensor:
+        n = self._hidden.shape[0]
+        return _matrix(kept[strip.start * n :], strip.stop - strip.start, n)
+
     def _weight(self, strip: slice) -> Tensor:
         """Contiguous, like every left operand here (``token_major`` says why)."""
         return self._head.weight[strip].to(self._computed).contiguous()
 
     def _project(self, strip: slice) -> Tensor:
         """Raw logits of a strip (before softcap and temperature), as later steps will see them: kept where they are."""
-        entries, n = strip.stop - strip.start, self._hidden.shape[0]
-        kept = None if self._kept is None else _matrix(self._kept[strip.start * n :], entries, n)
+        kept = None if self._kept is None else self._kept_logits(self._kept, strip)
         if kept is not None and kept.dtype == self._computed:
             logits = kept
         else:
             assert self._strip is not None
-            logits = _matrix(self._strip, entries, n)
+            logits = _matrix(self._strip, strip.stop - strip.start, self._hidden.shape[0])
         if self._head.bias is None:
             torch.mm(self._weight(strip), self._hidden.T, out=logits)
         else:
