@@ -58,7 +58,7 @@ class VocabularyMajor:
             self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
         if needs.hidden and self._computed != torch.float32:
             self._turned = head.weight.new_empty(size * self.chunk_rows)
-        for buffer in (self.weight, self._kept if own else None):
+        for buffer in (self.weight, self._kept if own else None, self._strip, self._turned):
             if buffer is not None:
                 backend.populate(buffer)
         self._lse_rest: Tensor | None = None  # what lse, rounded to fp32, leaves out
