@@ -42,7 +42,8 @@ def linear_logprobs(
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
         return_entropy: also the entropy of softmax(z), in nats.
-        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU.
+        workspace_bytes: memory for one chunk of logits; by default up to 256 MiB on a CPU, where the native backend
+            holds a strip of the vocabulary and seldom more than 16 MiB, and up to 1 GiB on a GPU.
         process_group: reserved; must be None.
 
     Returns:

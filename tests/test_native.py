@@ -171,6 +171,14 @@ def test_impossible_actions_have_no_log_probability(isa: str, action: int) -> No
     assert torch.isfinite(logits[:, 1]).all()
 
 
+@pytest.mark.parametrize("size", [0, 10, 5000, 3_000_000])
+def test_populated_memory_keeps_what_it_holds(size: int) -> None:
+    buffer = torch.arange(size + 2)
+    native.populate(buffer[1:-1])  # begins and ends amid a page
+    assert torch.equal(buffer, torch.arange(size + 2))
+    native.populate(torch.empty(size))
+
+
 def test_sixteen_bit_conversions(isa: str) -> None:
     """All 16-bit floats survive a pass that leaves them as they are, and fp32 rounds as torch rounds."""
     for dtype in (torch.bfloat16, torch.float16):
