@@ -80,9 +80,9 @@ def fused_klq_loss(
             the count over all micro-batches and ranks, as a number or a 0-d tensor.
         bias, temperature, softcap: of the head, as in ``linear_logprobs``.
         return_entropy: also the mean entropy in the metrics.
-        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. The native
-            CPU backend needs none for up to H tokens, whose logits lie where the weight's gradient is going to be, and
-            in 16 bits takes more for up to 2H, in place of the accumulator that several chunks would need.
+        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. The
+            native CPU backend needs none for up to H tokens, whose logits lie where the weight's gradient is going to
+            be, and in 16 bits takes more for up to 2H, in place of the accumulator that several chunks would need.
         process_group: reserved; must be None.
 
     Returns:
