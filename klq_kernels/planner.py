@@ -325,6 +325,7 @@ def _strip_buffers(p: Problem) -> dict[str, int]:
     return {
         "logits_chunk": own * p.keeps_logits,
         "logits_strip": strip * (not own or wide or not p.keeps_logits),
+        "rounded_strip": entries * p.rows * p.dtype.itemsize * (wide and not p.keeps_logits),
         "turned_strip": strip * narrow * p.hidden_gradient,
         "hidden_gradient_chunk": p.rows * p.hidden * (4 + p.dtype.itemsize * narrow) * p.hidden_gradient,
         "product_strip": entries * p.hidden * computed.itemsize * rounded,

@@ -51,9 +51,11 @@ class VocabularyMajor:
         own = vocab * self.chunk_rows if keep and inside is None else 0
         # Flat buffers, of which each chunk takes what it needs.
         self._kept = None if inside is None else inside.view(-1).view(stored)
-        self._strip = self._turned = None
+        self._strip = self._turned = self._rounded = None
         if own:
             self._kept = head.weight.new_empty(own)
+        if not keep and self._computed != stored:
+            self._rounded = head.weight.new_empty(size * self.chunk_rows)
         if not own or self._computed != stored:
             self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
         if needs.hidden and self._computed != torch.float32:
@@ -100,7 +102,8 @@ class VocabularyMajor:
         d_hidden = None if self.hidden is None else torch.empty(self._hidden.shape, dtype=torch.float32)
         for strip in reversed(self._strips):
             entries = strip.stop - strip.start
-            logits = self._project(strip) if self._kept is None else self._kept_logits(self._kept, strip)
+            stored = self._stored(strip)
+            logits = self._project(strip) if self._kept is None or stored is None else stored
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(
@@ -118,19 +121,24 @@ class VocabularyMajor:
             self._rows.put(self.hidden, chunk, d_hidden.to(self.hidden.dtype))
         self._first = False
 
-    def _kept_logits(self, kept: Tensor, strip: slice) -> Tensor:
-        n = self._hidden.shape[0]
-        return _matrix(kept[strip.start * n :], strip.stop - strip.start, n)
+    def _stored(self, strip: slice) -> Tensor | None:
+        """Where a strip's logits are in the model's dtype; None where the products run in it, and nothing is kept."""
+        entries, n = strip.stop - strip.start, self._hidden.shape[0]
+        if self._kept is not None:
+            return _matrix(self._kept[strip.start * n :], entries, n)
+        return None if self._rounded is None else _matrix(self._rounded, entries, n)
 
     def _weight(self, strip: slice) -> Tensor:
         """Contiguous, like every left operand here (``token_major`` says why)."""
         return self._head.weight[strip].to(self._computed).contiguous()
 
     def _project(self, strip: slice) -> Tensor:
-        """Raw logits of a strip (before softcap and temperature), as later steps will see them: kept where they are."""
-        kept = None if self._kept is None else self._kept_logits(self._kept, strip)
-        if kept is not None and kept.dtype == self._computed:
-            logits = kept
+        """Raw logits of a strip (before softcap and temperature), in the model's dtype, whatever the products' is: the
+        gradient of a likely token is 1 - p, so its logits must be those that lse was made of, to the last bit.
+        """
+        stored = self._stored(strip)
+        if stored is not None and stored.dtype == self._computed:
+            logits = stored
         else:
             assert self._strip is not None
             logits = _matrix(self._strip, strip.stop - strip.start, self._hidden.shape[0])
@@ -139,7 +147,7 @@ class VocabularyMajor:
         else:
             bias = self._head.bias[strip, None].to(self._computed)
             torch.addmm(bias, self._weight(strip), self._hidden.T, out=logits)
-        return logits if kept is None or kept is logits else kept.copy_(logits)
+        return logits if stored is None or stored is logits else stored.copy_(logits)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -129,6 +129,17 @@ def test_precision_of_log_probabilities(widened: bool, poisoned: None, dtype: to
         assert_as_precise_as(ours, plain, gold, str(k), factor=1.5 if rows is None else 2.0, noise=10.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scoring_and_learning_see_the_same_logits(widened: bool, dtype: torch.dtype) -> None:
+    """Also where products run in fp32: what is kept for the gradient in 16 bits is scored in 16 bits."""
+    case = small_case(dtype, 96)
+    arguments = case.loss_arguments(on_policy=False)
+    with torch.no_grad():
+        scored = fused_klq_loss(case.hidden, case.weight, case.actions, case.values, **arguments).loss
+    learned = fused(case, None, bias=False, **arguments)
+    assert torch.equal(scored, learned.loss)
+
+
 def test_logits_take_no_memory_where_the_gradient_has_room_for_them() -> None:
     case = small_case(torch.float32, 96)
     gradient = VOCAB * 96 * 4
