@@ -6,6 +6,7 @@ import torch
 
 from klq_kernels import planner
 from klq_kernels.ops.dispatch import backend_for
+from klq_kernels.products import strips
 
 from .contenders import Call, Outputs
 from .harness import take_turns
@@ -18,10 +19,10 @@ def row_kernels(inputs: HeadInputs) -> dict[str, Call]:
 
 
 def _columns(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
-    """(actions, lse, d_logp) of the valid rows."""
+    """(actions, top, log_total, d_logp) of the valid rows."""
     n, device = inputs.tokens, inputs.weight.device
-    lse, d_logp = (torch.full((n,), x, dtype=torch.float32, device=device) for x in (10.0, 1e-3))
-    return inputs.valid(inputs.actions), lse, d_logp
+    columns = (torch.full((n,), x, dtype=torch.float32, device=device) for x in (0.0, 10.0, 1e-3))
+    return inputs.valid(inputs.actions), *columns
 
 
 def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
@@ -30,10 +31,10 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     rows = planner.chunk_rows(n, vocab, weight.dtype, device, None)
     backend = backend_for(device)
     buffer = torch.zeros(rows, planner.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
-    actions, lse, d_logp = _columns(inputs)
-    found = torch.empty_like(lse), torch.empty_like(lse)
+    actions, top, log_total, d_logp = _columns(inputs)
+    found = [torch.empty_like(d_logp) for _ in range(3)]
     head = {"scale": 1.0, "softcap": inputs.softcap}
-    chunks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    chunks = list(strips(n, rows))
 
     def statistics() -> Outputs:
         for c in chunks:
@@ -42,7 +43,8 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
 
     def gradient() -> Outputs:
         for c in chunks:
-            backend.row_grad_(buffer[: c.stop - c.start], actions[c], lse[c], d_logp[c], -d_logp[c], None, None, **head)
+            columns = (actions[c], top[c], log_total[c], d_logp[c], -d_logp[c])
+            backend.row_grad_(buffer[: c.stop - c.start], *columns, None, None, **head)
         return {}
 
     return {"statistics": statistics, "gradient": gradient}
@@ -52,26 +54,27 @@ def _on_strips(inputs: HeadInputs) -> dict[str, Call]:
     vocab, width = inputs.weight.shape
     problem = planner.Problem(inputs.tokens, width, vocab, inputs.weight.dtype, inputs.weight.device)
     backend = backend_for(problem.device)
-    actions, lse, d_logp = _columns(inputs)
-    running = [torch.zeros_like(lse) for _ in range(3)]
+    actions, top, log_total, d_logp = _columns(inputs)
+    running = [torch.zeros_like(d_logp) for _ in range(3)]
     computed = torch.float32 if planner.widens(problem.dtype, problem.device) else problem.dtype
     logits, out = (torch.zeros(problem.strip_entries, inputs.tokens, dtype=computed) for _ in range(2))
     turned = None if computed == torch.float32 else torch.empty(inputs.tokens * problem.strip_entries, dtype=computed)
     head = {"scale": 1.0, "softcap": inputs.softcap}
-    firsts = range(0, vocab, problem.strip_entries)
+    parts = list(strips(vocab, problem.strip_entries))
 
     def statistics() -> Outputs:
-        for first in firsts:
-            top, total, taken = running
-            backend.strip_stats(logits[: vocab - first], first, actions, top, total, None, taken, **head)
+        highest, total, taken = running
+        for part in parts:
+            entries = part.stop - part.start
+            backend.strip_stats(logits[:entries], part.start, actions, highest, total, None, taken, **head)
         return {}
 
     def gradient() -> Outputs:
-        for first in firsts:
-            entries = min(problem.strip_entries, vocab - first)
+        for part in parts:
+            entries = part.stop - part.start
             copy = None if turned is None else turned[: inputs.tokens * entries].view(inputs.tokens, entries)
-            rows = (actions, lse, None, d_logp, -d_logp, None, None)
-            backend.strip_grad(logits[:entries], first, *rows, out[:entries], copy, **head)
+            rows = (actions, top, log_total, d_logp, -d_logp, None, None)
+            backend.strip_grad(logits[:entries], part.start, *rows, out[:entries], copy, **head)
         return {}
 
     return {"statistics": statistics, "gradient": gradient}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from klq_kernels import klq_targets, native, planner, reverse_scan
-from klq_kernels.products import add_product
+from klq_kernels.products import add_product, strips
 
 from . import environment, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
@@ -95,14 +95,13 @@ def strip_by_strip(inputs: HeadInputs) -> Call:
     n, width = hidden.shape
     logits, turned = (hidden.new_zeros(planner.MOST_ENTRIES * n) for _ in range(2))
     d_hidden, d_weight = torch.zeros(n, width), torch.empty_like(weight)
-    starts = range(0, weight.shape[0], planner.MOST_ENTRIES)
-    strips = [slice(start, min(start + planner.MOST_ENTRIES, weight.shape[0])) for start in starts]
+    parts = list(strips(weight.shape[0], planner.MOST_ENTRIES))
 
     def call() -> Outputs:
-        for strip in strips:
+        for strip in parts:
             entries = strip.stop - strip.start
             torch.mm(weight[strip], hidden.T, out=logits[: entries * n].view(entries, n))
-        for strip in strips:
+        for strip in parts:
             entries = strip.stop - strip.start
             add_product(d_hidden, turned[: entries * n].view(n, entries), weight[strip], first=False)
             torch.mm(logits[: entries * n].view(entries, n), hidden, out=d_weight[strip])

@@ -75,7 +75,7 @@ class Report(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Every kernel and configuration that the launchers use."""
-    row = {"actions": "*i64", "lse": "*fp32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
+    row = {"actions": "*i64", "top": "*fp32", "log_total": "*fp32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
     stats = row | {"logp": "*fp32", "entropy": "*fp32", "vocab": "i32"}
     grad = row | dict.fromkeys(("d_action", "d_softmax", "d_entropy", "entropy"), "*fp32")
     for dtype in ("bf16", "fp16", "fp32"):

@@ -39,7 +39,7 @@ struct StripGrad {
   Dtype dtype;
   int64_t entries, tokens, first;
   const int64_t* actions;
-  const float *lse, *lse_rest;  // what lse lost when it was rounded; may be null
+  const float *top, *log_total;
   const float *d_action, *d_softmax, *d_entropy, *entropy;  // the last two may be null, together
   void *out, *turned;  // [entry][token], may be logits itself; [token][entry], may be null
   Dtype out_dtype;     // of both; fp32 has none turned

@@ -171,7 +171,7 @@ void strip_stats(Tensor logits, int64_t first, Tensor actions, Tensor top, Tenso
   run(kernels.load()->strip_stats, a, groups_of(n), groups_worth_a_thread(entries));
 }
 
-void strip_grad(Tensor logits, int64_t first, Tensor actions, Tensor lse, Maybe lse_rest, Tensor d_action,
+void strip_grad(Tensor logits, int64_t first, Tensor actions, Tensor top, Tensor log_total, Tensor d_action,
                 Tensor d_softmax, Maybe d_entropy, Maybe entropy, Tensor out, Maybe turned, double scale,
                 std::optional<double> softcap) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits: must be [entries, tokens]");
@@ -181,8 +181,8 @@ void strip_grad(Tensor logits, int64_t first, Tensor actions, Tensor lse, Maybe 
   STD_TORCH_CHECK(!turned || dtype_of(*turned, "turned") == out_dtype, "turned: must have the dtype of out");
   const bool with_entropy = d_entropy && entropy;
   const StripGrad a{strip_of(logits, entries, n, "logits"), dtype, entries, n, first,
-                    vector_of<int64_t>(actions, n, ScalarType::Long, "actions"), floats(lse, n, "lse"),
-                    floats(lse_rest, n, "lse_rest"), floats(d_action, n, "d_action"), floats(d_softmax, n, "d_softmax"),
+                    vector_of<int64_t>(actions, n, ScalarType::Long, "actions"), floats(top, n, "top"),
+                    floats(log_total, n, "log_total"), floats(d_action, n, "d_action"), floats(d_softmax, n, "d_softmax"),
                     with_entropy ? floats(d_entropy, n, "d_entropy") : nullptr,
                     with_entropy ? floats(entropy, n, "entropy") : nullptr, strip_of(out, entries, n, "out"),
                     turned ? strip_of(*turned, n, entries, "turned") : nullptr, out_dtype, float(scale),
@@ -241,8 +241,9 @@ STABLE_TORCH_LIBRARY(klq_native, m) {
       "strip_stats(Tensor logits, int first, Tensor actions, Tensor(a!) top, Tensor(b!) total, Tensor(c!)? weighted, "
       "Tensor(d!) taken, float scale, float? softcap) -> ()");
   m.def(
-      "strip_grad(Tensor logits, int first, Tensor actions, Tensor lse, Tensor? lse_rest, Tensor d_action, "
-      "Tensor d_softmax, Tensor? d_entropy, Tensor? entropy, Tensor(a!) out, Tensor(b!)? turned, float scale, float? softcap) -> ()");
+      "strip_grad(Tensor logits, int first, Tensor actions, Tensor top, Tensor log_total, Tensor d_action, "
+      "Tensor d_softmax, Tensor? d_entropy, Tensor? entropy, Tensor(a!) out, Tensor(b!)? turned, float scale, "
+      "float? softcap) -> ()");
   m.def(
       "klq_residual(Tensor logp, Tensor values, Tensor? old_logp, Tensor? old_values, Tensor advantages, "
       "Tensor? weights, Tensor(a!) losses, Tensor(b!) d_logp, Tensor(c!) d_values, Tensor grad_scale, float tau, "

@@ -16,19 +16,17 @@ namespace {
 constexpr int64_t VECTORS = GROUP / LANES;
 constexpr float INF = __builtin_inff();
 
-// z = scale * softcap(x), raw logits to the ones that softmax sees.
-struct Squash {
-  Vec scale, cap, inverse_cap;
+// c = softcap(x): raw logits to those that softmax sees times 1 / scale. Differences of them are taken before they are
+// scaled, where those of close numbers are exact.
+struct SoftCap {
+  Vec cap, inverse_cap;
   bool capped;
 
-  Squash(float scale_, float softcap)
-      : scale(broadcast(scale_)),
-        cap(broadcast(softcap)),
-        inverse_cap(broadcast(softcap > 0 ? 1 / softcap : 0)),
-        capped(softcap > 0) {}
+  explicit SoftCap(float softcap)
+      : cap(broadcast(softcap)), inverse_cap(broadcast(softcap > 0 ? 1 / softcap : 0)), capped(softcap > 0) {}
 
   Vec tanh_of(Vec x) const { return tanh(x * inverse_cap); }
-  Vec operator()(Vec x) const { return (capped ? cap * tanh_of(x) : x) * scale; }
+  Vec operator()(Vec x) const { return capped ? cap * tanh_of(x) : x; }
 };
 
 // The tokens of one group: where they begin, and how many lanes each of their vectors fills.
@@ -64,17 +62,17 @@ struct Group {
 
 // TILE entries from `start` on by one group.
 template <class T, bool ENTROPY, bool WHOLE>
-void tile_stats(const StripStats& a, const Squash& squash, const Group& group, int64_t start, int64_t entries) {
-  const Vec zero = broadcast(0.0f), nothing = broadcast(-INF);
+void tile_stats(const StripStats& a, const SoftCap& soft_cap, const Group& group, int64_t start, int64_t entries) {
+  const Vec zero = broadcast(0.0f), nothing = broadcast(-INF), scale = broadcast(a.scale);
   const T* logits = static_cast<const T*>(a.logits) + start * a.tokens;
-  float z[TILE][GROUP];
+  float c[TILE][GROUP];
   Vec highest[VECTORS], base[VECTORS], factor[VECTORS], change[VECTORS], sum[VECTORS], weighted[VECTORS];
   for (int64_t k = 0; k < VECTORS; ++k) highest[k] = nothing;
   for (int64_t i = 0; i < entries; ++i) {
     group.prefetch(logits + i * a.tokens, TILE * a.tokens);
     for (int64_t k = 0; k < VECTORS; ++k) {
-      const Vec v = squash(group.read<WHOLE>(logits + i * a.tokens, k));
-      store(z[i] + k * LANES, v);
+      const Vec v = soft_cap(group.read<WHOLE>(logits + i * a.tokens, k));
+      store(c[i] + k * LANES, v);
       highest[k] = max(v, highest[k]);  // ignores NaN, which the sum then shows
     }
   }
@@ -82,13 +80,13 @@ void tile_stats(const StripStats& a, const Squash& squash, const Group& group, i
     const Vec top = group.read<WHOLE>(a.top, k);
     highest[k] = max(top, highest[k]);
     base[k] = select(nothing < highest[k], highest[k], zero);
-    change[k] = select(nothing < top, top - base[k], zero);
+    change[k] = select(nothing < top, (top - base[k]) * scale, zero);
     factor[k] = exp(change[k]);
     sum[k] = weighted[k] = zero;
   }
   for (int64_t i = 0; i < entries; ++i) {
     for (int64_t k = 0; k < VECTORS; ++k) {
-      const Vec d = load(z[i] + k * LANES) - base[k];
+      const Vec d = (load(c[i] + k * LANES) - base[k]) * scale;
       const Vec e = exp(d);
       sum[k] = sum[k] + e;
       if (ENTROPY) weighted[k] = weighted[k] + select(e == zero, zero, e * d);
@@ -106,36 +104,37 @@ void tile_stats(const StripStats& a, const Squash& squash, const Group& group, i
 
 template <class T, bool ENTROPY>
 void strip_stats_of(const StripStats& a, int64_t begin, int64_t end) {
-  const Squash squash(a.scale, a.softcap);
+  const SoftCap soft_cap(a.softcap);
   for (int64_t start = 0; start < a.entries; start += TILE) {
     const int64_t entries = a.entries - start < TILE ? a.entries - start : TILE;
     for (int64_t index = begin; index < end; ++index) {
       const Group group(index, a.tokens);
-      (group.whole() ? tile_stats<T, ENTROPY, true> : tile_stats<T, ENTROPY, false>)(a, squash, group, start, entries);
+      (group.whole() ? tile_stats<T, ENTROPY, true> : tile_stats<T, ENTROPY, false>)(
+          a, soft_cap, group, start, entries);
     }
   }
   const int64_t last = end * GROUP < a.tokens ? end * GROUP : a.tokens;
   for (int64_t token = begin * GROUP; token < last; ++token) {
     const uint64_t entry = uint64_t(a.actions[token]) - uint64_t(a.first);
     if (entry >= uint64_t(a.entries)) continue;
-    a.taken[token] = first(squash(load_some(static_cast<const T*>(a.logits) + int64_t(entry) * a.tokens + token, 1)));
+    a.taken[token] = first(soft_cap(load_some(static_cast<const T*>(a.logits) + int64_t(entry) * a.tokens + token, 1)));
   }
 }
 
 // The gradient by one raw logit; `onehot` is what the taken action adds.
 template <bool ENTROPY>
 struct LogitGradient {
-  Squash squash;
-  Vec minus_lse, lse_rest, d_softmax, d_entropy, entropy;
+  SoftCap soft_cap;
+  Vec scale, top, minus_log_total, d_softmax, d_entropy, entropy;
 
   Vec operator()(Vec x, Vec onehot) const {
     const Vec one = broadcast(1.0f), zero = broadcast(0.0f);
-    Vec t = zero, z = x;
-    if (squash.capped) {
-      t = squash.tanh_of(x);
-      z = squash.cap * t;
+    Vec t = zero, c = x;
+    if (soft_cap.capped) {
+      t = soft_cap.tanh_of(x);
+      c = soft_cap.cap * t;
     }
-    const Vec logp = fma(z, squash.scale, minus_lse) - lse_rest;
+    const Vec logp = fma(c - top, scale, minus_log_total);
     const Vec p = exp(logp);
     Vec g;
     if (ENTROPY) {
@@ -143,22 +142,23 @@ struct LogitGradient {
     } else {
       g = fma(p, d_softmax, onehot);
     }
-    g = g * squash.scale;
-    return squash.capped ? g * (one - t * t) : g;
+    g = g * scale;
+    return soft_cap.capped ? g * (one - t * t) : g;
   }
 };
 
 // TILE entries from `start` on by one group.
 template <class T, class Out, bool ENTROPY, bool WHOLE>
-void tile_grad(const StripGrad& a, const Squash& squash, const Group& group, int64_t start, int64_t entries) {
+void tile_grad(const StripGrad& a, const SoftCap& soft_cap, const Group& group, int64_t start, int64_t entries) {
   const Vec zero = broadcast(0.0f);
   const T* logits = static_cast<const T*>(a.logits) + start * a.tokens;
   Out* out = static_cast<Out*>(a.out) + start * a.tokens + group.first;
   Out tile[TILE][GROUP];
   for (int64_t k = 0; k < VECTORS; ++k) {
     const LogitGradient<ENTROPY> gradient{
-        squash, zero - group.read<WHOLE>(a.lse, k), a.lse_rest ? group.read<WHOLE>(a.lse_rest, k) : zero,
-        group.read<WHOLE>(a.d_softmax, k), ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero, ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
+        soft_cap, broadcast(a.scale), group.read<WHOLE>(a.top, k), zero - group.read<WHOLE>(a.log_total, k),
+        group.read<WHOLE>(a.d_softmax, k), ENTROPY ? group.read<WHOLE>(a.d_entropy, k) : zero,
+        ENTROPY ? group.read<WHOLE>(a.entropy, k) : zero};
     for (int64_t i = 0; i < entries; ++i) {
       const T* row = logits + i * a.tokens;
       if (k == 0) group.prefetch(row, TILE * a.tokens);
@@ -185,13 +185,13 @@ void tile_grad(const StripGrad& a, const Squash& squash, const Group& group, int
 
 template <class T, class Out, bool ENTROPY>
 void strip_grad_of(const StripGrad& a, int64_t begin, int64_t end) {
-  const Squash squash(a.scale, a.softcap);
+  const SoftCap soft_cap(a.softcap);
   for (int64_t start = 0; start < a.entries; start += TILE) {
     const int64_t entries = a.entries - start < TILE ? a.entries - start : TILE;
     for (int64_t index = begin; index < end; ++index) {
       const Group group(index, a.tokens);
       (group.whole() ? tile_grad<T, Out, ENTROPY, true> : tile_grad<T, Out, ENTROPY, false>)(
-          a, squash, group, start, entries);
+          a, soft_cap, group, start, entries);
     }
   }
 }

@@ -1,9 +1,11 @@
-"""What a pass over the vocabulary works on: the head, the valid rows, the gradients wanted, and chunks of rows."""
+"""What a pass over the vocabulary works on (the head, the valid rows, the gradients wanted, chunks of rows), and what
+it asks of each chunk (``VocabularyWork``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +48,35 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+class VocabularyWork(Protocol):
+    """The vocabulary's part of a pass, on chunks of at most ``chunk_rows`` rows; it sums the head's gradients.
+
+    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
+    position, and is 0 elsewhere. They are None where nobody needs them. Per-row vectors are fp32 [rows of the chunk],
+    and mean what they mean in ``portable.row_stats`` and ``portable.row_grad_``.
+    """
+
+    chunk_rows: int
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+        """GEMM 1 and the statistics of each row: writes top, log_total, logp and, where asked, entropy."""
+
+    def gradients(
+        self,
+        chunk: slice,
+        top: Tensor,
+        log_total: Tensor,
+        d_action: Tensor,
+        d_softmax: Tensor,
+        d_entropy: Tensor | None,
+        entropy: Tensor | None,
+    ) -> None:
+        """Adds the chunk's part of the head's gradients: the gradient by the logits, GEMM 2 and GEMM 3."""
 
 
 def chunks_last_to_first(n: int, size: int) -> Iterator[slice]:

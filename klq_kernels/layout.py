@@ -134,7 +134,7 @@ def layout_of(
     if cu_seqlens is None:
         require(len(shape) == 2, name, f"must be [B, T], or [N] with cu_seqlens; got {list(shape)}")
         batch, length = shape
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=tokens.device) * length
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=tokens.device).mul_(length)
     else:
         require(len(shape) == 1, name, f"must be [N] when cu_seqlens is given, got {list(shape)}")
         require(

@@ -59,7 +59,7 @@ def linear_logprobs(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
         workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
-    logp, lse, entropy = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
+    logp, lse, entropy, *_ = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
     return LinearLogprobs(
         logp.reshape(layout.shape), lse.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else None
     )

@@ -70,14 +70,14 @@ def strip_stats(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Takes one more strip of the vocabulary into the running statistics of softmax(z), per token.
+    """Takes one more strip of the vocabulary into the running statistics of each token.
 
     Args:
-        logits: [entries, n] contiguous: raw, of the vocabulary's entries from ``first`` on; z = scale softcap(logits).
+        logits: [entries, n] contiguous: raw, of the vocabulary's entries from ``first`` on; c = softcap(logits).
         actions: int64 [n].
-        top, total, weighted, taken: fp32 [n], updated: the largest z so far, the sum of e = exp(z - top), the sum of
-            e (z - top) (None where no entropy is wanted), and z of the taken token once its strip has come.
-            They start at -inf, 0, 0 and NaN.
+        top, total, weighted, taken: fp32 [n], updated: the largest c so far, the sum of e = exp(d) with
+            d = scale (c - top), the sum of e d (None where no entropy is wanted), and c of the taken token once its
+            strip has come. They start at -inf, 0, 0 and NaN.
     """
     torch.ops.klq_native.strip_stats(logits, first, actions, top, total, weighted, taken, scale, softcap)
 
@@ -86,8 +86,8 @@ def strip_grad(
     logits: Tensor,
     first: int,
     actions: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor | None,
+    top: Tensor,
+    log_total: Tensor,
     d_action: Tensor,
     d_softmax: Tensor,
     d_entropy: Tensor | None,
@@ -102,14 +102,12 @@ def strip_grad(
 
     Args:
         logits, first: as in ``strip_stats``.
-        actions, lse, d_action, d_softmax, d_entropy, entropy: [n], as in ``portable.row_grad_``.
-        lse_rest: fp32 [n], what lse lost when it was rounded to fp32, or None. Where logits are large that is more than
-            the gradient of a likely token.
+        actions, top, log_total, d_action, d_softmax, d_entropy, entropy: [n], as in ``portable.row_grad_``.
         out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
         turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
     """
     torch.ops.klq_native.strip_grad(
-        logits, first, actions, lse, lse_rest, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
+        logits, first, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
     )
 
 

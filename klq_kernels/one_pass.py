@@ -2,7 +2,7 @@
 
     for chunk of rows, last to first:
         logits = hidden[chunk] @ W.T                       GEMM 1
-        lse, logp (, entropy) of each row                  statistics
+        normaliser, logp (, entropy) of each row           statistics
         A (reverse scan with a carry), loss, dlogp, dV     lambda_errors, klq_residual: a few numbers per row
         logits <- dlogp (onehot(action) - softmax)         gradients
         d_hidden[chunk] = logits @ W                       GEMM 2
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import Head, Needs, Rows, chunks_last_to_first
+from .chunks import Head, Needs, Rows, VocabularyWork, chunks_last_to_first
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor
 
@@ -80,7 +80,7 @@ class PassResult(NamedTuple):
 
 def _vocabulary_work(
     backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
-) -> TokenMajor | VocabularyMajor:
+) -> VocabularyWork:
     """Products and row operations in the form that suits the backend."""
     form = VocabularyMajor if backend.VOCABULARY_MAJOR else TokenMajor
     return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
@@ -88,15 +88,17 @@ def _vocabulary_work(
 
 def logprobs_pass(
     backend: ModuleType, rows: Rows, head: Head, *, entropy: bool, workspace_bytes: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy) of every row, fp32 [n]: GEMM 1 and row_stats per chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(logp, top, log_total, entropy) of every row, fp32 [n] (``portable.row_stats``): GEMM 1 and the statistics."""
     n = rows.actions.numel()
-    logp, lse = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(2))
+    logp, top, log_total = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(3))
     entropies = torch.empty_like(logp) if entropy else None
     work = _vocabulary_work(backend, rows, head, NOTHING, keep=False, workspace_bytes=workspace_bytes)
     for chunk in chunks_last_to_first(n, work.chunk_rows):
-        work.statistics(chunk, lse[chunk], logp[chunk], None if entropies is None else entropies[chunk])
-    return logp, lse, entropies
+        work.statistics(
+            chunk, top[chunk], log_total[chunk], logp[chunk], None if entropies is None else entropies[chunk]
+        )
+    return logp, top, log_total, entropies
 
 
 def logprobs_backward_pass(
@@ -104,22 +106,23 @@ def logprobs_backward_pass(
     rows: Rows,
     head: Head,
     needs: Needs,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     entropy: Tensor | None,
     d_logp: Tensor,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
     *,
     workspace_bytes: int | None,
-) -> TokenMajor | VocabularyMajor:
+) -> VocabularyWork:
     """Gradients of the head from those of its per-row outputs: recomputes each chunk of logits, then GEMM 2 and 3."""
     n = rows.actions.numel()
     d_softmax = -d_logp if d_lse is None else d_lse - d_logp
     work = _vocabulary_work(backend, rows, head, needs, keep=False, workspace_bytes=workspace_bytes)
     for chunk in chunks_last_to_first(n, work.chunk_rows):
         work.gradients(
-            chunk, lse[chunk], d_logp[chunk], d_softmax[chunk], None if d_entropy is None else d_entropy[chunk],
-            None if entropy is None else entropy[chunk],
+            chunk, top[chunk], log_total[chunk], d_logp[chunk], d_softmax[chunk],
+            None if d_entropy is None else d_entropy[chunk], None if entropy is None else entropy[chunk],
         )  # fmt: skip
     return work
 
@@ -142,13 +145,17 @@ def klq_pass(
     """The loop at the top of this file. Exactly one of ``targets`` and ``scan`` is given."""
     n = rows.actions.numel()
     device = rows.actions.device
-    logp, lse, losses, d_logp, d_values = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(5))
+    logp, top, log_total, losses, d_logp, d_values = (
+        torch.empty(n, dtype=torch.float32, device=device) for _ in range(6)
+    )
     entropies = torch.empty_like(logp) if entropy else None
     advantages = torch.empty_like(logp) if targets is None else targets.advantages
     carry = torch.zeros(1, dtype=torch.float32, device=device)
     work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
     for chunk in chunks_last_to_first(n, work.chunk_rows):
-        work.statistics(chunk, lse[chunk], logp[chunk], None if entropies is None else entropies[chunk])
+        work.statistics(
+            chunk, top[chunk], log_total[chunk], logp[chunk], None if entropies is None else entropies[chunk]
+        )
         if scan is not None:
             backend.lambda_errors(
                 logp[chunk], scan.ref_logp[chunk], values[chunk],
@@ -166,5 +173,5 @@ def klq_pass(
             grad_scale=grad_scale, **shape._asdict(),
         )  # fmt: skip
         if any(needs):
-            work.gradients(chunk, lse[chunk], d_logp[chunk], -d_logp[chunk], None, None)
+            work.gradients(chunk, top[chunk], log_total[chunk], d_logp[chunk], -d_logp[chunk], None, None)
     return PassResult(logp, entropies, advantages, losses, d_values, work.hidden, work.weight, work.bias)

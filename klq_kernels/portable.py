@@ -32,55 +32,63 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, scratch[: rows.stop - start].copy_(logits[rows])
 
 
-def _cap_and_scale_(x: Tensor, scale: float, softcap: float | None) -> Tensor | None:
-    """Turns raw logits into z = scale * softcap(x) in place; returns tanh(x / softcap), which the gradient needs."""
-    tanh = None
-    if softcap is not None:
-        tanh = x.div_(softcap).tanh_().clone()
-        x.mul_(softcap)
-    if scale != 1.0:
-        x.mul_(scale)
+def _cap_(x: Tensor, softcap: float | None) -> Tensor | None:
+    """Turns raw logits into c = softcap(x) in place; returns tanh(x / softcap), which the gradient needs."""
+    if softcap is None:
+        return None
+    tanh = x.div_(softcap).tanh_().clone()
+    x.mul_(softcap)
     return tanh
 
 
 def row_stats(
     logits: Tensor,
     actions: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     logp: Tensor,
     entropy: Tensor | None,
     *,
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Writes lse = logsumexp(z), logp = z[action] - lse and, where asked, the entropy of softmax(z), per row.
+    """Writes what softmax(z) is normalised by, the log-probability of the taken token and, where asked, the entropy.
+
+    With c = softcap(logits) and z = scale c, scale being 1 / temperature, the normaliser is handed on in two parts,
+
+        top = max c,        log_total = log sum exp(scale (c - top)),        logsumexp(z) = scale top + log_total,
+
+    because a log-probability is a small difference of large logits: (c - top) loses nothing, a logsumexp rounded to
+    fp32 has lost more than the 1 - p of a likely token.
 
     Args:
-        logits: [n, V], raw; z = scale * softcap(logits), scale being 1 / temperature.
+        logits: [n, V], raw.
         actions: int64 [n].
-        lse, logp, entropy: fp32 [n], written.
+        top, log_total, logp, entropy: fp32 [n], written.
     """
     for rows, x in _blocks(logits):
-        _cap_and_scale_(x, scale, softcap)
+        _cap_(x, softcap)
+        torch.amax(x, 1, out=top[rows])
+        x.sub_(top[rows, None])
+        if scale != 1.0:
+            x.mul_(scale)
         taken = x.gather(1, actions[rows, None]).squeeze(1)
-        top = x.amax(1)
-        x.sub_(top[:, None])
         if entropy is None:
-            log_sum = x.exp_().sum(1).log_()
+            torch.log(x.exp_().sum(1), out=log_total[rows])
         else:
             e = x.exp()
             total = e.sum(1)
-            log_sum = total.log()
+            torch.log(total, out=log_total[rows])
             weighted = torch.where(e > 0, e.mul_(x), 0).sum(1)
-            torch.sub(log_sum, weighted.div_(total), out=entropy[rows])
-        torch.add(top, log_sum, out=lse[rows])
-        torch.sub(taken - top, log_sum, out=logp[rows])
+            torch.sub(log_total[rows], weighted.div_(total), out=entropy[rows])
+        torch.sub(taken, log_total[rows], out=logp[rows])
 
 
 def row_grad_(
     logits: Tensor,
     actions: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     d_action: Tensor,
     d_softmax: Tensor,
     d_entropy: Tensor | None,
@@ -95,11 +103,15 @@ def row_grad_(
 
         (d_action onehot(action) + d_softmax p - d_entropy p (log p + entropy)) * dz/dlogits
 
-    where logp has gradient g and lse has gradient s: d_action = g and d_softmax = s - g.
+    where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
+    ``log_total`` are those of ``row_stats``.
     """
     for rows, x in _blocks(logits):
-        tanh = _cap_and_scale_(x, scale, softcap)
-        x.sub_(lse[rows, None])
+        tanh = _cap_(x, softcap)
+        x.sub_(top[rows, None])
+        if scale != 1.0:
+            x.mul_(scale)
+        x.sub_(log_total[rows, None])
         if d_entropy is None or entropy is None:
             x.exp_().mul_(d_softmax[rows, None])
         else:

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from . import planner, products
-from .chunks import Head, Needs, Rows, empty_gradients
+from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients
 
 
-class TokenMajor:
-    """The vocabulary's work on chunks of at most ``chunk_rows`` rows; sums the head's gradients.
-
-    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
-    position, and is 0 elsewhere. With ``keep`` the logits of ``statistics`` are those that ``gradients`` continues
-    with; otherwise it computes them again.
+class TokenMajor(VocabularyWork):
+    """With ``keep`` the logits of ``statistics`` are those that ``gradients`` continues with; otherwise it computes
+    them again.
     """
 
     def __init__(
@@ -37,30 +34,29 @@ class TokenMajor:
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
         self._first = True
 
-    def statistics(self, chunk: slice, lse: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
-        """GEMM 1 and the statistics of each row: writes lse, logp and, where asked, entropy, fp32."""
+    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
         self._project(chunk)
         self._backend.row_stats(
-            self._logits, self._rows.actions[chunk], lse, logp, entropy, scale=self._head.scale,
+            self._logits, self._rows.actions[chunk], top, log_total, logp, entropy, scale=self._head.scale,
             softcap=self._head.softcap,
         )  # fmt: skip
 
     def gradients(
         self,
         chunk: slice,
-        lse: Tensor,
+        top: Tensor,
+        log_total: Tensor,
         d_action: Tensor,
         d_softmax: Tensor,
         d_entropy: Tensor | None,
         entropy: Tensor | None,
     ) -> None:
-        """Adds the chunk's part of the head's gradients: row_grad_, GEMM 2 and GEMM 3."""
         if not self._keep:
             self._project(chunk)
         dlogits = self._logits
         self._backend.row_grad_(
-            dlogits, self._rows.actions[chunk], lse, d_action, d_softmax, d_entropy, entropy, scale=self._head.scale,
-            softcap=self._head.softcap,
+            dlogits, self._rows.actions[chunk], top, log_total, d_action, d_softmax, d_entropy, entropy,
+            scale=self._head.scale, softcap=self._head.softcap,
         )  # fmt: skip
         if self.hidden is not None:
             self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))

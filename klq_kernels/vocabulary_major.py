@@ -12,9 +12,9 @@ CPU's GEMM rearranges W, and the logits, on every call. The second product wants
 it a second time, turned, while it is at hand.
 
 A strip stays in cache between its steps. Where the logits need not survive until the gradient (scoring, or the backward
-of log-probabilities, which knows lse) a strip is all there ever is of them. Where they do, they lie in the memory that
-is to become the weight's gradient if they fit: strips go from last to first, so d_weight[strip] only ever overwrites
-logits that are done with. Each strip of the weight's gradient is then written once, in its own dtype.
+of log-probabilities, which knows the normaliser) a strip is all there ever is of them. Where they do, they lie in the
+memory that is to become the weight's gradient if they fit: strips go from last to first, so d_weight[strip] only ever
+overwrites logits that are done with. Each strip of the weight's gradient is then written once, in its own dtype.
 
 16-bit products of a CPU without 16-bit instructions are emulated; there strips are fp32 (``planner.widens``).
 """
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .chunks import Head, Needs, Rows, empty_gradients
-from .products import add_product
+from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients
+from .products import add_product, strips
 
 
-class VocabularyMajor:
-    """What ``TokenMajor`` is, for a backend with ``strip_stats`` and ``strip_grad``."""
+class VocabularyMajor(VocabularyWork):
+    """For a backend with ``strip_stats`` and ``strip_grad``; ``keep`` as in ``TokenMajor``."""
 
     def __init__(
         self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
@@ -46,7 +46,7 @@ class VocabularyMajor:
         room = planner.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
         self.chunk_rows = planner.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
         size = planner.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
-        self._strips = [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+        self._strips = list(strips(vocab, size))
         inside = self.weight if keep and n <= planner.rows_in_gradient(width, stored, head.gradient_dtype) else None
         own = vocab * self.chunk_rows if keep and inside is None else 0
         # Flat buffers, of which each chunk takes what it needs.
@@ -63,38 +63,35 @@ class VocabularyMajor:
         for buffer in (self.weight, self._kept if own else None, self._strip, self._turned):
             if buffer is not None:
                 backend.populate(buffer)
-        self._lse_rest: Tensor | None = None  # what lse, rounded to fp32, leaves out
         self._first = True
 
-    def statistics(self, chunk: slice, lse: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
-        """GEMM 1 and the statistics of each row: writes lse, logp and, where asked, entropy, fp32."""
+    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
         actions = self._rows.actions[chunk]
         self._hidden = self._rows.take(chunk).to(self._computed)
-        top, total, taken = (torch.full_like(lse, x) for x in (-torch.inf, 0.0, torch.nan))
-        weighted = None if entropy is None else torch.zeros_like(lse)
+        top.fill_(-torch.inf)
+        total, taken = torch.zeros_like(top), torch.full_like(top, torch.nan)
+        weighted = None if entropy is None else torch.zeros_like(top)
         for strip in self._strips:
             logits = self._project(strip)
             self._backend.strip_stats(
                 logits, strip.start, actions, top, total, weighted, taken, scale=self._head.scale,
                 softcap=self._head.softcap,
             )  # fmt: skip
-        log_total = total.log()
-        torch.add(top, log_total, out=lse)
-        torch.sub(taken - top, log_total, out=logp)
-        self._lse_rest = (top - lse).add_(log_total)
+        torch.log(total, out=log_total)
+        torch.sub(taken.sub_(top).mul_(self._head.scale), log_total, out=logp)
         if entropy is not None and weighted is not None:
             torch.sub(log_total, weighted.div_(total), out=entropy)
 
     def gradients(
         self,
         chunk: slice,
-        lse: Tensor,
+        top: Tensor,
+        log_total: Tensor,
         d_action: Tensor,
         d_softmax: Tensor,
         d_entropy: Tensor | None,
         entropy: Tensor | None,
     ) -> None:
-        """Adds the chunk's part of the head's gradients: strip_grad, GEMM 2 and GEMM 3."""
         actions = self._rows.actions[chunk]
         if self._kept is None:
             self._hidden = self._rows.take(chunk).to(self._computed)
@@ -107,8 +104,8 @@ class VocabularyMajor:
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(
-                logits, strip.start, actions, lse, self._lse_rest, d_action, d_softmax, d_entropy, entropy, dlogits,
-                turned, scale=self._head.scale, softcap=self._head.softcap,
+                logits, strip.start, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, dlogits, turned,
+                scale=self._head.scale, softcap=self._head.softcap,
             )  # fmt: skip
             if d_hidden is not None:
                 by_token = dlogits.T if turned is None else turned
@@ -134,7 +131,7 @@ class VocabularyMajor:
 
     def _project(self, strip: slice) -> Tensor:
         """Raw logits of a strip (before softcap and temperature), in the model's dtype, whatever the products' is: the
-        gradient of a likely token is 1 - p, so its logits must be those that lse was made of, to the last bit.
+        gradient of a likely token is 1 - p, so its logits must be those that ``top`` was found in, to the last bit.
         """
         stored = self._stored(strip)
         if stored is not None and stored.dtype == self._computed:

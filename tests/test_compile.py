@@ -63,7 +63,7 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             logprobs_op.linear_logprobs_backward,
             (
                 *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
-                per_row, per_row, per_row, 0.7, 9.0, None, True, True, True,
+                per_row.abs(), per_row, per_row, per_row, 0.7, 9.0, None, True, True, True,
             ),
         ),
         "fused_klq_loss on-policy": (

@@ -81,15 +81,16 @@ def nans(n: int, device: str) -> Tensor:
 def test_row_stats(device: str, dtype: torch.dtype, vocab: int, scale: float, softcap: float | None) -> None:
     n = 5
     logits, actions = logits_like_a_model(n, vocab, dtype, device)
-    lse, logp, entropy = (nans(n, device) for _ in range(3))
-    kernel_module("row_stats").row_stats(logits, actions, lse, logp, entropy, scale=scale, softcap=softcap)
+    top, log_total, logp, entropy = (nans(n, device) for _ in range(4))
+    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, entropy, scale=scale, softcap=softcap)
     z = z_of(logits, scale, softcap)
     p = z.log_softmax(1)
-    torch.testing.assert_close(lse.double(), z.logsumexp(1), rtol=1e-6, atol=2e-5)
+    lse = scale * top.double() + log_total.double()
+    torch.testing.assert_close(lse, z.logsumexp(1), rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(logp.double(), p.gather(1, actions[:, None])[:, 0], rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(entropy.double(), -(p.exp() * p).sum(1), rtol=1e-5, atol=2e-5)
     again = nans(n, device)
-    kernel_module("row_stats").row_stats(logits, actions, lse, again, None, scale=scale, softcap=softcap)
+    kernel_module("row_stats").row_stats(logits, actions, top, log_total, again, None, scale=scale, softcap=softcap)
     assert torch.equal(again, logp)
 
 
@@ -99,11 +100,11 @@ def test_row_stats_of_impossible_tokens_and_masked_vocabulary(device: str) -> No
     actions[2:] = 70
     logits[:, :65] = float("-inf")
     logits[3, 100] = float("nan")
-    lse, logp, entropy = (nans(4, device) for _ in range(3))
-    kernel_module("row_stats").row_stats(logits, actions, lse, logp, entropy, scale=1.0, softcap=None)
+    top, log_total, logp, entropy = (nans(4, device) for _ in range(4))
+    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, entropy, scale=1.0, softcap=None)
     assert logp.isnan().tolist() == [True, True, False, True]
     z = logits[:3, 65:].double()
-    torch.testing.assert_close(lse[:3].double(), z.logsumexp(1), rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close((top + log_total)[:3].double(), z.logsumexp(1), rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(entropy[:3].double(), -(z.softmax(1) * z.log_softmax(1)).sum(1), rtol=1e-5, atol=2e-5)
 
 
@@ -126,11 +127,27 @@ def test_row_grad(
     if with_entropy:
         wanted = wanted + (h.double() * entropy).sum()
     wanted.backward()
-    lse = z.logsumexp(1).detach().float()
+    top = raw.amax(1) if softcap is None else softcap * torch.tanh(raw.amax(1) / softcap)
+    normaliser = (top.detach().float(), (z.logsumexp(1) - scale * top).detach().float())
     extra = (h, entropy.detach().float()) if with_entropy else (None, None)
-    kernel_module("row_grad").row_grad_(logits, actions, lse, g, s - g, *extra, scale=scale, softcap=softcap)
+    kernel_module("row_grad").row_grad_(logits, actions, *normaliser, g, s - g, *extra, scale=scale, softcap=softcap)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.7])
+def test_the_gradient_of_a_likely_token_survives_large_logits(device: str, scale: float) -> None:
+    """1 - p from a logsumexp of 200 rounded to fp32 would be off by 1e-5."""
+    logits = torch.full((9, 131), -9.0, device=device)
+    logits[:, 70] = 200.0 + torch.arange(9, device=device) / 16
+    logits[:, 100] = 194.0
+    actions, one = torch.full((9,), 70, device=device), torch.ones(9, device=device)
+    gold = 1 - (scale * logits.double()).softmax(1)[:, 70]
+    top, log_total, logp = (nans(9, device) for _ in range(3))
+    head = {"scale": scale, "softcap": None}
+    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, None, **head)
+    kernel_module("row_grad").row_grad_(logits, actions, top, log_total, one, -one, None, None, **head)
+    torch.testing.assert_close(logits[:, 70].double(), scale * gold, rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"])

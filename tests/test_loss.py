@@ -100,6 +100,29 @@ def test_precision_contract(
         assert_as_precise_as(gradient, plain.gradients[name], gold.gradients[name], f"d {name}", factor=factor)
 
 
+@pytest.mark.parametrize("head", [{}, {"temperature": 0.75}, {"softcap": 1000.0}], ids=["plain", "warm", "capped"])
+def test_the_gradient_of_a_likely_token_survives_large_logits(device: torch.device, head: dict[str, float]) -> None:
+    """It is 1 - p = 0.0025 here, from logits of 200; a logsumexp rounded to fp32 has lost thousandths of it."""
+    weight = torch.tensor([[200.0], [194.0]], device=device)
+    hidden = torch.linspace(1.0, 1.125, 9, device=device)[None, :, None]  # multiples of 1/64: the logits are exact
+    actions, ones = torch.zeros(1, 9, dtype=torch.int64, device=device), torch.ones(1, 9, device=device)
+
+    def scored(weight: Tensor) -> Tensor:
+        return linear_logprobs(hidden, weight, actions, **head).logprobs.sum()
+
+    def learned(weight: Tensor) -> Tensor:
+        targets = KLQTargets(0 * ones, 0 * ones, 100 * ones)
+        return fused_klq_loss(hidden, weight, actions, 0 * ones, targets=targets, tau=1.0, **head).loss
+
+    exact = weight.double().requires_grad_()
+    logp = reference.linear_logprobs(hidden.double(), exact, actions, **head).logprobs
+    for function, gold in ((scored, logp.sum()), (learned, (logp - 100).square().mean())):
+        leaf = weight.clone().requires_grad_()
+        (found,) = torch.autograd.grad(function(leaf), leaf)
+        (right,) = torch.autograd.grad(gold, exact, retain_graph=True)
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=0)
+
+
 @given(
     mask=masks(),
     vocab=vocabularies,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import native, portable
+from klq_kernels.products import strips
 
 pytestmark = pytest.mark.skipif(native.WHY_UNAVAILABLE is not None, reason=f"native: {native.WHY_UNAVAILABLE}")
 
@@ -58,30 +59,26 @@ def z_of(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
 
 
-def strips_of(vocab: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, vocab)) for start in range(0, vocab, size)]
-
-
 def statistics(
     logits: Tensor, actions: Tensor, *, scale: float = 1.0, softcap: float | None = None, size: int = 4096
 ) -> list[Tensor]:
-    """[lse, logp, entropy] from what strips of this size leave behind."""
+    """[top, log_total, logp, entropy] from what strips of this size leave behind."""
     n = logits.shape[1]
     top, total, weighted, taken = (torch.full((n,), x) for x in (-float("inf"), 0.0, 0.0, NAN))
-    for strip in strips_of(logits.shape[0], size):
+    for strip in strips(logits.shape[0], size):
         native.strip_stats(
             logits[strip], strip.start, actions, top, total, weighted, taken, scale=scale, softcap=softcap
         )
-    lse = top + total.log()
-    return [lse, taken - lse, total.log() - weighted / total]
+    log_total = total.log()
+    return [top, log_total, scale * (taken - top) - log_total, log_total - weighted / total]
 
 
 def gradient(logits: Tensor, *rows: Tensor | None, out: Tensor, size: int = 4096, **head: float | None) -> Tensor:
     """Fills ``out``, [V, n], strip by strip of this size; returns the turned copies side by side, [n, V]."""
     vocab, n = logits.shape
-    turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in strips_of(vocab, size)]
-    for strip, copy in zip(strips_of(vocab, size), turned, strict=True):
-        native.strip_grad(logits[strip], strip.start, *rows[:2], None, *rows[2:], out[strip], copy, **head)
+    turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in strips(vocab, size)]
+    for strip, copy in zip(strips(vocab, size), turned, strict=True):
+        native.strip_grad(logits[strip], strip.start, *rows, out[strip], copy, **head)
     return torch.cat(turned, 1)
 
 
@@ -93,8 +90,9 @@ def test_strip_stats(isa: str, n: int, vocab: int, dtype: torch.dtype, softcap: 
     logits = logits_of(n, vocab, dtype)
     actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5  # never at -inf
     z = z_of(logits.T, 0.7, softcap)
-    logp = z.log_softmax(1)
-    gold = [z.logsumexp(1), logp.gather(1, actions[:, None]).squeeze(1), -torch.xlogy(logp.exp(), logp.exp()).sum(1)]
+    top, logp = z.amax(1), z.log_softmax(1)
+    taken, entropy = logp.gather(1, actions[:, None]).squeeze(1), -torch.xlogy(logp.exp(), logp.exp()).sum(1)
+    gold = [top / 0.7, z.logsumexp(1) - top, taken, entropy]
     for size in (7, 100, 4096):
         ours = statistics(logits, actions, scale=0.7, softcap=softcap, size=size)
         for found, right in zip(ours, gold, strict=True):
@@ -112,9 +110,9 @@ def test_strip_grad(
     for n, size in ((3, 4096), (32, 50), (35, 4096)):
         logits = logits_of(n, vocab, dtype)
         actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5
-        lse, _, entropies = statistics(logits, actions, scale=0.7, softcap=softcap)
+        top, log_total, _, entropies = statistics(logits, actions, scale=0.7, softcap=softcap)
         d_action, d_softmax, d_entropy = torch.randn(3, n, generator=generator(1))
-        rows = (actions, lse, d_action, d_softmax, *((d_entropy, entropies) if entropy else (None, None)))
+        rows = (actions, top, log_total, d_action, d_softmax, *((d_entropy, entropies) if entropy else (None, None)))
         head = {"scale": 0.7, "softcap": softcap}
         right = torch.empty(n, vocab).copy_(logits.T)
         portable.row_grad_(right, *rows, **head)
@@ -131,18 +129,13 @@ def test_strip_grad(
 
 
 def test_the_gradient_of_a_likely_token_survives_large_logits(isa: str) -> None:
-    """1 - p from a log-normaliser of 200 in fp32 would be off by 1e-5; what its rounding lost is handed on."""
+    """1 - p from a log-normaliser of 200 rounded to fp32 would be off by 1e-5."""
     logits = torch.tensor([[200.0, 3.0], [188.0, -9.0]])
     gold = logits.double().softmax(0)
-    lse = logits.double().logsumexp(0)
-    rest = (lse - lse.float()).float()
-    one = torch.ones(2)
-    out = torch.empty_like(logits)
-    native.strip_grad(
-        logits, 0, torch.zeros(2, dtype=torch.int64), lse.float(), rest, one, -one, None, None, out, None,
-        scale=1.0, softcap=None,
-    )  # fmt: skip
-    torch.testing.assert_close(out[0].double(), 1 - gold[0], rtol=0.02, atol=0)
+    actions, one = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    top, log_total, *_ = statistics(logits, actions)
+    gradient(logits, actions, top, log_total, one, -one, None, None, out=logits, scale=1.0, softcap=None)
+    torch.testing.assert_close(logits[0].double(), 1 - gold[0], rtol=0.02, atol=0)
 
 
 def test_tokens_that_are_not_finite(isa: str) -> None:
@@ -150,12 +143,12 @@ def test_tokens_that_are_not_finite(isa: str) -> None:
     logits[7, 0] = NAN
     logits[:, 1] = -float("inf")
     logits[20, 2] = 3e38
-    lse, logp, _ = statistics(logits, torch.tensor([1, 1, 20, 1]))
-    assert lse[0].isnan()
+    top, log_total, logp, _ = statistics(logits, torch.tensor([1, 1, 20, 1]))
+    assert log_total[0].isnan()
     assert logp[0].isnan()
-    assert not torch.isfinite(lse[1])
-    assert (lse[2], logp[2]) == (torch.tensor(3e38), 0.0)
-    assert torch.isfinite(lse[3])
+    assert not torch.isfinite(top[1])
+    assert (top[2], log_total[2], logp[2]) == (torch.tensor(3e38), 0.0, 0.0)
+    assert torch.isfinite(log_total[3])
 
 
 @pytest.mark.parametrize("action", [-1, 40, -(2**63), 2**63 - 1])
@@ -163,10 +156,10 @@ def test_impossible_actions_have_no_log_probability(isa: str, action: int) -> No
     """Which makes their loss and gradients NaN; nothing outside the logits is read or written for them."""
     logits = torch.randn(40, 2, generator=generator())
     actions = torch.tensor([action, 3])
-    lse, logp, _ = statistics(logits, actions, size=16)
+    top, log_total, logp, _ = statistics(logits, actions, size=16)
     assert logp.isnan().tolist() == [True, False]
     d_logp = torch.where(logp.isnan(), NAN, 1.0)
-    gradient(logits, actions, lse, d_logp, -d_logp, None, None, out=logits, size=16, scale=1.0, softcap=None)
+    gradient(logits, actions, top, log_total, d_logp, -d_logp, None, None, out=logits, size=16, scale=1.0, softcap=None)
     assert logits[:, 0].isnan().all()
     assert torch.isfinite(logits[:, 1]).all()
 
@@ -192,7 +185,7 @@ def test_sixteen_bit_conversions(isa: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         row = torch.zeros(1, wanted.numel(), dtype=dtype)  # one logit: p = 1 and the gradient is d_action + d_softmax
         zero = torch.zeros_like(wanted)
-        gradient(row, zero.long(), zero, wanted, zero, None, None, out=row, scale=1.0, softcap=None)
+        gradient(row, zero.long(), zero, zero, wanted, zero, None, None, out=row, scale=1.0, softcap=None)
         torch.testing.assert_close(row[0], wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -312,7 +305,7 @@ def everything(isa: str) -> list[Tensor]:
     for dtype in DTYPES:
         logits = logits_of(n, vocab, dtype)
         found = statistics(logits, actions, size=1000)
-        rows = (actions, found[0], torch.ones(n), -torch.ones(n), torch.ones(n), found[2])
+        rows = (actions, *found[:2], torch.ones(n), -torch.ones(n), torch.ones(n), found[3])
         out += [*found, gradient(logits, *rows, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
     return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 
@@ -405,7 +398,7 @@ def wrong_calls() -> dict[str, Callable[[], None]]:
 
     def grad(out: Tensor, turned: Tensor | None = None) -> Callable[[], None]:
         logits = torch.zeros(5, 4, dtype=torch.bfloat16)
-        return lambda: native.strip_grad(logits, 0, actions, row, None, row, row, None, None, out, turned, **head)
+        return lambda: native.strip_grad(logits, 0, actions, row, row, row, row, None, None, out, turned, **head)
 
     return {
         "short output": lambda: native.reverse_scan(row, row, None, ends, torch.empty(3)),

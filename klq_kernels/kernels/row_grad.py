@@ -1,7 +1,7 @@
 """The gradient by a row of logits, written over the logits.
 
-Everything of vocabulary size in the KLQ gradient is a row scalar times a softmax row. With p = 2^(k x - lse log2(e)),
-each logit x becomes
+Everything of vocabulary size in the KLQ gradient is a row scalar times a softmax row. With k = log2(e) / temperature
+and p = 2^(k (x - top) - log_total log2(e)), each logit x becomes
 
     (d_action [v = action] + d_softmax p - d_entropy p (log p + entropy)) * scale * (1 - tanh^2 of the soft cap):
 
@@ -21,7 +21,7 @@ from .math import LN2, LOG2E, soft_cap
 
 @triton.jit
 def row_grad_kernel(
-    logits, actions, lse, d_action, d_softmax, d_entropy, entropy, stride, scale, softcap,
+    logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, stride, scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -32,7 +32,7 @@ def row_grad_kernel(
     x = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
     if softcap is not None:
         x, tanh = soft_cap(x, softcap)
-    log2_p = tl.fma(x, scale * LOG2E, -tl.load(lse + row) * LOG2E)
+    log2_p = tl.fma(x - tl.load(top + row), scale * LOG2E, -tl.load(log_total + row) * LOG2E)
     p = tl.exp2(log2_p)
     factor = tl.load(d_softmax + row) * scale
     if d_entropy is not None:
@@ -52,7 +52,8 @@ def row_grad_kernel(
 def row_grad_(
     logits: Tensor,
     actions: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     d_action: Tensor,
     d_softmax: Tensor,
     d_entropy: Tensor | None,
@@ -65,6 +66,6 @@ def row_grad_(
     n, vocab = logits.shape
     with on_device(logits):
         row_grad_kernel[(n, triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, actions, lse, d_action, d_softmax, d_entropy, entropy, logits.stride(0), scale, softcap,
+            logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, logits.stride(0), scale, softcap,
             **ROW_GRAD.sizes, num_warps=ROW_GRAD.num_warps,
         )  # fmt: skip

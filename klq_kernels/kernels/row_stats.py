@@ -1,14 +1,15 @@
-"""Row statistics: logsumexp, log-probability of the taken token, entropy, in one read of the logits.
+"""Row statistics: the normaliser, log-probability of the taken token, entropy, in one read of the logits.
 
 One program per row, an online softmax over tiles of GROUPS x LANES logits. Each lane keeps its own running maximum m
 and running sums
 
-    s = sum 2^(k x - k m),        t = sum 2^(k x - k m) (k x - k m),        k = log2(e) / temperature,
+    s = sum 2^(k (x - m)),        t = sum 2^(k (x - m)) k (x - m),        k = log2(e) / temperature,
 
-so a tile costs one exp2 and one fused multiply-add per logit plus one rescaling exp2 per lane, and no thread talks to
-another before the row ends. There the lanes are joined: with M = max m, S = sum s 2^(k m - k M), and T alike,
+so a tile costs one exp2, one subtraction and one product per logit plus one rescaling exp2 per lane, and no thread
+talks to another before the row ends. (k x - k m would be one instruction, and lose what large logits differ by.) There
+the lanes are joined: with M = max m, S = sum s 2^(k (m - M)), and T alike,
 
-    lse = (k M + log2 S) ln 2,    logp = (k x_a - k M - log2 S) ln 2,    entropy = (log2 S - T / S) ln 2.
+    top = M,    log_total = log2 S ln 2,    logp = (k (x_a - M) - log2 S) ln 2,    entropy = (log2 S - T / S) ln 2.
 
 Lanes start from a finite maximum, so that logits of -inf (a masked vocabulary) need no special case; a NaN or +inf
 logit makes the row NaN. A token id outside the vocabulary makes logp NaN: never a plausible wrong number.
@@ -35,7 +36,7 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
     top = tl.maximum(m, tl.max(x, axis=0))
     step = (m - top) * k
     shrink = tl.exp2(step)
-    y = tl.fma(x, k, (-top * k)[None, :])
+    y = (x - top[None, :]) * k
     e = tl.exp2(y)
     if ENTROPY:
         y = tl.maximum(y, NEGLIGIBLE)  # a logit of -inf has e = 0, and 0 * -inf would be NaN
@@ -45,7 +46,7 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
 
 @triton.jit
 def row_stats_kernel(
-    logits, actions, lse, logp, entropy, stride, vocab, scale, softcap,
+    logits, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = GROUPS * LANES
@@ -70,27 +71,29 @@ def row_stats_kernel(
             x = tl.where(cols < vocab, x, float("-inf"))
         m, s, t = _absorb(x, m, s, t, k, None, ENTROPY)
 
-    top = tl.max(m, axis=0)
-    step = (m - top) * k
+    highest = tl.max(m, axis=0)
+    step = (m - highest) * k
     shrink = tl.exp2(step)
     total = tl.sum(s * shrink, axis=0)
-    log_total = tl.log2(total)
+    log2_total = tl.log2(total)
     action = tl.load(actions + row)
     known = (action >= 0) & (action < vocab)
     taken = tl.load(base + action, mask=known, other=float("nan")).to(tl.float32)
     if softcap is not None:
         taken, _ = soft_cap(taken, softcap)
-    tl.store(lse + row, tl.fma(top, k, log_total) * LN2)
-    tl.store(logp + row, tl.fma(taken - top, k, -log_total) * LN2)
+    tl.store(top + row, highest)
+    tl.store(log_total + row, log2_total * LN2)
+    tl.store(logp + row, tl.fma(taken - highest, k, -log2_total) * LN2)
     if ENTROPY:
         weighted = tl.sum(shrink * tl.fma(step, s, t), axis=0)
-        tl.store(entropy + row, (log_total - weighted / total) * LN2)
+        tl.store(entropy + row, (log2_total - weighted / total) * LN2)
 
 
 def row_stats(
     logits: Tensor,
     actions: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     logp: Tensor,
     entropy: Tensor | None,
     *,
@@ -102,6 +105,6 @@ def row_stats(
     config = ROW_STATS[logits.element_size()]
     with on_device(logits):
         row_stats_kernel[(n,)](
-            logits, actions, lse, logp, entropy, logits.stride(0), vocab, scale, softcap,
+            logits, actions, top, log_total, logp, entropy, logits.stride(0), vocab, scale, softcap,
             **config.sizes, num_warps=config.num_warps,
         )  # fmt: skip

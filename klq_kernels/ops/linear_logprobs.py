@@ -1,6 +1,6 @@
 """klq_kernels::linear_logprobs: log-probability, log-normaliser and entropy of the taken token under a linear head.
 
-Forward keeps three numbers per row. Backward recomputes each chunk of logits: the gradient depends on what the caller
+Forward keeps four numbers per row. Backward recomputes each chunk of logits: the gradient depends on what the caller
 does with the outputs, so, unlike in ``fused_loss``, it cannot be formed ahead of time.
 """
 
@@ -31,30 +31,37 @@ def linear_logprobs(
     softcap: float | None,
     return_entropy: bool,
     workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, lse, entropy), fp32 [M], 0 at masked positions; entropy is empty unless asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, entropy, top, log_total), fp32 [M], 0 at masked positions; entropy is empty unless asked for.
+
+    ``top`` and ``log_total`` are for backward: lse in the two parts of ``portable.row_stats``.
+    """
     index, _ = layout.valid_rows(mask, cu_seqlens, rows, actions.numel())
     taken = layout.take_rows(actions, index)
     assert taken is not None
     layout.check_actions(taken, weight.shape[0])
+    head = make_head(hidden, weight, bias, temperature, softcap, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        results = logprobs_pass(
+        logp, top, log_total, entropy = logprobs_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, temperature, softcap, torch.float32),
+            head,
             entropy=return_entropy,
             workspace_bytes=workspace_bytes,
         )
-    logp, lse, entropy = (None if r is None else layout.put_rows(r, index, actions.numel()) for r in results)
-    assert logp is not None
-    assert lse is not None
-    return logp, lse, logp.new_empty(0) if entropy is None else entropy
+    lse = torch.add(log_total, top, alpha=head.scale)
+
+    def put(vector: Tensor | None) -> Tensor:
+        return logp.new_empty(0) if vector is None else layout.put_rows(vector, index, actions.numel())
+
+    return put(logp), put(lse), put(entropy), put(top), put(log_total)
 
 
 @linear_logprobs.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
     logp = hidden.new_empty(actions.shape[0], dtype=torch.float32)
-    return logp, torch.empty_like(logp), torch.empty_like(logp) if args[5] else logp.new_empty(0)
+    entropy = torch.empty_like(logp) if args[5] else logp.new_empty(0)
+    return logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp)
 
 
 @torch.library.custom_op("klq_kernels::linear_logprobs_backward", mutates_args=())
@@ -66,7 +73,8 @@ def linear_logprobs_backward(
     mask: Tensor | None,
     cu_seqlens: Tensor,
     rows: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     entropy: Tensor | None,
     d_logp: Tensor | None,
     d_lse: Tensor | None,
@@ -86,8 +94,8 @@ def linear_logprobs_backward(
 
     taken = layout.take_rows(actions, index)
     assert taken is not None
-    row_lse = take(lse)
-    row_d_logp = torch.zeros_like(row_lse) if d_logp is None else take(d_logp)
+    row_top = take(top)
+    row_d_logp = torch.zeros_like(row_top) if d_logp is None else take(d_logp)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
@@ -101,7 +109,8 @@ def linear_logprobs_backward(
                 weight_gradient_dtype(hidden, weight, workspace_bytes, keep=False),
             ),
             Needs(need_hidden, need_weight, need_bias),
-            row_lse,
+            row_top,
+            take(log_total),
             take(entropy),
             row_d_logp,
             take(d_lse),
@@ -128,19 +137,20 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, actions, mask, cu_seqlens, rows, *ctx.settings = inputs
-    _, lse, entropy = output
+    _, _, entropy, top, log_total = output
+    ctx.mark_non_differentiable(top, log_total)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, actions, mask, cu_seqlens, rows, lse, entropy)
+    ctx.save_for_backward(hidden, weight, bias, actions, mask, cu_seqlens, rows, top, log_total, entropy)
 
 
 def _backward(
-    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None
+    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, lse, entropy = ctx.saved_tensors
+    *inputs, entropy = ctx.saved_tensors
     temperature, softcap, return_entropy, workspace_bytes = ctx.settings
     needs = ctx.needs_input_grad[:3]
     gradients = linear_logprobs_backward(
-        *inputs, lse, entropy if return_entropy else None, d_logp, d_lse, d_entropy if return_entropy else None,
+        *inputs, entropy if return_entropy else None, d_logp, d_lse, d_entropy if return_entropy else None,
         temperature, softcap, workspace_bytes, *needs,
     )  # fmt: skip
     return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8)
