@@ -6,12 +6,17 @@ Every contender is held against float64 before it is timed. Contenders take turn
 slows all of them. The products, the naive losses and the other scans are those of the other benchmarks (``tasks``,
 ``contenders``). Beside the bars stand figures without a limit: what the machine itself, or PyTorch, needs for the same.
 Sections named in ``--only`` replace those of their name in the output; the others stay.
+
+glibc gives large blocks back to the system as soon as they are freed, so that every new gradient costs page faults,
+in all contenders that return one. With GLIBC_TUNABLES in the environment, which can tell it to keep them (README,
+"Limits"), the sections are stored and named apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -320,8 +325,10 @@ def main() -> None:
         medians = {call: statistics.median(taken) for call, taken in samples.items()}
         bars = section.bars(medians)
         print(*bars, sep="\n", flush=True)
-        command = f"python -m bench.native_bars --only {name}"
-        found[name] = {
+        tunables = os.environ.get("GLIBC_TUNABLES")
+        setting = f"GLIBC_TUNABLES={tunables} " if tunables else ""
+        command = f"{setting}python -m bench.native_bars --only {name}"
+        found[setting + name] = {
             "rounds": arguments.rounds,
             "environment": environment.describe(CPU, command) | {"isa": native.use_isa()},
             "bars": [bar._asdict() | {"met": bar.met} for bar in bars],
