@@ -110,10 +110,10 @@ struct ReverseScanStep {
     if (VARYING) term[TERMS - 1] = block.read<FP32>(a.decay);
   }
 
-  // Nothing follows the last token of a sequence, so whatever its decay holds must not count.
+  // Nothing follows the last token of a sequence, so whatever its decay holds, or comes to over a block, must not count.
   Vec solve(const Vec* term, Vec beyond, bool last, Vec* state) const {
-    if (!VARYING) return *state = constant.solve(term[0], beyond);
-    const Vec b = term[TERMS - 1];
+    if (!VARYING && !last) return *state = constant.solve(term[0], beyond);
+    const Vec b = VARYING ? term[TERMS - 1] : constant.step1;
     return *state = Decays(last ? select(lanes_of(ALL >> 1), b, broadcast(0.0f)) : b).solve(term[0], beyond);
   }
 };

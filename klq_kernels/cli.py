@@ -1,7 +1,7 @@
 """The ``klq`` command: every command is declared here, in one place, and does its work elsewhere.
 
 Commands import what they need when they are called, so that ``klq info`` does not wait for a training stack. A
-ValueError, which is how this package reports bad input, is shown as one line.
+ValueError, which is how this package reports bad input, is shown as one line, and so is an import that fails.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
     models: Annotated[int, typer.Option(help="Models held: the policy, a reference, ...")] = 2,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = True,
-    device: Annotated[str, typer.Option(help="cuda or cpu: decides the chunks.")] = "cuda",
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu: decides the chunks. By default cuda, with --measure what is here.")
+    ] = None,
     workspace_mib: Annotated[int | None, typer.Option(help="Memory for one chunk of logits.")] = None,
     budget_gib: Annotated[float | None, typer.Option(help="What fits into this much memory?")] = None,
     tflops: Annotated[float | None, typer.Option(help="GEMM rate to predict times from.")] = None,
@@ -90,17 +92,20 @@ def plan(
     import torch
 
     from . import plan as planning
+    from .layout import require_number
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"dtype: must be one of {', '.join(dtypes)}; got {dtype!r}")
+    if tflops is not None:
+        require_number("tflops", tflops, low=0.0, open_low=True)
     model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
     if config is not None:
         model = planning.from_config(config)
     workspace = None if workspace_mib is None else workspace_mib * 2**20
     run = planning.Run(
         batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
-        checkpointing, torch.device(device), workspace,
+        checkpointing, planning.device_for(device, measure), workspace,
     )  # fmt: skip
     rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
     budget = None if budget_gib is None else int(budget_gib * 2**30)
@@ -142,9 +147,9 @@ def experiment(
 
 
 def main() -> None:
-    """The entry point. Exits with 2 where the input was bad."""
+    """The entry point. Exits with 2 where the input was bad or a package is missing."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print("klq:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

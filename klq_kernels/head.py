@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .layout import DTYPES, Layout, require, require_number
+from .layout import DTYPES, Layout, require, require_number, require_tensor
 
 
 class HeadInputs(NamedTuple):
@@ -35,6 +35,9 @@ def check_head(
     """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them."""
     if process_group is not None:
         raise NotImplementedError("process_group: a head split over processes is not supported; pass the whole weight")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            require_tensor(name, tensor)
     require(
         hidden.dim() == len(layout.shape) + 1 and tuple(hidden.shape[:-1]) == layout.shape,
         "hidden",
@@ -42,7 +45,7 @@ def check_head(
     )
     require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}")
     vocab, width = weight.shape
-    require(vocab > 0, "weight", "must have at least one row")
+    require(vocab > 0 and width > 0, "weight", f"must have at least one row and column, got {list(weight.shape)}")
     require(
         width == hidden.shape[-1],
         "weight",
@@ -69,5 +72,10 @@ def check_head(
     require_number("temperature", temperature, low=0.0, open_low=True)
     if softcap is not None:
         require_number("softcap", softcap, low=0.0, open_low=True)
+    require(
+        workspace_bytes is None or isinstance(workspace_bytes, int),
+        "workspace_bytes",
+        f"must be an int or None, got {workspace_bytes!r}",
+    )
     planner.chunk_rows(1, vocab, hidden.dtype, device, workspace_bytes)
-    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long())
+    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous())

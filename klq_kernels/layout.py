@@ -34,6 +34,7 @@ class Packing(NamedTuple):
 class Layout(NamedTuple):
     """How the caller's per-token tensors are laid out; ``packing`` is set where the valid rows are known already."""
 
+    name: str  # of the argument that the shape is taken from
     shape: tuple[int, ...]
     mask: Tensor | None
     cu_seqlens: Tensor
@@ -49,24 +50,28 @@ class Layout(NamedTuple):
             return None, self.packing.row_cu_seqlens, self.packing.rows
         return self.mask, self.cu_seqlens, None
 
-    def flat(self, name: str, tensor: Tensor | None) -> Tensor | None:
+    def flat(self, name: str, tensor: Tensor) -> Tensor:
         """A per-token tensor as [M], or the ValueError that names it."""
-        if tensor is None:
-            return None
+        require_tensor(name, tensor)
         device = self.cu_seqlens.device
         if tensor.shape != self.shape:  # messages are made where they are needed: a scan takes as long as five of them
             wanted, found = list(self.shape), list(tensor.shape)
-            raise ValueError(f"{name}: must have the shape of actions, {wanted}; got {found}")
+            raise ValueError(f"{name}: must have the shape of {self.name}, {wanted}; got {found}")
         if tensor.device != device:
             raise ValueError(f"{name}: must be on {device}, got {tensor.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: must be a floating-point tensor, got {tensor.dtype}")
         return tensor.reshape(-1)
 
+    def flat_or_none(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """``flat`` for an argument that may be left out."""
+        return None if tensor is None else self.flat(name, tensor)
+
     def per_sequence(self, name: str, tensor: Tensor | None) -> Tensor | None:
         """A per-sequence tensor as [B], or the ValueError that names it."""
         if tensor is None:
             return None
+        require_tensor(name, tensor)
         batch = self.cu_seqlens.numel() - 1
         require(tuple(tensor.shape) == (batch,), name, f"must have shape [{batch}], got {list(tensor.shape)}")
         require(
@@ -80,6 +85,7 @@ class Layout(NamedTuple):
 
         A tensor of the tokens' own shape is per token; this decides the one ambiguous case, packed with N = B.
         """
+        require_tensor("rewards", rewards)
         batch = self.cu_seqlens.numel() - 1
         if tuple(rewards.shape) == self.shape:
             return self.flat("rewards", rewards), None
@@ -97,6 +103,12 @@ def require(condition: bool, name: str, message: str) -> None:
         raise ValueError(f"{name}: {message}")
 
 
+def require_tensor(name: str, value: object) -> None:
+    """Raises the ValueError that names the argument unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: must be a tensor, got {type(value).__name__}")
+
+
 def require_number(
     name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
@@ -106,7 +118,7 @@ def require_number(
     ok = ok and value <= high and (value > low if open_low else value >= low)
     if not ok:
         bounds = f"{'(' if open_low else '['}{low}, {high}]"
-        raise ValueError(f"{name}: must be a finite number in {bounds}, got {value!r}")
+        raise ValueError(f"{name}: must be a finite int or float in {bounds}, got {value!r}")
 
 
 def checks_on_device() -> bool:
@@ -123,6 +135,9 @@ def layout_of(
     name: str = "actions",
 ) -> Layout:
     """The layout of a call, from one of its per-token tensors. Raises ValueError on an inconsistent description."""
+    for argument, given in ((name, tokens), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None or argument == name:
+            require_tensor(argument, given)
     shape = tuple(tokens.shape)
     if packing is not None:
         require(mask is None and cu_seqlens is None, "packing", "already holds mask and cu_seqlens; pass it alone")
@@ -130,7 +145,7 @@ def layout_of(
             packing.shape == shape, "packing", f"was built for shape {list(packing.shape)}, {name} has {list(shape)}"
         )
         require(packing.cu_seqlens.device == tokens.device, "packing", f"must be on {tokens.device}")
-        return Layout(shape, packing.mask, packing.cu_seqlens, packing)
+        return Layout(name, shape, packing.mask, packing.cu_seqlens, packing)
     if cu_seqlens is None:
         require(len(shape) == 2, name, f"must be [B, T], or [N] with cu_seqlens; got {list(shape)}")
         batch, length = shape
@@ -149,9 +164,9 @@ def layout_of(
         require(mask.dtype == torch.bool, "mask", f"must be a bool tensor, got {mask.dtype}")
         require(tuple(mask.shape) == shape, "mask", f"must have shape {list(shape)}, got {list(mask.shape)}")
         require(mask.device == tokens.device, "mask", f"must be on {tokens.device}, got {mask.device}")
-        mask = mask.reshape(-1)
+        mask = mask.reshape(-1).contiguous()
     require(tokens.numel() < 2**31, name, "must hold fewer than 2**31 tokens")
-    return Layout(shape, mask, cu_seqlens.contiguous(), None)
+    return Layout(name, shape, mask, cu_seqlens.contiguous(), None)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .head import check_head
-from .layout import Layout, Packing, layout_of, require, require_number
+from .layout import Layout, Packing, layout_of, require, require_number, require_tensor
 from .metrics import metric_names
 from .ops.fused_loss import fused_klq_loss as fused_op
 from .ops.klq_loss import klq_loss as unfused_op
@@ -113,19 +113,18 @@ def fused_klq_loss(
         per_token = scores = None
         old = _flat_targets(layout, targets)
     flat_values = layout.flat("values", values)
-    assert flat_values is not None
     _check_weights(weights)
     learning = torch.is_grad_enabled()
     loss, numbers, *_ = fused_op(
         *inputs,
         flat_values,
         *old,
-        layout.flat("ref_logprobs", ref_logprobs),
+        layout.flat_or_none("ref_logprobs", ref_logprobs),
         per_token,
         scores,
         layout.per_sequence("bootstrap_values", bootstrap_values),
-        layout.flat("trace", trace),
-        layout.flat("weights", weights),
+        layout.flat_or_none("trace", trace),
+        layout.flat_or_none("weights", weights),
         *layout.row_args(),
         _denominator(denom, hidden.device),
         gamma,
@@ -194,8 +193,8 @@ def klq_loss(
     loss, numbers, *_ = unfused_op(
         *flat,
         *_flat_targets(layout, targets),
-        layout.flat("ref_logprobs", ref_logprobs),
-        layout.flat("weights", weights),
+        layout.flat_or_none("ref_logprobs", ref_logprobs),
+        layout.flat_or_none("weights", weights),
         *layout.row_args(),
         _denominator(denom, logprobs.device),
         tau,
@@ -220,7 +219,10 @@ def _check_loss(
 
 
 def _check_weights(weights: Tensor | None) -> None:
-    require(weights is None or not weights.requires_grad, "weights", "carry no gradient; pass weights.detach()")
+    if weights is None:
+        return
+    require_tensor("weights", weights)
+    require(not weights.requires_grad, "weights", "carry no gradient; pass weights.detach()")
 
 
 def _flat_targets(layout: Layout, targets: KLQTargets) -> tuple[Any, ...]:

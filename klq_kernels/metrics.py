@@ -79,7 +79,7 @@ def klq_metrics(
         "value_mean": rows.values.mean(),
         "advantage_mean": rows.advantages.mean(),
         "residual_rms": (change - alpha * rows.advantages).square().mean().sqrt(),
-        "explained_variance": torch.where(spread > 0, 1 - unexplained / spread, 0.0),
+        "explained_variance": torch.where(spread == 0, 0.0, 1 - unexplained / spread),
     }
     if rows.decay_next is not None:
         following = torch.where(rows.decay_next == 0, 0.0, rows.decay_next * rows.advantages.roll(-1))
@@ -92,8 +92,10 @@ def klq_metrics(
         out["q_mean"] = (tau * rho + rows.values).mean()
         out["log_ratio_mean"] = out["kl_ref_k1"] = rho.mean()
         out["kl_ref_k3"] = (torch.expm1(-rho) + rho).mean()
-    out["value_clip_fraction"] = (change.abs() > value_clip).float().mean()
-    out["log_ratio_clip_fraction"] = (d.abs() > log_ratio_clip).float().mean()
+    if "value_clip_fraction" in names:
+        out["value_clip_fraction"] = (change.abs() > value_clip).float().mean()
+    if "log_ratio_clip_fraction" in names:
+        out["log_ratio_clip_fraction"] = (d.abs() > log_ratio_clip).float().mean()
     if rows.entropy is not None:
         out["entropy"] = rows.entropy.mean()
     return torch.stack([out[name] for name in names])

@@ -83,11 +83,14 @@ def from_config(path_or_id: str) -> Model:
     """Sizes from a Hugging Face config: a directory, a file or an id. Needs transformers.
 
     Raises:
-        ValueError: where the config is not that of a language model.
+        ValueError: where there is no such config, or it is not that of a language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path_or_id)
+    try:
+        config = AutoConfig.from_pretrained(path_or_id)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: cannot load {path_or_id!r}: {error}") from error
     text = config.get_text_config()
     wanted = ("hidden_size", "vocab_size", "num_hidden_layers")
     absent = [name for name in wanted if not hasattr(text, name)]
@@ -104,6 +107,17 @@ def from_config(path_or_id: str) -> Model:
         kv_share=(getattr(text, "num_key_value_heads", None) or query_heads) / query_heads,
         parameters=count,
     )
+
+
+def device_for(name: str | None, measure: bool) -> torch.device:
+    """The device that is named; by default a GPU or, where its speed is to be measured, what this machine has."""
+    present = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    if name is None:
+        name = present[0] if measure else "cuda"
+    require(name in ("cuda", "cpu"), "device", f"must be cuda or cpu, got {name!r}")
+    missing = "PyTorch sees no GPU here to measure; give --device cpu, or --tflops in place of --measure"
+    require(not measure or name in present, "device", missing)
+    return torch.device(name)
 
 
 def trained_parameters(model: Model, run: Run) -> int:

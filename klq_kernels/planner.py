@@ -156,10 +156,11 @@ def weight_gradient_dtype(
     """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
 
     Where one chunk holds all ``positions``, the product of a CPU, rounded to 16 bits as it is written, is the gradient
-    as it stands, and an fp32 copy would hold the same numbers in twice the memory. ``keep``: whether logits are kept
-    from the forward to the gradient, as the loss does and the backward of log-probabilities does not.
+    as it stands, and an fp32 copy would hold the same numbers in twice the memory. Not in fp16, where gradients are
+    carried at a scale (``GradientScale``) at which their sum over tokens may be too large. ``keep``: whether logits are
+    kept from the forward to the gradient, as the loss does and the backward of log-probabilities does not.
     """
-    if device.type != "cpu" or torch.float32 in (dtype, weight_dtype):
+    if device.type != "cpu" or dtype != torch.bfloat16 or weight_dtype != torch.bfloat16:
         return torch.float32
     if vocabulary_major(device):
         room = rows_in_one_chunk(width, dtype, dtype, workspace_bytes)
@@ -281,11 +282,11 @@ def fused_memory(p: Problem) -> Memory:
     d_hidden, d_weight = _head_gradients(p)
     masked = p.positions is not None and p.positions != p.tokens
     row_bytes = p.hidden * p.dtype.itemsize
-    in_fp32 = p.weight_gradient_dtype == torch.float32
-    accumulator = 4 * p.vocab * p.hidden * p.weight_gradient * in_fp32
+    added_up_as_it_is = p.weight_gradient_dtype == (p.weight_dtype or p.dtype)
+    accumulator = 0 if added_up_as_it_is else 4 * p.vocab * p.hidden * p.weight_gradient
     forward = _nonzero(
         weight_gradient_fp32=accumulator,
-        weight_gradient=d_weight * (not in_fp32),
+        weight_gradient=d_weight * added_up_as_it_is,
         hidden_gradient=d_hidden,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
         weight_cast=p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0,
@@ -293,7 +294,7 @@ def fused_memory(p: Problem) -> Memory:
     )
     backward = _nonzero(
         weight_gradient_fp32=accumulator,
-        weight_gradient=d_weight if not in_fp32 or (p.weight_dtype or p.dtype) != torch.float32 else 0,
+        weight_gradient=d_weight,
         hidden_gradient=d_hidden,
     )
     return Memory(forward, backward)

@@ -63,16 +63,17 @@ def row_stats(
 
     Args:
         logits: [n, V], raw.
-        actions: int64 [n].
+        actions: int64 [n]; outside 0 .. V-1 the log-probability is NaN.
         top, log_total, logp, entropy: fp32 [n], written.
     """
+    known = actions.clamp(0, logits.shape[1] - 1)
     for rows, x in _blocks(logits):
         _cap_(x, softcap)
         torch.amax(x, 1, out=top[rows])
         x.sub_(top[rows, None])
         if scale != 1.0:
             x.mul_(scale)
-        taken = x.gather(1, actions[rows, None]).squeeze(1)
+        taken = x.gather(1, known[rows, None]).squeeze(1)
         if entropy is None:
             torch.log(x.exp_().sum(1), out=log_total[rows])
         else:
@@ -82,6 +83,7 @@ def row_stats(
             weighted = torch.where(e > 0, e.mul_(x), 0).sum(1)
             torch.sub(log_total[rows], weighted.div_(total), out=entropy[rows])
         torch.sub(taken, log_total[rows], out=logp[rows])
+    logp.masked_fill_(known != actions, torch.nan)
 
 
 def row_grad_(
@@ -104,8 +106,9 @@ def row_grad_(
         (d_action onehot(action) + d_softmax p - d_entropy p (log p + entropy)) * dz/dlogits
 
     where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
-    ``log_total`` are those of ``row_stats``.
+    ``log_total`` are those of ``row_stats``. An action outside 0 .. V-1 has a ``d_action`` of NaN already.
     """
+    known = actions.clamp(0, logits.shape[1] - 1)
     for rows, x in _blocks(logits):
         tanh = _cap_(x, softcap)
         x.sub_(top[rows, None])
@@ -118,7 +121,7 @@ def row_grad_(
             p = x.exp()
             x.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).add_(d_softmax[rows, None]).mul_(p)
             x.masked_fill_(p == 0, 0.0)
-        x.scatter_add_(1, actions[rows, None], d_action[rows, None])
+        x.scatter_add_(1, known[rows, None], d_action[rows, None])
         if scale != 1.0:
             x.mul_(scale)
         if tanh is not None:

@@ -55,7 +55,12 @@ def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total (+)= left @ right, in memory where total has their dtype, else rounded to it before it is added."""
+    """total (+)= left @ right, in memory where total has their dtype, else rounded to theirs before it is added.
+
+    Not so in fp16: a sum over many tokens may lie beyond it where their mean, which the caller sees, does not.
+    """
+    if left.dtype == torch.float16 and total.dtype == torch.float32:
+        left, right = left.float(), right.float()
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif first:

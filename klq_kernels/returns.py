@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Packing, layout_of, require, require_number
+from .layout import Layout, Packing, layout_of, require_number, require_tensor
 from .ops import scans
 from .types import KLQTargets
 
@@ -140,6 +140,7 @@ def klq_targets(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
+    require_tensor("ref_logprobs", ref_logprobs)
     inputs = _scan_inputs(
         layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
     )
@@ -164,17 +165,16 @@ def _scan_inputs(
         require_number("tau", tau, low=0.0, open_low=True)
     require_number("gamma", gamma, low=0.0, high=1.0)
     require_number("lam", lam, low=0.0, high=1.0)
-    require(isinstance(rewards, Tensor), "rewards", f"must be a tensor, got {type(rewards).__name__}")
     per_token, scores = layout.rewards(rewards)
     tail = scans.tail_values(
         layout.cu_seqlens, layout.per_sequence("bootstrap_values", bootstrap_values), scores, gamma
     )
     columns = (
-        layout.flat("logprobs", logprobs),
-        layout.flat("ref_logprobs", ref_logprobs),
+        layout.flat_or_none("logprobs", logprobs),
+        layout.flat_or_none("ref_logprobs", ref_logprobs),
         layout.flat("values", values),
         per_token,
-        layout.flat("trace", trace),
+        layout.flat_or_none("trace", trace),
     )
     detached = (None if t is None else t.detach() for t in columns)
     return *detached, tail, *layout.scan_args(), tau, gamma, lam

@@ -25,6 +25,7 @@ settings.register_profile(
     max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+settings.register_profile("few", settings.get_profile("default"), max_examples=5)  # where each takes long
 settings.register_profile("search", settings.get_profile("default"), derandomize=False, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -54,6 +55,7 @@ PLACES = [
     Place("native", torch.device("cpu")),
     Place("triton", torch.device("cuda")),
     Place("torch", torch.device("cuda")),
+    *([Place("triton", torch.device("cpu"))] if INTERPRETED else []),
 ]
 
 

@@ -86,6 +86,12 @@ def test_a_core_install_says_what_to_install(missing: str):
     assert done.stdout == ""
 
 
+def test_training_without_its_packages_says_what_to_install():
+    done = klq("train", before="sys.modules['transformers'] = None")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "klq: the trainer needs transformers: pip install 'klq_kernels[train]'"
+
+
 def test_without_arguments_every_command_is_listed():
     printed = CliRunner().invoke(app, [])
     for command in ("info", "demo"):

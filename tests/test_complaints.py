@@ -254,12 +254,13 @@ def test_more_than_2_to_the_31_logits_in_one_chunk(device: torch.device) -> None
     """CCE #37, fla #1082: 32-bit offsets wrapped around where rows times vocabulary passes 2**31."""
     if device.type == "cpu":
         pytest.skip("a chunk of 4 GiB is for a GPU")
-    n, vocab = 34_000, 65_536
+    n, vocab = 33_792, 65_536
+    assert planner.chunk_rows(n, vocab, torch.bfloat16, device, n * vocab * 2) == n > 2**31 // vocab
     case = make_case(torch.ones(1, 8, dtype=torch.bool), vocab=vocab, width=16, dtype=torch.bfloat16, device=device)
     few = linear_logprobs(case.hidden, case.weight, case.actions).logprobs
     hidden, actions = case.hidden.repeat(1, n // 8, 1), case.actions.repeat(1, n // 8)
     many = linear_logprobs(hidden, case.weight, actions, workspace_bytes=n * vocab * 2).logprobs
-    assert torch.equal(many[:, -8:], many[:, :8])
+    torch.testing.assert_close(many[:, -8:], many[:, :8])
     torch.testing.assert_close(many[:, :8], few)
     values = torch.zeros_like(many)
     leaf = hidden.requires_grad_()
@@ -269,7 +270,7 @@ def test_more_than_2_to_the_31_logits_in_one_chunk(device: torch.device) -> None
     ).loss  # fmt: skip
     loss.backward()
     assert leaf.grad is not None
-    assert torch.equal(leaf.grad[:, -16:-8], leaf.grad[:, :8])
+    torch.testing.assert_close(leaf.grad[:, -16:-8], leaf.grad[:, :8])
 
 
 # ------------------------------------------------------------------------------------------------------------- returns
@@ -322,4 +323,8 @@ def test_long_unmasked_and_masked_trajectories_take_the_same_path(device: torch.
     mask[0, ::7] = False
     kept: Tensor = gae(rewards, values, gamma=0.99, lam=0.97, mask=mask)[mask]
     ends = torch.tensor([0, kept.numel()], dtype=torch.int32, device=device)
-    assert torch.equal(kept, gae(rewards[mask], values[mask], gamma=0.99, lam=0.97, cu_seqlens=ends))
+    packed = gae(rewards[mask], values[mask], gamma=0.99, lam=0.97, cu_seqlens=ends)
+    if device.type == "cpu":
+        assert torch.equal(kept, packed)
+    else:  # the order of additions depends on where a token lies
+        torch.testing.assert_close(kept, packed, rtol=1e-5, atol=1e-5)

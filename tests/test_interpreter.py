@@ -1,4 +1,4 @@
-"""Runs test_kernels.py under Triton's interpreter, which has to be switched on before Triton is first imported."""
+"""Runs the kernels' tests under Triton's interpreter, which has to be switched on before Triton is first imported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled here, and test_kernels.py runs as it is"
 )
-def test_every_kernel_under_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("file", "which", "least"), [("test_kernels.py", "cpu", 100), ("test_returns.py", "triton-cpu and not long", 15)]
+)
+def test_every_kernel_under_the_interpreter(file: str, which: str, least: int) -> None:
     here = Path(__file__).parent
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "test_kernels.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / file), "-k", which]
     done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) > 100
+    assert int(passed.group(1)) > least

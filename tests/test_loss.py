@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -430,6 +431,56 @@ def test_autocast(device: torch.device, on_policy: bool) -> None:
     for name, gradient in got.gradients.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, direct.gradients[name].float())
+
+
+def test_columns_of_wider_tensors(device: torch.device) -> None:
+    """With T = 1, or packed, a column flattens to a strided view; the kernels want adjacent elements."""
+    case = make_case(torch.ones(6, 3, dtype=torch.bool), device=device)
+    column = case.map(lambda t: t[:, :1] if t.dim() >= 2 and t.shape[:2] == (6, 3) else t)
+    assert not column.actions.is_contiguous()
+    plain = column.map(lambda t: t.contiguous())
+    for on_policy in (False, True):
+        assert_same_bits(fused(column, on_policy=on_policy), fused(plain, on_policy=on_policy))
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    strided, plain_actions = case.actions[:, 0], case.actions[:, 0].contiguous()
+    got, wanted = (
+        linear_logprobs(case.hidden[:, 0], case.weight, a, cu_seqlens=ends) for a in (strided, plain_actions)
+    )
+    assert torch.equal(got.logprobs, wanted.logprobs)
+
+
+def test_a_sum_over_tokens_that_fp16_cannot_hold(device: torch.device) -> None:
+    """The gradient is a mean, and finite; its sum over 2048 tokens, which is what the products form, is not."""
+    hidden = torch.full((1, 2048, 64), 25.0, dtype=torch.float16, device=device).requires_grad_()
+    weight = torch.zeros(16, 64, dtype=torch.float16, device=device).requires_grad_()
+    actions = torch.zeros(1, 2048, dtype=torch.int64, device=device)
+    zero = torch.zeros(1, 2048, device=device)
+    targets = KLQTargets(zero - math.log(16), zero, zero + 10.0)
+    fused_klq_loss(hidden, weight, actions, zero, targets=targets, tau=0.2).loss.backward()
+    # by the taken token: 2 tau (Q - A) (1 - p) h = -2 * 0.2 * 10 * 15/16 * 25
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0].float().cpu(), torch.full((64,), -93.75), rtol=1e-3, atol=0)
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    """The gradient is computed in the forward: to autograd it is a constant, and a derivative of it would be wrong."""
+    case = make_case(ragged_mask(3, 6), device=device)
+    values = case.values.clone().requires_grad_()
+    arguments = case.loss_arguments(on_policy=False)
+    losses = (
+        lambda: fused_klq_loss(case.hidden, case.weight, case.actions, values, **arguments).loss,
+        lambda: klq_loss(case.old_logprobs, values, case.targets, **case.layout).loss,
+    )
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(loss(), values, create_graph=True)
+
+
+def test_explained_variance_of_what_is_not_a_number(device: torch.device) -> None:
+    case = make_case(ragged_mask(3, 6), device=device)
+    targets = case.targets._replace(advantages=case.advantages * float("nan"))
+    metrics = klq_loss(case.old_logprobs, case.values, targets, **case.layout).metrics
+    assert metrics["explained_variance"].isnan()
 
 
 def test_non_contiguous_inputs(device: torch.device) -> None:

@@ -108,6 +108,15 @@ def test_lora_leaves_out_the_heads_gradient_and_its_optimiser_state() -> None:
     assert "2 matrix products" in plan.strategy(lora)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_heads_gradient_is_counted_once(dtype: torch.dtype) -> None:
+    """It stands among the step's gradients; the loss adds an fp32 accumulator beside one of 16 bits alone."""
+    found = plan.plan(LLAMA, RUN._replace(dtype=dtype))
+    for loss in (found.fused, found.naive):
+        assert "weight gradient" not in loss.terms
+    assert ("weight gradient fp32" in found.fused.terms) == (dtype != torch.float32)
+
+
 @pytest.mark.parametrize("axis", ["batch", "length"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_largest_that_fits_fits_and_one_more_does_not(axis: str, fused: bool) -> None:
@@ -167,8 +176,32 @@ def test_klq_plan_predicts_from_a_config(tmp_path: Any) -> None:
     shown = CliRunner().invoke(cli.app, command).output
     for text in ("loss, peak", "largest batch within 1.00 GiB", "Strategy: one pass", "TFLOP/s"):
         assert text in shown
-    refused = CliRunner().invoke(cli.app, ["plan", "--dtype", "fp8"])
-    assert "dtype" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dtype", "fp8"], "dtype: must be one of"),
+        (["--device", "tpu"], "device: must be cuda or cpu, got 'tpu'"),
+        (["--tflops", "0"], "tflops: must be"),
+        (["--config", "/no/such/folder"], "config: cannot load '/no/such/folder'"),
+        (["--measure", "--device", "cuda"], "device: PyTorch sees no GPU here"),
+    ],
+)
+def test_klq_plan_names_what_is_wrong(flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = pytest.importorskip("klq_kernels.cli")
+    from typer.testing import CliRunner
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = CliRunner().invoke(cli.app, ["plan", *flags])
+    assert isinstance(refused.exception, ValueError)
+    assert str(refused.exception).startswith(words)
+
+
+def test_the_rate_is_measured_on_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.device_for(None, measure=True) == CPU
+    assert plan.device_for(None, measure=False) == GPU
 
 
 def test_report_is_plain_json() -> None:

@@ -61,7 +61,9 @@ def test_weight_gradients_add_up(widened: bool, dtype: torch.dtype, in_fp32: boo
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_widening_follows_the_processor(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_widening_follows_the_processor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiplies: bool) -> None:
+    monkeypatch.setattr(planner, "_multiplies", lambda asked: asked == torch.float32 or multiplies)
     assert not planner.widens(torch.float32, CPU)
     assert not planner.widens(dtype, torch.device("cuda"))
-    assert planner.widens(dtype, CPU) is planner.widens(dtype, CPU)
+    assert planner.widens(dtype, CPU) is not multiplies

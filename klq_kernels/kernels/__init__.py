@@ -1,7 +1,7 @@
 """The row operations in Triton, for CUDA and ROCm; ``portable`` documents what each of them means.
 
 Conventions of every kernel here: arithmetic in fp32 whatever is loaded; 64-bit offsets wherever rows meet the
-vocabulary; exponentials as exp2 of a fused multiply-add; no atomics, so the same inputs give the same bits.
+vocabulary; exponentials as exp2; no atomics, so the same inputs give the same bits.
 
 Rows of logits come from ``token_major``: they begin at multiples of 64 elements, and what lies between V and the
 next row is padding that ``row_grad_`` may overwrite. So every access is 16 bytes wide whatever V is.

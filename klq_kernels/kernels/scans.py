@@ -77,9 +77,10 @@ def _sequence_of(first, n, lane, cu_seqlens, batch, TILE: tl.constexpr):
     takes no step at all inside a long sequence.
     """
     zero = first * 0
+    final = zero + (batch - 1)  # never a constant, which a batch of 1 is to the compiler, and a loop cannot carry
     last = tl.minimum(first + TILE, n) - 1
-    lowest = _bisect(first, zero, zero + (batch - 1), batch - 1, cu_seqlens)
-    highest = _bisect(last, zero, zero + (batch - 1), batch - 1, cu_seqlens)
+    lowest = _bisect(first, zero, final, final, cu_seqlens)
+    highest = _bisect(last, zero, final, final, cu_seqlens)
     position = tl.minimum(first + lane, last)
     none = tl.zeros_like(lane)
     sequence = _bisect(position, none + lowest, none + highest, highest - lowest, cu_seqlens)

@@ -20,7 +20,16 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
 
     Where ``saved`` is ``owned``, no one but autograd holding it, and the graph is not kept for another backward, it is
     overwritten.
+
+    Raises:
+        RuntimeError: under ``create_graph=True``. What was computed in the forward is a constant to autograd, and a
+            second derivative through it would be silently wrong.
     """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the KLQ loss computes its gradient in the forward, so that gradient cannot be differentiated again: "
+            "backward without create_graph, or use klq_kernels.reference"
+        )
     reuse = owned and not _graph_is_kept()
     if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)

@@ -42,7 +42,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, No
     """
     decay, mask, cu_seqlens, out = ctx.saved_tensors
     m = d_out.numel()
-    decays = decay.detach().float().expand(m)
+    decays = decay.float().expand(m)
     previous, following = _neighbours(mask, cu_seqlens, m)
     carried = torch.where(previous < 0, 0.0, decays[previous.clamp(min=0)])
     mirrored_ends = (m - cu_seqlens).flip(0).to(torch.int32)
