@@ -99,10 +99,12 @@ def test_a_part_of_it(tmp_path: Path):
 def test_what_cannot_be_found(tmp_path: Path):
     path = write_file(tmp_path / "x.jsonl")
     (tmp_path / "x.txt").write_text("hello")
+    (tmp_path / "broken.jsonl").write_text("{ hello")
     for arguments, message in [
         ({"path": str(tmp_path / "y")}, "path: there is no file"),
         ({"path": "y.jsonl"}, "path: there is no file"),
         ({"path": str(tmp_path / "x.txt")}, "path: a file must be one of .json"),
+        ({"path": str(tmp_path / "broken.jsonl")}, r"path: cannot read .*broken.jsonl: JSON"),
         ({"path": path, "split": "test"}, "split: a single file"),
         ({"path": path, "name": "main"}, "name: the file x.jsonl"),
         ({"path": path, "kind": "dpo"}, "kind: must be one of prompt, tldr, hh"),
@@ -116,10 +118,16 @@ def test_what_is_not_on_the_hub(monkeypatch: pytest.MonkeyPatch):
     def missing(path: str, name: str | None, split: str) -> None:
         raise DatasetNotFoundError(f"{path} {name} {split}")
 
+    def unreachable(path: str, name: str | None, split: str) -> None:
+        raise ConnectionError("no network")
+
     monkeypatch.setattr("datasets.load_dataset", missing)
     with pytest.raises(ValueError, match=r"path: 'some/set' is no file.*hub") as caught:
         load_prompts("some/set", split="test", name="main")
     assert str(caught.value.__cause__) == "some/set main test"
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"cannot load 'some/set'.*no network"):
+        load_prompts("some/set")
 
 
 # Prompts

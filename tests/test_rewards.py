@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 import warnings
@@ -29,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from klq_kernels.trainer import KLQConfig
+from klq_kernels.trainer.completions_log import CompletionsLog
 from klq_kernels.trainer.rewards import Rewards, Scores, unique
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -53,6 +56,13 @@ def length(completions: list[str], **_: Any) -> list[float]:
 async def slow_length(completions: list[str], **_: Any) -> list[float]:
     await asyncio.sleep(0.1)
     return length(completions)
+
+
+def test_logged_rewards_hide_nothing_whatever_they_are_called(tmp_path: Path):
+    log = CompletionsLog(KLQConfig(str(tmp_path), use_cpu=True))
+    log.add(4, ["p"], ["c"], Scores(torch.tensor([3.0]), torch.tensor([[1.0, 2.0]])), ["score", "step"])
+    row = json.loads((tmp_path / "completions.jsonl").read_text())
+    assert row == {"step": 4, "prompt": "p", "completion": "c", "score": 3.0, "rewards": {"score": 1.0, "step": 2.0}}
 
 
 # Callables
@@ -368,6 +378,8 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path):
         Rewards(llama(2), processing_classes=word_tokenizer())
     with pytest.raises(ValueError, match=r"Linear.*num_labels=1, got None"):
         Rewards(nn.Linear(1, 1), processing_classes=word_tokenizer())
+    with pytest.raises(ValueError, match=r"reward function nowhere: cannot load .*nowhere"):
+        Rewards(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"processing_classes: the model Llama.*pass one"):
         Rewards(llama())
     llama(2).save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from klq_kernels.cli import app
@@ -68,6 +69,23 @@ def test_values_of_a_file_are_read_as_flags_would_be(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("text", "flags", "steps"),
+    [
+        ("", ["--max-steps=10"], 10),
+        ("max_steps: 10", [], 10),
+        ("", ["--num_train_epochs", "3"], -1),
+        ("", ["--total_episodes", "64"], 4),
+        ("", [], 480),
+    ],
+)
+def test_a_length_of_the_run_that_was_given_replaces_the_recipes(
+    tmp_path: Path, text: str, flags: list[str], steps: int
+):
+    _, config = parse(write(tmp_path / "run.yaml", text), ["--task", "arithmetic", *flags])
+    assert config.max_steps == steps
+
+
+@pytest.mark.parametrize(
     ("text", "flags", "words"),
     [
         ("learning_rat: 1", [], r"unknown key 'learning_rat'; did you mean learning_rate\?"),
@@ -76,6 +94,13 @@ def test_values_of_a_file_are_read_as_flags_would_be(tmp_path: Path):
         ("tau: [1, 2]", [], "tau takes one value"),
         ("tau: null", [], "tau cannot be null"),
         ("tau: -1", ["--task", "constant"], "tau"),
+        (
+            "max_steps: 10",
+            ["--task", "constant", "--total_episodes", "64"],
+            "total_episodes: sets max_steps, here to 4",
+        ),
+        ("auto_find_batch_size: true", ["--task", "constant"], "auto_find_batch_size: has no effect"),
+        ("", ["--task", "constant", "--per_device_eval_batch_size", "4"], "rollout_forward_batch_size"),
         ("- 1", [], "must hold names and values"),
         ("a: [", [], "cannot read"),
         ("", ["--task", "chess"], "task: must be one of"),
@@ -115,6 +140,8 @@ def test_the_command_lists_its_arguments_and_complains_in_one_line():
     assert shown.exit_code == 0
     assert all(name in shown.output for name in ("--task", "--tau", "--lora_rank", "--output_dir"))
     assert "--hub_token" not in shown.output  # transformers' own are documented there
+    assert "--use_cpu False" in " ".join(shown.output.split())
+    assert not parse(None, ["--task", "constant", "--use_cpu", "False"])[1].use_cpu
     failed = CliRunner().invoke(app, ["train", "--task", "constant", "--taus", "1"])
     assert isinstance(failed.exception, ValueError)
 
@@ -167,6 +194,26 @@ def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: 
         assert [logs[name] for logs in history("parts")] == [logs[name] for logs in history("whole")]
 
 
+@pytest.mark.parametrize("name", ["model", "ref_model", "value_model"])
+def test_a_model_that_cannot_be_loaded_is_named(material: list[str], tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match=f"^{name}: cannot load .*nowhere"):
+        train([*material, f"--{name}", str(tmp_path / "nowhere")])
+
+
+def test_models_are_trained_in_fp32_whatever_they_are_stored_in(material: list[str], tmp_path: Path):
+    tiny.model().bfloat16().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    built = run.build_trainer(*parse(None, [*material, "--model", str(tmp_path), "--value_model", "copy"]))
+    assert {p.dtype for p in built.actor_critic.parameters()} == {torch.float32}
+
+
+def test_long_prompts_are_left_out_of_both_sets(material: list[str], tmp_path: Path):
+    cut = ["--output_dir", str(tmp_path), "--max_prompt_length", "4", "--drop_long_prompts", "--eval_size", "8"]
+    built = run.build_trainer(*parse(None, [*material, *cut]))
+    for prompts in (built.train_dataset, built.eval_dataset):
+        assert {len(row["prompt"]) for row in prompts} == {2, 4}
+
+
 def test_an_interrupted_run_shows_what_it_has_done(material: list[str], tmp_path: Path):
     stopping = [flag.replace(":even", ":stops") for flag in material]
     with pytest.raises(KeyboardInterrupt):
@@ -176,11 +223,17 @@ def test_an_interrupted_run_shows_what_it_has_done(material: list[str], tmp_path
     assert not (tmp_path / "final").exists()
 
 
-def test_a_task_brings_all_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_task_brings_all_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(run, "warm_started", lambda task, cache, progress: task.build_model())
     sizes = ["--total_episodes", "8", "--eval_size", "3", "--num_mini_batches", "1"]
     results = train(["--task", "arithmetic", "--output_dir", str(tmp_path), *TINY, *sizes])
     assert 0 <= results["after"]["win_rate"] <= 1
+    said = [line.partition("━")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    answered, evaluated = "Held-out prompts: completions for the judge", "Held-out prompts: evaluation"
+    expected = [answered, f"{evaluated} before training", answered, f"{evaluated} after training", answered]
+    assert [line for line in said if line.startswith("Held-out prompts:")] == expected
 
 
 def test_win_rate_counts_ties_half():

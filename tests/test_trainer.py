@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from klq_kernels.trainer import Completions, KLQConfig, KLQTrainer, last_complet
 from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.experience import Plan
 from klq_kernels.trainer.means import Means
-from klq_kernels.trainer.rollout import check_completions, until_eos
+from klq_kernels.trainer.rollout import check_completions, replaced_config, until_eos
 from klq_kernels.trainer.sampler import CycleSampler
 from klq_kernels.trainer.seeds import Purpose, derived_seed
 
@@ -208,8 +209,9 @@ def test_a_run_killed_in_an_update_resumes_to_the_same_losses(tmp_path: Path) ->
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path) is None
-    for step in (5, 10, 15):
+    for step in (5, 10, 15, "best"):
         (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")  # not one of transformers' own
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"glob')
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
@@ -235,6 +237,36 @@ def test_resuming_between_cycles_and_across_epochs(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))
     assert tiny.losses(again) == tiny.losses(whole)
     assert series(again, "objective/scores") == series(whole, "objective/scores")
+
+
+def test_two_processes_resume(tmp_path: Path) -> None:
+    """In the middle of the second epoch, with its prompts; where one lacks its experience, both say so."""
+    config = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 11, "max_steps": 16,
+              "num_update_epochs": 2, "logging_steps": 1}  # fmt: skip
+    checkpoint = str(tmp_path / "whole" / "checkpoint-11")
+    again = {"config": config, "use_script": True, "resume": checkpoint}
+    runs = [
+        {"folder": str(tmp_path / "whole"), "config": config, "use_script": True},
+        {"folder": str(tmp_path / "again"), **again},
+        {"folder": str(tmp_path / "refused"), **again, "lacks": "experience_1.pt"},
+    ]
+    start([*TWO_PROCESSES, trainer_process.__file__, json.dumps(runs)])
+    for name in ("objective/scores", "loss"):
+        assert history(tmp_path / "again", name) == history(tmp_path / "whole", name), name
+    for rank in (0, 1):
+        assert "is missing for 1 of 2 processes" in (tmp_path / "refused" / f"refused_{rank}.txt").read_text()
+
+
+def test_a_checkpoint_is_called_complete_when_every_process_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.trainer(tmp_path, **{**SAVING, "max_steps": 5})
+    waits: list[set[str]] = []
+    monkeypatch.setattr(
+        run.accelerator, "wait_for_everyone", lambda: waits.append({p.name for p in tmp_path.glob("checkpoint-5/*")})
+    )
+    run.train()
+    assert any({"means_0.pt", "experience_0.pt"} <= seen and "trainer_state.json" not in seen for seen in waits)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -358,6 +390,61 @@ def test_a_value_model_of_its_own_learns_at_its_own_rate(tmp_path: Path) -> None
     assert "backbone.embed_tokens.weight" in load_file(tmp_path / "final" / "value_function.safetensors")
 
 
+def test_a_reward_model_that_becomes_the_value_function_is_not_trained_itself(tmp_path: Path) -> None:
+    judge = tiny.classifier()
+    before = {name: p.detach().clone() for name, p in judge.named_parameters()}
+    given = {"reward_funcs": judge, "value_model": judge, "reward_processing_classes": tiny.tokenizer()}
+    run = tiny.trainer(tmp_path, given, max_steps=4)
+    assert torch.equal(run.actor_critic.value.head.weight, before["score.weight"])
+    run.train()
+    assert all(torch.equal(before[name], p) for name, p in judge.named_parameters())
+    assert not torch.equal(run.actor_critic.value.head.weight, before["score.weight"])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_reference_that_would_be_trained_is_refused(adapters: bool, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapters else None
+    model = tiny.model()
+    with pytest.raises(ValueError, match=r"^ref_model: must not share .* leave it None"):
+        tiny.trainer(tmp_path, {"model": model, "ref_model": model, "peft_config": lora})
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_is_scored_has_no_dropout(adapters: bool, tmp_path: Path) -> None:
+    """Before the first update the policy is its reference, also where updates drop out."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapters else None
+    given = {"model": tiny.model(attention_dropout=0.5), "peft_config": lora}
+    run = tiny.trainer(tmp_path, given, disable_dropout=False, max_steps=4)
+    run.train()
+    assert series(run, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
+    assert series(run, "policy/approxkl_avg")[0] > 1e-3  # and updates do
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_16_bits_are_trained_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Policy, reference and value model; under autocast all of them compute alike, so that KL starts at 0."""
+    path = str(tmp_path / "checkpoint")
+    tiny.model().to(dtype).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    given = {"model": path, "ref_model": path, "value_model": path}
+    run = tiny.trainer(tmp_path, given, bf16=True, max_steps=4, learning_rate=1e-5)
+    before = parameters(run)
+    run.train()
+    after = parameters(run)
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    assert (before["policy.lm_head.weight"] != after["policy.lm_head.weight"]).float().mean() > 0.9
+    assert series(run, "objective/kl")[0] == 0
+
+
+def test_models_given_in_16_bits_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^model: its weights are torch.bfloat16.*bf16=True"):
+        tiny.trainer(tmp_path, {"model": tiny.model().bfloat16()})
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="model: ")
+        tiny.trainer(tmp_path, {"model": tiny.model().bfloat16(), "peft_config": lora})
+
+
 def test_a_reference_of_its_own(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, {"ref_model": tiny.model(seed=9)}, max_steps=4)
     run.train()
@@ -396,6 +483,44 @@ def test_rewards_get_what_grpo_trainers_give_them(tmp_path: Path) -> None:
     assert series(run, "objective/scores")[0] == pytest.approx(1.5)
     assert series(run, "rewards/slow")[0] == 1.0
     assert len([n for n in run.state.log_history[0] if n.startswith("rewards/")]) == 3
+
+
+def test_a_reward_counts_for_what_it_scored_alone(tmp_path: Path) -> None:
+    """Batches of which it scores none, one and all of four: in evaluation, and over the cycles of one log."""
+    answers: list[list[float | None]] = []
+
+    def partly(prompts: list[str], **_: Any) -> list[float | None]:
+        return answers.pop(0)
+
+    given = {"reward_funcs": [tiny.even, partly], "eval_dataset": tiny.prompts(12)}
+    run = tiny.trainer(
+        tmp_path, given, per_device_train_batch_size=4, rollout_forward_batch_size=4, num_update_epochs=1, max_steps=3,
+        logging_steps=3,
+    )  # fmt: skip
+    batches: list[list[float | None]] = [[None] * 4, [6.0, None, None, None], [1.0] * 4]
+    answers += batches
+    assert run.evaluate()["eval_rewards/partly"] == pytest.approx(2.0)
+    answers += batches
+    run.train()
+    assert series(run, "rewards/partly") == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_a_checkpoint_says_of_sampling_is_left_out(adapters: bool, tmp_path: Path) -> None:
+    """The policy that samples is the one that is trained: no penalties, no cut-offs; saved models keep them."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapters else None
+    completions = []
+    for settings in ({}, {"repetition_penalty": 1.3, "min_p": 0.2}):
+        model = tiny.model()
+        own = model.generation_config
+        own.update(**settings)
+        run = tiny.trainer(tmp_path, {"model": model, "peft_config": lora})
+        completions.append([s.completion.tolist() for s in run.roll_out([{"prompt": "abc"}] * 8, seed=1).sequences])
+        assert model.generation_config is own
+    assert completions[0] == completions[1]
+    with pytest.raises(KeyError), replaced_config(run.policy, run.generation_config):
+        raise KeyError
+    assert model.generation_config is own
 
 
 def test_chat_prompts_are_put_into_the_template(tmp_path: Path) -> None:
@@ -503,7 +628,7 @@ def test_completions_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run.train()
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 16
-    assert {"step", "prompt", "completion", "score", "even"} == set(rows[0])
+    assert {"step", "prompt", "completion", "score", "rewards"} == set(rows[0])
     assert "step 4" in capsys.readouterr().out
 
 
@@ -557,6 +682,11 @@ def test_rollout_functions_are_checked(completions: Completions, message: str) -
         check_completions(completions, [[1], [2]], {1})
 
 
+def test_the_temperature_is_not_a_matter_of_sampling_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^generation_kwargs: .* set the option temperature"):
+        tiny.trainer(tmp_path, generation_kwargs={"temperature": 0.7})
+
+
 def test_a_rollout_function_must_return_completions(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, {"rollout_func": lambda prompts, trainer: ["text"] * len(prompts)})
     with pytest.raises(ValueError, match="rollout_func: must return Completions, got list"):
@@ -586,21 +716,21 @@ def test_episodes_set_the_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [3, 8, 20])
 def test_every_cycle_is_a_whole_batch_and_an_epoch_sees_every_prompt(size: int) -> None:
-    sampler = CycleSampler(size, per_cycle=8, repeats=3, seed=1)
+    over = 0
+    sampler = CycleSampler(size, per_cycle=8, repeats=3, seed=1, cycle=lambda: over)
     indices = list(sampler)
     assert len(indices) == len(sampler)
     cycles = [indices[i : i + 24] for i in range(0, len(indices), 24)]
     assert len(cycles) == -(-size // 8)
     assert all(cycle[:8] == cycle[8:16] == cycle[16:] for cycle in cycles)
     assert set(indices) == set(range(size))
-    sampler.set_epoch(1)
-    assert size == 3 or list(sampler) != indices
-    sampler.set_epoch(0)
+    over = len(cycles) - 1
     assert list(sampler) == indices
+    over = len(cycles)
+    assert size == 3 or list(sampler) != indices
 
 
 def test_epochs_are_shuffled_differently_in_training(tmp_path: Path) -> None:
-    """transformers tells the sampler which epoch it is, through accelerate's wrappers."""
     seen: list[list[str]] = []
     run = tiny.trainer(tmp_path, {"train_dataset": tiny.prompts(16)}, max_steps=4, num_update_epochs=1)
 
@@ -680,3 +810,11 @@ def test_failures_are_recognised_once(
         watch.on_log(run.args, run.state, run.control, logs)
     assert list(watch.warned) == ([name] if name else [])
     assert len([r for r in caplog.records if r.name.endswith("callbacks")]) == bool(name)
+
+
+@pytest.mark.parametrize("algorithm", ["klq", "ppo"])
+def test_a_run_that_diverges_is_noticed(algorithm: str, tmp_path: Path) -> None:
+    run = tiny.trainer(tmp_path, algorithm=algorithm, learning_rate=1e25, max_steps=4)
+    run.train()
+    watch = next(c for c in run.callback_handler.callbacks if isinstance(c, FailureWatch))
+    assert "not a number" in watch.warned

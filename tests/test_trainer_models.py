@@ -65,6 +65,30 @@ def test_a_head_that_is_taken_wrongly_is_noticed(family: str, monkeypatch: pytes
         language_model.prove()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rounding_is_no_reason_to_refuse_a_model(family: str, dtype: torch.dtype) -> None:
+    for seed in range(4):
+        LanguageModel(tiny.model(family, seed).to(dtype)).prove()
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.02), (torch.float16, 1.02), (torch.bfloat16, 1.1)])
+def test_a_scale_that_is_not_known_is_noticed(
+    dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model().to(dtype)
+    forward = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * factor
+        return out
+
+    monkeypatch.setattr(model, "forward", scaled)
+    with pytest.raises(ValueError, match="not supported"):
+        LanguageModel(model).prove()
+
+
 def test_models_without_a_linear_head_are_refused() -> None:
     with pytest.raises(ValueError, match="lm_head"):
         LanguageModel(tiny.model().model)
@@ -154,6 +178,7 @@ def test_a_share_of_the_values_gradient_enters_a_shared_backbone(share: float) -
 def test_a_reward_model_lends_its_head_and_one_with_more_labels_is_refused() -> None:
     critic = tiny.classifier()
     assert ValueFunction(32, critic).head is critic.score
+    assert ValueFunction(32, tiny.classifier().bfloat16()).head.weight.dtype == torch.float32
     critic.score = nn.Linear(32, 3)
     with pytest.raises(ValueError, match="value_model: must have one label"):
         ValueFunction(32, critic)

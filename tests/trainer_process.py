@@ -1,8 +1,9 @@
 """Runs in a process of their own, for the tests that kill it or start two: python trainer_process.py JSON.
 
 JSON is a list of runs, each with ``folder``, ``config`` (changes of the tiny config), ``kill_at`` (the micro-batch at
-which the process kills itself, as a machine that goes down would) and ``scripted`` (completions that depend on the
-prompt alone, so that any number of processes sees the same).
+which the process kills itself, as a machine that goes down would), ``use_script`` (completions that depend on the
+prompt alone, so that any number of processes sees the same), ``resume`` (a checkpoint to go on from) and ``lacks`` (a
+file the checkpoint has lost: what each process says of it is left in refused_RANK.txt).
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ def scripted(prompts: list[str], trainer: KLQTrainer) -> Completions:
     return Completions(ids)
 
 
-def run(folder: Path, config: dict[str, Any], *, kill_at: int | None = None, use_script: bool = False) -> None:
+def run(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    kill_at: int | None = None,
+    use_script: bool = False,
+    resume: str | None = None,
+    lacks: str | None = None,
+) -> None:
     """Trains, saves the model to ``folder``/final and the log to history.json."""
     torch.set_num_threads(1)
     trainer = Killed(
@@ -47,7 +56,14 @@ def run(folder: Path, config: dict[str, Any], *, kill_at: int | None = None, use
         rollout_func=scripted if use_script else None,
     )  # fmt: skip
     trainer.kill_at = kill_at
-    trainer.train()
+    if lacks is not None:
+        (Path(str(resume)) / lacks).unlink(missing_ok=True)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except ValueError as error:
+            (folder / f"refused_{trainer.args.process_index}.txt").write_text(str(error))
+        return
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         trainer.save_model(str(folder / "final"))
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))

@@ -36,7 +36,7 @@ class ValueFunction(nn.Module):
     Args:
         width: size of the policy's hidden states.
         model: None (the lean default: share the policy's backbone), a sequence-classification model with one label
-            (a reward model, say: its head becomes the value head), or a bare or causal-LM backbone.
+            (a reward model, say: its head becomes the value head, in fp32), or a bare or causal-LM backbone.
     """
 
     def __init__(self, width: int, model: nn.Module | None = None) -> None:
@@ -52,7 +52,7 @@ class ValueFunction(nn.Module):
                 "value_model",
                 f"must have one label, got {getattr(head, 'out_features', None)} (load it with num_labels=1)",
             )
-        self.head = head if isinstance(head, nn.Linear) else zero_head(width)
+        self.head = head.float() if isinstance(head, nn.Linear) else zero_head(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """V [N] in fp32 of hidden states [N, H] of the backbone this value function reads."""

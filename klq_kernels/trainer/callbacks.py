@@ -44,7 +44,10 @@ class Window(NamedTuple):
 
 
 def not_a_number(seen: Window) -> str | None:
-    watched = ("loss", "objective/scores", "objective/kl")
+    """The loss alone does not tell: transformers logs it without the steps at which it was not a number."""
+    watched = ["loss", "loss/residual_rms", "loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl"]
+    if not seen.config.fp16:  # whose loss scaler is meant to overflow now and then
+        watched.append("grad_norm")
     bad = [name for name in watched if not abs(seen.recent[-1].get(name, 0.0)) < 1e30]
     return ", ".join(bad) or None
 

@@ -28,7 +28,7 @@ class CompletionsLog:
         with self._file.open("a") as file:
             for i, (prompt, completion, total) in enumerate(zip(prompts, completions, totals, strict=True)):
                 each = dict(zip(names, scores.each[i].tolist(), strict=True))
-                row = {"step": step, "prompt": prompt, "completion": completion, "score": total, **each}
+                row = {"step": step, "prompt": prompt, "completion": completion, "score": total, "rewards": each}
                 file.write(json.dumps(row) + "\n")
         if self._config.process_index == 0:
             self._show(step, prompts, completions, totals)

@@ -21,6 +21,10 @@ from ..layout import require, require_number
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
+UNUSED = {  # arguments of the parent without effect here, and what to set instead
+    "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
+    "per_device_eval_batch_size": "evaluation takes its batches from rollout_forward_batch_size",
+}
 
 
 def option(default: Any, text: str) -> Any:
@@ -31,6 +35,8 @@ def option(default: Any, text: str) -> Any:
 @dataclass
 class KLQConfig(TrainingArguments):
     """Arguments of ``KLQTrainer``; the defaults are the paper's (arXiv 2508.17000), where it names one.
+
+    ``auto_find_batch_size`` and ``per_device_eval_batch_size`` would have no effect and must keep their defaults.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -57,7 +63,7 @@ class KLQConfig(TrainingArguments):
 
     num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
-    total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps.")
+    total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
     value_gradient: float | None = option(
         None,
@@ -70,9 +76,13 @@ class KLQConfig(TrainingArguments):
     max_completion_length: int = option(128, "Tokens to generate at most.")
     temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
     generation_kwargs: dict[str, Any] | str | None = option(
-        None, "Further GenerationConfig arguments. top_k and top_p sample from another policy than the trained one."
+        None,
+        "Further GenerationConfig arguments, but for the temperature. top_k, top_p and penalties sample from another "
+        "policy than the trained one.",
     )
-    rollout_forward_batch_size: int = option(64, "Sequences per generate call and per scoring pass.")
+    rollout_forward_batch_size: int = option(
+        64, "Sequences per generate call and per scoring pass, also in evaluation."
+    )
     bootstrap_truncated: bool = option(
         True, "A completion cut off by max_completion_length gets V of its last state in place of a score."
     )
@@ -83,7 +93,9 @@ class KLQConfig(TrainingArguments):
         None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
     )
     workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
-    model_init_kwargs: dict[str, Any] | str | None = option(None, "For from_pretrained, where models are given as ids.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
+    )
     log_completions: bool = option(False, "Show a few completions at every log, and append all to completions.jsonl.")
     num_completions_to_print: int = option(4, "How many of them.")
     watch_failures: bool = option(True, "Warn of KL explosion, value divergence, length collapse and the like.")
@@ -98,7 +110,13 @@ class KLQConfig(TrainingArguments):
         self._check()
         if self.total_episodes is not None:
             per_cycle = self.rollouts_per_device * self._processes()
-            self.max_steps = math.ceil(self.total_episodes / per_cycle) * self.steps_per_cycle
+            steps = math.ceil(self.total_episodes / per_cycle) * self.steps_per_cycle
+            require(
+                self.max_steps in (TrainingArguments.max_steps, steps),
+                "total_episodes",
+                f"sets max_steps, here to {steps}, and max_steps={self.max_steps} is given too; drop one of them",
+            )
+            self.max_steps = steps
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
@@ -133,6 +151,9 @@ class KLQConfig(TrainingArguments):
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
+        for name, instead in UNUSED.items():
+            default = getattr(TrainingArguments, name)
+            require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
         for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
             require_number(name, getattr(self, name), low=0.0, open_low=True)
         require_number("alpha", self.alpha, low=0.0, high=1.0, open_low=True)

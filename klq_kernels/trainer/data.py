@@ -67,13 +67,17 @@ def find(path: str, split: str, name: str | None) -> Dataset:
 
 def read_file(place: Path, split: str, name: str | None) -> Dataset:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if place.suffix not in READERS:
         raise ValueError(f"path: a file must be one of {', '.join(READERS)}, got {place.name}")
     refuse_name(name, f"the file {place.name}")
     if split.split("[")[0] != "train":
         raise ValueError(f"split: a single file has only 'train', got {split!r}; give the path of the other file")
-    return load_dataset(READERS[place.suffix], data_files=str(place), split=split)
+    try:
+        return load_dataset(READERS[place.suffix], data_files=str(place), split=split)
+    except DatasetGenerationError as error:  # which says that it failed; its cause says why
+        raise ValueError(f"path: cannot read {place}: {error.__cause__ or error}") from error
 
 
 def read_saved(place: Path, split: str, name: str | None) -> Dataset:
@@ -90,13 +94,15 @@ def read_saved(place: Path, split: str, name: str | None) -> Dataset:
 def read_published(path: str, split: str, name: str | None) -> Dataset:
     """A folder of files, or a set on the hub: what ``datasets`` finds by itself."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
         return load_dataset(path, name, split=split)
     except DatasetNotFoundError as error:
         raise ValueError(f"path: {path!r} is no file or folder here and no data set on the hub") from error
-    except ValueError as error:  # its words name the splits or configurations that there are
+    except DatasetGenerationError as error:
+        raise ValueError(f"path: cannot read {path!r}: {error.__cause__ or error}") from error
+    except (ValueError, ConnectionError) as error:  # their words name the splits or configurations that there are
         raise ValueError(f"path, split or name: cannot load {path!r}, {split!r}, {name!r}: {error}") from error
 
 

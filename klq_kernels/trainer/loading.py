@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,16 +22,42 @@ def causal_lm(model: str | nn.Module, config: KLQConfig) -> nn.Module:
     return model
 
 
-def value_model(model: str | nn.Module | None, config: KLQConfig) -> nn.Module | None:
-    """A value model: where a path is given, a sequence-classification model with one label."""
+def value_model(model: str | nn.Module | None, config: KLQConfig, others: Iterable[Any]) -> nn.Module | None:
+    """A value model: where a path is given, a sequence-classification model with one label.
+
+    One that shares parameters with any of ``others`` is copied: training it must not change them.
+    """
     if isinstance(model, str):
         return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **init_kwargs(config))
-    return model
+    shared = model is not None and any(shares_parameters(model, o) for o in others if isinstance(o, nn.Module))
+    return copy.deepcopy(model) if shared else model
+
+
+def shares_parameters(one: nn.Module, other: nn.Module, *, trained: bool = False) -> bool:
+    """Whether two modules have a parameter in common; ``trained``: one that requires a gradient."""
+    theirs = {id(p) for p in other.parameters()}
+    return any(id(p) in theirs for p in one.parameters() if p.requires_grad or not trained)
 
 
 def init_kwargs(config: KLQConfig) -> dict[str, Any]:
-    """``model_init_kwargs``, which transformers has parsed where it was given as JSON."""
-    return dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    """``model_init_kwargs``, which transformers has parsed where it was given as JSON.
+
+    The dtype is fp32 unless they say otherwise, whatever the checkpoint is stored in: most updates are smaller than
+    half a step between two bf16 numbers, and would be rounded away.
+    """
+    given: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    return given if "torch_dtype" in given else {"dtype": torch.float32, **given}
+
+
+def warn_of_16_bit(name: str, model: nn.Module | None) -> None:
+    """Warns where 16-bit weights are to be trained."""
+    kinds = set() if model is None else {p.dtype for p in model.parameters() if p.requires_grad}
+    for dtype in kinds & {torch.bfloat16, torch.float16}:
+        warnings.warn(
+            f"{name}: its weights are {dtype}, in which small updates are lost. Load it with dtype=torch.float32 and "
+            "set bf16=True, which computes in 16 bits and keeps weights in fp32; or train adapters (peft_config).",
+            stacklevel=3,
+        )
 
 
 def tokenizer(given: Any, policy: Any) -> Any:

@@ -306,8 +306,11 @@ class ModelReward:
     ) -> None:
         self.__name__ = name
         self.batch_size = batch_size
-        self.tokenizer = tokenizer or load_tokenizer(name, model)
-        self.model: Any = load_model(name, model) if isinstance(model, str) else model
+        try:
+            self.tokenizer = tokenizer or load_tokenizer(name, model)
+            self.model: Any = load_model(name, model) if isinstance(model, str) else model
+        except OSError as error:
+            raise ValueError(f"reward function {name}: cannot load {model!r:.80}: {error}") from error
         labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         if labels != 1:
             raise ValueError(f"reward function {name}: a reward model has num_labels=1, got {labels}")

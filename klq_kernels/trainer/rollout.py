@@ -11,12 +11,13 @@ log-probabilities along and every log shows how far off (``rollout/sampler_kl``,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..layout import require
@@ -71,9 +72,27 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
-        out = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation_config)
+        with replaced_config(model, generation_config):
+            out = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation_config)
         completions += [until_eos(row, ends) for row in out[:, width:].tolist()]
     return Completions(completions)
+
+
+@contextmanager
+def replaced_config(model: nn.Module, generation_config: GenerationConfig) -> Iterator[None]:
+    """Inside, ``generation_config`` is also the one that belongs to the model, and to whatever it wraps.
+
+    What a config leaves open transformers takes from the model's own, and checkpoints come with penalties and cut-offs
+    (repetition_penalty, min_p): the policy that samples would not be the one that is trained.
+    """
+    own: list[tuple[Any, Any]] = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
+    try:
+        for module, _ in own:
+            module.generation_config = generation_config
+        yield
+    finally:
+        for module, config in own:
+            module.generation_config = config
 
 
 def until_eos(ids: list[int], ends: set[int]) -> list[int]:
@@ -96,7 +115,15 @@ def sampling_config(
     """How completions are sampled: from the whole distribution, at the training temperature, unless ``extra`` says so.
 
     EOS ids are the model's where it has any (some have several), else the tokenizer's.
+
+    Raises:
+        ValueError: where there is no EOS, or ``extra`` has a temperature of its own.
     """
+    require(
+        "temperature" not in extra,
+        "generation_kwargs",
+        "must not hold the temperature; set the option temperature, which the trained policy has as well",
+    )
     own = getattr(model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import json
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -26,7 +26,6 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
-    AutoModelForCausalLM,
     HfArgumentParser,
     PrinterCallback,
     ProgressCallback,
@@ -37,6 +36,7 @@ from transformers.utils import logging
 
 from ..layout import require
 from ..tasks import TASKS, Task, load_task, warm_started
+from . import loading
 from .config import KLQConfig, option
 from .data import keep_short, load_prompts
 from .seeds import Purpose, derived_seed
@@ -59,7 +59,11 @@ RECIPE: dict[str, Any] = {
 class ScriptArguments:
     """What is trained on what."""
 
-    task: str | None = option(None, f"A built-in task: {', '.join(TASKS)}. It brings model, prompts and rewards.")
+    task: str | None = option(
+        None,
+        f"A built-in task: {', '.join(TASKS)}. It brings model, prompts, rewards and settings, and "
+        "trains on the CPU, which takes minutes; --use_cpu False trains on the GPU.",
+    )
     model: str | None = option(None, "The policy: a folder or hub id. With a task: in place of its own.")
     ref_model: str | None = option(None, "The reference; by default the policy as it is now.")
     value_model: str | None = option(
@@ -143,14 +147,19 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         name = unknown[0].partition("=")[0]
         raise ValueError(f"{name}: unknown argument{near(name.lstrip('-').replace('-', '_'), actions, '--')}")
     if known.task is not None:
-        parser.set_defaults(**{name: value for name, value in recipe(known.task).items() if name not in values})
+        flagged = {a.dest for a in parser._actions for f in flags if f.partition("=")[0] in a.option_strings}
+        suited = recipe(known.task, {*values, *flagged})
+        parser.set_defaults(**{name: value for name, value in suited.items() if name not in values})
     arguments, training = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     return arguments, training
 
 
-def recipe(task: str) -> dict[str, Any]:
-    """Settings that suit a built-in task."""
-    return {**RECIPE, "max_completion_length": load_task(task).max_completion_length}
+def recipe(task: str, given: Collection[str]) -> dict[str, Any]:
+    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
+    settings = {**RECIPE, "max_completion_length": load_task(task).max_completion_length}
+    if "max_steps" in given or "num_train_epochs" in given:
+        del settings["total_episodes"]
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -209,40 +218,54 @@ def load_module(where: str) -> Any:
 def build_trainer(arguments: ScriptArguments, config: KLQConfig) -> KLQTrainer:
     """The trainer that the arguments describe, with its data loaded."""
     task = None if arguments.task is None else load_task(arguments.task)
-    tokenizer = task.tokenizer() if task is not None and arguments.model is None else None
     train, held_out = task_data(task, arguments, config) if task is not None else load_data(arguments)
     rewards: list[Any] = [*(arguments.reward_model or []), *map(load_function, arguments.reward_function or [])]
-    policy = arguments.model or warm_policy(task, config)
-    trainer = KLQTrainer(
-        model=policy,
+    models = load_models(task, arguments, config)
+    if arguments.drop_long_prompts and config.max_prompt_length is not None:
+        train, held_out = (
+            None if prompts is None else keep_short(prompts, models["processing_class"], config.max_prompt_length)
+            for prompts in (train, held_out)
+        )
+    return KLQTrainer(
+        **models,
         reward_funcs=rewards or list(task.reward_funcs),  # type: ignore[union-attr]
         args=config,
         train_dataset=train,
         eval_dataset=held_out,
-        processing_class=tokenizer,
-        ref_model=arguments.ref_model,
-        value_model=a_copy(policy, config) if arguments.value_model == COPY else arguments.value_model,
         peft_config=lora(arguments),
     )
-    if arguments.drop_long_prompts and config.max_prompt_length is not None:
-        trainer.train_dataset = keep_short(trainer.train_dataset, trainer.tokenizer, config.max_prompt_length)
-    return trainer
 
 
-def warm_policy(task: Task | None, config: KLQConfig) -> Any:
+def load_models(task: Task | None, arguments: ScriptArguments, config: KLQConfig) -> dict[str, Any]:
+    """Policy, tokenizer, reference and value function, as the trainer's arguments."""
+    if arguments.model is None:
+        assert task is not None
+        policy, tokenizer = warm_policy(task, config), task.tokenizer()
+    else:
+        policy = loaded("model", arguments.model, lambda name: loading.causal_lm(name, config))
+        tokenizer = loaded("model", arguments.model, lambda _: loading.tokenizer(None, policy))
+    if arguments.value_model == COPY:  # as a backbone, with a head that starts at 0
+        value = copy.deepcopy(policy)
+    else:
+        value = loaded("value_model", arguments.value_model, lambda name: loading.value_model(name, config, ()))
+    reference = loaded("ref_model", arguments.ref_model, lambda name: loading.causal_lm(name, config))
+    return {"model": policy, "processing_class": tokenizer, "ref_model": reference, "value_model": value}
+
+
+def loaded(argument: str, name: str | None, load: Callable[[str], Any]) -> Any:
+    """What ``load`` makes of the folder or hub id, None of None; a ValueError names the argument where it fails."""
+    try:
+        return None if name is None else load(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: cannot load {name!r}: {error}") from error
+
+
+def warm_policy(task: Task, config: KLQConfig) -> Any:
     """The task's policy after supervised training, kept in ``output_dir`` for a run that goes on later."""
-    assert task is not None
     place = Path(str(config.output_dir)) / "warm_start"
     with Progress(TextColumn("Warm start"), BarColumn(12), MofNCompleteColumn(), transient=True) as progress:
         bar = progress.add_task("")
         return warm_started(task, cache=place, progress=lambda n, of, _: progress.update(bar, completed=n, total=of))
-
-
-def a_copy(policy: Any, config: KLQConfig) -> Any:
-    """The policy once more, as a backbone for the value function, whose head starts at 0."""
-    if isinstance(policy, str):
-        return AutoModelForCausalLM.from_pretrained(policy, **(config.model_init_kwargs or {}))  # type: ignore[arg-type]
-    return copy.deepcopy(policy)
 
 
 def task_data(task: Task, arguments: ScriptArguments, config: KLQConfig) -> tuple[Any, Any]:
@@ -290,6 +313,7 @@ class HeldOut:
 
     trainer: KLQTrainer
     task: Task | None
+    console: Console
     results: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -298,26 +322,44 @@ class HeldOut:
         self.baseline = self.answers(0) if self.task is not None and self.rows else None
 
     def answers(self, sample: int) -> list[str]:
-        return answers(self.trainer, self.rows, sample)
+        with self.bar("completions for the judge", len(self.rows)) as advance:
+            return answers(self.trainer, self.rows, sample, advance)
 
     def measure(self, when: str) -> None:
         """Adds the results of the policy as it is now."""
         if not self.rows:
             return
-        found = self.trainer.evaluate()
+        with self.bar(f"evaluation {when} training"):
+            found = self.trainer.evaluate()
         measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}
         if self.task is not None and self.baseline is not None:
             measured["win_rate"] = win_rate(self.task, self.rows, self.answers(1), self.baseline)
         self.results[when] = measured
 
+    @contextmanager
+    def bar(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A line that says what takes its time; it only pulses where nobody counts the rows."""
+        columns = TextColumn("Held-out prompts: {task.description}"), BarColumn(12), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, disable=bool(self.trainer.args.disable_tqdm)) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda rows: progress.advance(task, rows)
+            progress.update(task, total=1, completed=1)
 
-def answers(trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int) -> list[str]:
-    """One sampled completion for each row, as text; another ``sample``, other random numbers."""
+
+def answers(
+    trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int, advance: Callable[[int], None] | None = None
+) -> list[str]:
+    """One sampled completion for each row, as text; another ``sample``, other random numbers.
+
+    ``advance`` is told how many rows each batch had.
+    """
     texts, size = [], trainer.args.rollout_forward_batch_size
     for begin in range(0, len(rows), size):
         seed = derived_seed(trainer.args.seed, Purpose.EVALUATION, 1 + sample, begin)
         sequences = trainer.roll_out(rows[begin : begin + size], seed).sequences
         texts += trainer.tokenizer.batch_decode([s.completion.tolist() for s in sequences], skip_special_tokens=True)
+        if advance is not None:
+            advance(len(sequences))
     return texts
 
 
@@ -376,13 +418,13 @@ def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, fl
     Returns:
         the held-out results, ``{"before": {...}, "after": {...}}``; empty without held-out prompts.
     """
-    out, console = Path(str(config.output_dir)), Console()
+    out = Path(str(config.output_dir))
     trainer = build_trainer(arguments, config)
+    console = Console(quiet=not trainer.is_world_process_zero())
     checkpoint = last_complete_checkpoint(out) if arguments.resume else None
-    held_out = HeldOut(trainer, None if arguments.task is None else load_task(arguments.task))
+    console.print(f"Going on from {checkpoint}" if checkpoint else f"Training into {out}", soft_wrap=True)
+    held_out = HeldOut(trainer, None if arguments.task is None else load_task(arguments.task), console)
     held_out.measure("before")
-    if trainer.is_world_process_zero():
-        console.print(f"Going on from {checkpoint}" if checkpoint else f"Training into {out}", soft_wrap=True)
     written: list[Path] = []
     try:
         with progress_bar(trainer, console):
@@ -392,8 +434,7 @@ def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, fl
         written = [out / "final", write_json(trainer, out / "summary.json", held_out.results)]
     finally:  # also after Ctrl-C: what was learnt so far is there to see
         written += write_history(trainer, out)
-        if trainer.is_world_process_zero():
-            show(console, held_out.results, written)
+        show(console, held_out.results, written)
     return held_out.results
 
 

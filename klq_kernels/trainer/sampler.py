@@ -8,7 +8,7 @@ trainer looks at the first copy only. Skipping batches, which is how the loop re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -19,14 +19,14 @@ class CycleSampler(Sampler[int]):
 
     Every epoch is a permutation that depends on (seed, epoch) alone. Where the prompts do not divide into whole cycles,
     the last cycle is filled up with the first prompts of that same permutation.
+
+    ``cycle`` tells how many cycles of the run are over; an iteration asks it which epoch begins. To be told by
+    ``set_epoch`` is not enough: the loader of a resumed run on several processes is wrapped too deep to pass it on.
     """
 
-    def __init__(self, size: int, *, per_cycle: int, repeats: int, seed: int) -> None:
+    def __init__(self, size: int, *, per_cycle: int, repeats: int, seed: int, cycle: Callable[[], int]) -> None:
         self._size, self._per_cycle, self._repeats, self._seed = size, per_cycle, repeats, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._cycle = cycle
 
     @property
     def cycles(self) -> int:
@@ -36,7 +36,7 @@ class CycleSampler(Sampler[int]):
         return self.cycles * self._per_cycle * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        generator = torch.Generator().manual_seed(self._seed + self._cycle() // self.cycles)
         order = torch.randperm(self._size, generator=generator).tolist()
         for cycle in range(self.cycles):
             first = cycle * self._per_cycle

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .experience import Experience
+from .means import Means
 from .objectives import Scored
 from .rewards import Scores
 from .rollout import Rollout
 
 
 def completion_statistics(
-    rollout: Rollout, scores: Scores, names: list[str], scored: Scored, experience: Experience, tau: float
+    rollout: Rollout, scores: Scores, scored: Scored, experience: Experience, tau: float
 ) -> dict[str, Tensor | float]:
     """Means over the completions of this process.
 
@@ -24,7 +25,6 @@ def completion_statistics(
     total = scores.total.to(scored.logprobs.device)
     kl = per_completion(scored.logprobs - experience.ref_logprobs, experience.rows).mean()
     lengths = torch.tensor([float(len(s.completion)) for s in rollout.sequences])
-    means = {f"rewards/{name}": mean for name, mean in reward_means(scores, names).items()}
     return {
         "objective/scores": total.mean(),
         "objective/scores_std": total.std(correction=0),
@@ -37,7 +37,6 @@ def completion_statistics(
         "completions/mean_length": lengths.mean(),
         "completions/max_length": lengths.max(),
         "completions/truncated": rollout.truncated.float().mean(),
-        **means,
     }
 
 
@@ -55,9 +54,11 @@ def token_statistics(rollout: Rollout, scored: Scored) -> dict[str, Tensor | flo
     return out
 
 
-def reward_means(scores: Scores, names: list[str]) -> dict[str, Tensor]:
-    """The mean of each reward function over the completions it scored; 0 where it skipped all."""
-    return {name: each.nanmean().nan_to_num() for name, each in zip(names, scores.each.unbind(1), strict=True)}
+def add_rewards(means: Means, scores: Scores, names: list[str]) -> None:
+    """Adds the mean of each reward function, ``rewards/NAME``, which is over those completions alone that it scored."""
+    for name, each in zip(names, scores.each.unbind(1), strict=True):
+        scored = each[~each.isnan()]
+        means.add({f"rewards/{name}": scored.mean()}, len(scored))
 
 
 def per_completion(tokens: Tensor, rows: Tensor) -> Tensor:

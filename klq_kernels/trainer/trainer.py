@@ -55,7 +55,7 @@ from .experience import Experience, Plan
 from .means import Means
 from .models import LanguageModel, disable_dropout
 from .objectives import OBJECTIVES, Scored, logprobs, score
-from .rewards import RewardFunction, Rewards, Scores
+from .rewards import RewardFunction, Rewards, Scores, as_list
 from .rollout import (
     Completions,
     Rollout,
@@ -67,7 +67,7 @@ from .rollout import (
 )
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed, seeded
-from .statistics import completion_statistics, reward_means, token_statistics
+from .statistics import add_rewards, completion_statistics, token_statistics
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -99,7 +99,8 @@ class KLQTrainer(Trainer):
         processing_class: the tokenizer; by default the one saved with the model.
         ref_model: the frozen reference; by default the policy as it is now (its base model where adapters are trained).
         value_model: a value function with a backbone of its own (a sequence-classification model with one label, a
-            backbone, or a path); by default a linear head on the policy's backbone.
+            backbone, or a path); by default a linear head on the policy's backbone. One that is also the policy, the
+            reference or a reward model is copied, and only the copy is trained.
         peft_config: makes the policy a PEFT model.
         callbacks, optimizers: as in ``transformers.Trainer``.
         reward_processing_classes: tokenizers of the reward models; by default those saved with them.
@@ -133,17 +134,26 @@ class KLQTrainer(Trainer):
             loading.check_dataset("eval_dataset", eval_dataset)
         policy = loading.causal_lm(model, args)
         tokenizer = loading.tokenizer(processing_class, policy)
+        reward_funcs = as_list(reward_funcs)
+        critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
         if peft_config is not None:
             from peft import get_peft_model
 
             policy = get_peft_model(policy, peft_config)
         language_model = LanguageModel(policy)
         language_model.prove()
+        loading.warn_of_16_bit("model", policy)
+        loading.warn_of_16_bit("value_model", critic)
         if ref_model is not None:
             reference: nn.Module | None = loading.causal_lm(ref_model, args)
+            require(
+                not loading.shares_parameters(policy, reference, trained=True),  # type: ignore[arg-type]
+                "ref_model",
+                "must not share trained parameters with model; leave it None: the policy as it is now is the reference",
+            )
         else:
             reference = None if language_model.is_peft else copy.deepcopy(policy)
-        value = ValueFunction(language_model.config.hidden_size, loading.value_model(value_model, args))
+        value = ValueFunction(language_model.config.hidden_size, critic)
         actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
         if args.disable_dropout:
             disable_dropout(actor_critic)
@@ -219,6 +229,7 @@ class KLQTrainer(Trainer):
             per_cycle=args.rollouts_per_device * self.accelerator.num_processes,
             repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
+            cycle=lambda: self.cycle,
         )
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
@@ -304,9 +315,9 @@ class KLQTrainer(Trainer):
             scored, ref_logprobs = self.score(rollout)
         targets = self._targets(rollout, scores, scored, ref_logprobs)
         experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
-        names, tau = self.rewards.names, self.args.tau
-        statistics = completion_statistics(rollout, scores, names, scored, experience, tau)
+        statistics = completion_statistics(rollout, scores, scored, experience, self.args.tau)
         self.means.add({**statistics, "lam": self.lam}, len(rollout.sequences))
+        add_rewards(self.means, scores, self.rewards.names)
         self.means.add(token_statistics(rollout, scored), len(scored.logprobs))
         if self.completions_log is not None:
             self._log_completions(rows, rollout, scores)
@@ -315,13 +326,10 @@ class KLQTrainer(Trainer):
     def roll_out(self, rows: list[dict[str, Any]], seed: int) -> Rollout:
         """Completions of the rows' prompts, sampled with the policy as it is."""
         prompts = [self._tokenize(row["prompt"]) for row in rows]
-        module = self.actor_critic
-        was_training = module.training
-        module.eval()
-        with seeded(seed, self.args.device), self.compute_loss_context_manager():
+        with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 completions = generate(
-                    module, prompts, self.generation_config,
+                    model, prompts, self.generation_config,
                     batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
                 )  # fmt: skip
             else:
@@ -331,8 +339,22 @@ class KLQTrainer(Trainer):
                     "rollout_func",
                     f"must return Completions, got {type(completions).__name__}",
                 )
-        module.train(was_training)
         return check_completions(completions, prompts, eos_ids(self.generation_config))
+
+    @contextmanager
+    def _inference(self) -> Iterator[ActorCritic]:
+        """The module without dropout and gradients, computing (as does the reference) in the precision of training.
+
+        Rollout and scoring share it, so that samples and old log-probabilities are those of one policy.
+        """
+        model = self.actor_critic
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield model
+        finally:
+            model.train(was_training)
 
     def _tokenize(self, prompt: Any) -> list[int]:
         ids = tokenize_prompt(prompt, self.tokenizer)
@@ -357,10 +379,9 @@ class KLQTrainer(Trainer):
 
     def score(self, rollout: Rollout) -> tuple[Scored, Tensor]:
         """(what the policy and the value function say of a rollout, log-probs under the reference), packed."""
-        model = self.actor_critic
         passes, references = [], []
         size = self.args.rollout_forward_batch_size
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self._inference() as model:
             for begin in range(0, len(rollout.sequences), size):
                 batch = self._collate(rollout.sequences[begin : begin + size])
                 passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
@@ -446,7 +467,7 @@ class KLQTrainer(Trainer):
 
         Returns:
             ``eval_reward``, ``eval_reward_std``, ``eval_kl`` (nats per completion), ``eval_length``,
-            ``eval_truncated`` and ``eval_rewards/NAME``.
+            ``eval_truncated`` and, of each reward function that scored anything, ``eval_rewards/NAME``.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
@@ -470,8 +491,8 @@ class KLQTrainer(Trainer):
                 "length": sum(len(s.completion) for s in rollout.sequences) / len(rows),
                 "truncated": rollout.truncated.float().mean(),
             }
-            found |= {f"rewards/{name}": mean for name, mean in reward_means(scores, self.rewards.names).items()}
             means.add(found, len(rows))
+            add_rewards(means, scores, self.rewards.names)
         metrics = {f"{metric_key_prefix}_{n}": v for n, v in means.drain(self.accelerator).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -540,6 +561,7 @@ class KLQTrainer(Trainer):
         torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(output_dir, "experience"))
+        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -550,10 +572,15 @@ class KLQTrainer(Trainer):
             self.means.load_state(torch.load(means, weights_only=True))
         if self.state.global_step % self.args.steps_per_cycle:
             file = self._file_of_process(checkpoint, "experience")
+            absent = torch.tensor(float(not file.exists()), device=self.args.device)
+            # all processes fail together: one that stopped alone would leave the others waiting for it
+            missing = int(self.accelerator.reduce(absent, reduction="sum"))
             require(
-                file.exists(),
+                missing == 0,
                 "resume_from_checkpoint",
-                f"{file.name} is missing: the checkpoint is of a run with other processes, epochs or mini-batches",
+                f"experience_RANK.pt is missing for {missing} of {self.accelerator.num_processes} processes: the "
+                "checkpoint was not written to its end, or by a run with other processes, epochs or mini-batches; "
+                "resume that run, or from another checkpoint",
             )
             self.experience = Experience.load(file, self.args.device)
 
@@ -563,14 +590,19 @@ class KLQTrainer(Trainer):
 
 def last_complete_checkpoint(output_dir: Path) -> str | None:
     """The newest checkpoint that was written to its end (its state file comes last), or None."""
-    found = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for folder in reversed(found):
+    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(p).isdecimal()]
+    for folder in sorted(found, key=lambda p: int(step_of(p)), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):
             continue
         return str(folder)
     return None
+
+
+def step_of(checkpoint: Path) -> str:
+    """What follows ``checkpoint-``: of those that transformers wrote, the step."""
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 __all__ = ["KLQTrainer", "last_complete_checkpoint"]
