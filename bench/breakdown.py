@@ -9,7 +9,7 @@ from klq_kernels.ops.dispatch import backend_for
 from klq_kernels.products import strips
 
 from .contenders import Call, Outputs
-from .harness import take_turns
+from .harness import take_turns, typical
 from .inputs import HeadInputs
 
 
@@ -88,6 +88,5 @@ def breakdown(inputs: HeadInputs, whole_ms: float, gemms_ms: float, rounds: int)
     samples = take_turns(row_kernels(inputs), inputs.weight.device, rounds, 10.0)
     parts = {"three GEMMs": gemms_ms}
     for name, taken in samples.items():
-        values = sorted(t[1] if isinstance(t, tuple) else t for t in taken)
-        parts[name] = values[len(values) // 2]
+        parts[name] = typical(taken)
     return {**parts, "rest": whole_ms - sum(parts.values())}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,16 +69,25 @@ def predicted_most(shape: Shape, device: torch.device, kind: str, cap: int) -> i
 
 
 def largest(
-    shape: Shape, device: torch.device, kind: str, cap: int, say: Callable[[str], None], allowed: int | None = None
+    shape: Shape,
+    device: torch.device,
+    kind: str,
+    cap: int,
+    say: Callable[[str], None],
+    allowed: int | None = None,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
     """The most tokens that trained, in steps of ``STEP``: a bracket around the prediction, then bisection.
 
     ``allowed`` stands in for an allocator's cap where there is none: more tokens than that count as too many.
+    TimeoutError once ``deadline`` (of ``time.monotonic``) has passed: what is known by then is no answer.
     """
     guess = predicted_most(shape, device, kind, cap)
     step = max(int(guess * STEP), 1)
 
     def attempt(steps: int) -> bool:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{shape.name} {kind}")
         tokens = steps * step
         ok = (allowed is None or tokens <= allowed) and trains(shape._replace(tokens=tokens), device, kind)
         say(f"{shape.name} {kind}: {tokens} tokens {'train' if ok else 'do not fit'}")

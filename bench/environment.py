@@ -57,9 +57,14 @@ def version_of(module: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return described or None
+    """The checkout's commit, marked where files differ from it; None outside a checkout.
+
+    Results and pages do not count: a run writes them itself, one section after the other.
+    """
+    git = ("git", "-C", str(ROOT))
+    head = _output(*git, "rev-parse", "--short=12", "HEAD")
+    changed = _output(*git, "diff", "--name-only", "HEAD", "--", ".", ":!bench/results", ":!docs")
+    return f"{head}-dirty" if changed else head or None
 
 
 def driver() -> str | None:

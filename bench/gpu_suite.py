@@ -1,8 +1,9 @@
 """Everything worth measuring on a GPU, in one command of at most eight minutes: ``python -m bench.gpu_suite``.
 
-Runs from the source tree, with no network and no compiled extension, on torch, triton and pytest alone. Each part is a
-process of its own with a share of the time, so that whatever breaks, crashes or hangs leaves the rest alone. Writes
-bench/results/gpu_suite.json (device, driver, versions, commit, all results) and a summary in Markdown beside it.
+Runs from the source tree, with no network and no compiled extension. It needs torch and triton, and its tests pytest
+and hypothesis; with pytest-xdist they run four at a time. Each part is a process of its own with a share of the time,
+so that whatever breaks, crashes or hangs leaves the rest alone. Writes bench/results/gpu_suite.json (device, driver,
+versions, commit, all results) and a summary in Markdown beside it.
 
 ``--dry-run`` does the same on a CPU with tiny sizes, the kernels in Triton's interpreter, so that it cannot rot.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,14 @@ from .environment import ROOT, describe
 
 BUDGET_SECONDS = 480
 # Shares of the time, in the order of importance; what a part leaves over goes to those after it.
-SECONDS = {"tests": 140, "loss": 170, "caps": 55, "scans": 50, "logprobs": 35, "planner": 30}
+SECONDS = {"tests": 140, "loss": 160, "caps": 50, "scans": 40, "targets": 35, "logprobs": 30, "planner": 25}
 COMPILED = ("torch.compile", "doubling, compiled")
+MOST_STEPS = 10_000  # of a Python loop over time, each of them several launches
+# The files with tests for a GPU, named so that what the others import need not be there. What only a GPU can show comes
+# first, then the kernels one by one, then the library.
+TEST_FILES = (
+    "gpu", "kernels", "returns", "logprobs", "loss", "compile", "bad_input", "complaints", "planner",
+)  # fmt: skip
 Outcome = dict[str, Any]
 
 
@@ -46,11 +54,11 @@ class Context:
         self.seconds = seconds
         self.answer = answer
         self.device = torch.device("cpu" if dry_run else "cuda")
-        self.began = time.monotonic()
+        self.deadline = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.began)
+        return self.deadline - time.monotonic()
 
     def save(self, outcome: Outcome) -> Outcome:
         """Keeps what there is so far, in case the part does not live to its end."""
@@ -60,16 +68,34 @@ class Context:
 
 def part_tests(context: Context) -> Outcome:
     """The GPU correctness tests; in a rehearsal they are only collected (without a GPU they would all be skipped)."""
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--continue-on-collection-errors"]
-    command += ["-p", "no:cacheprovider", *(["--collect-only"] if context.dry_run else [])]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=context.left)
-        output, ended = done.stdout, "ok" if done.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired as error:
-        output, ended = (error.stdout or b"").decode(), "out of time"
+    files = [f"tests/test_{name}.py" for name in TEST_FILES]
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "--continue-on-collection-errors"]
+    command += ["-p", "no:cacheprovider", *(["--collect-only", "-q"] if context.dry_run else ["-v"])]
+    command += ["-n", "4"] if find_spec("xdist") else []
+    with tempfile.TemporaryFile("w+") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            ended = "ok" if run.wait(context.left) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # its workers too: the next part wants the GPU for itself
+            ended = "out of time"
+        log.seek(0)
+        output = log.read()
     lines = output.strip().splitlines() or ["no output"]
-    notable = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"status": ended, "summary": lines[-1], "failures": notable}
+    return {"status": ended, "summary": lines[-1], "failures": failures(lines)}
+
+
+def failures(lines: list[str]) -> list[str]:
+    """What failed, by the closing summary; where pytest did not live to write it, by its lines of progress."""
+    closing = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return closing or [line for line in lines if " FAILED" in line or " ERROR" in line]
+
+
+def left_out(shape: Any, *, compilers: bool) -> dict[str, str]:
+    """The contenders that there is no time for, and why."""
+    out = {} if compilers else dict.fromkeys(COMPILED, "compiled for the first shape only")
+    steps = getattr(shape, "length", 0)
+    return out | ({"naive": f"a Python loop of {steps} steps"} if steps > MOST_STEPS else {})
 
 
 def _measure(context: Context, task_name: str, presets: list[str], outcome: Outcome) -> Outcome:
@@ -83,11 +109,10 @@ def _measure(context: Context, task_name: str, presets: list[str], outcome: Outc
         if i and context.left < 0.2 * context.seconds:
             say(f"{task_name}: no time left for {shape.name}")
             break
-        skipped = COMPILED if i or context.dry_run else ()
-        chosen = replace(task, contenders=[c for c in task.contenders if c.name not in skipped])
         records = run_task(
-            chosen, [shape], context.device, rounds=1 if context.dry_run else 10, seconds=context.left / 8,
-            with_memory=not context.dry_run, limit=None, say=say,
+            task, [shape], context.device, rounds=1 if context.dry_run else 10, seconds=context.left / 8,
+            with_memory=not context.dry_run, limit=None, say=say, deadline=context.deadline,
+            left_out=left_out(shape, compilers=i == 0 and not context.dry_run),
         )  # fmt: skip
         outcome.setdefault("results", []).extend(r.to_json() for r in records)
         context.save(outcome)
@@ -106,17 +131,19 @@ def part_logprobs(context: Context) -> Outcome:
 
 def part_scans(context: Context) -> Outcome:
     """Every number of warps first, right and how fast; then the scan shapes against peers and a copy."""
-    outcome = context.save({"warps": sweep_warps(context)})
-    for task in ("scan", "targets"):
-        _measure(context, task, ["full"], outcome)
-    return outcome
+    return _measure(context, "scan", ["full"], context.save({"warps": sweep_warps(context)}))
+
+
+def part_targets(context: Context) -> Outcome:
+    """The same shapes, from log-probabilities to lambda-errors."""
+    return _measure(context, "targets", ["full"], {})
 
 
 def sweep_warps(context: Context) -> list[dict[str, Any]]:
     """The reverse scan's error against float64 and its time for each number of warps."""
     from . import oracle
     from .contenders import ours
-    from .harness import relative_error, take_turns
+    from .harness import relative_error, take_turns, typical
     from .inputs import scan_inputs
     from .shapes import Scan
 
@@ -132,8 +159,7 @@ def sweep_warps(context: Context) -> list[dict[str, Any]]:
             call = ours.advantages(inputs)
             error = relative_error("advantages", call()["advantages"], right)
             taken = take_turns({"scan": call}, context.device, 10, 5.0)["scan"]
-            times = sorted(t[-1] if isinstance(t, tuple) else t for t in taken)
-            out.append({"num_warps": warps, "error": error, "ms": times[len(times) // 2], "right": error < 1e-5})
+            out.append({"num_warps": warps, "error": error, "ms": typical(taken), "right": error < 1e-5})
         finally:
             kernels.SCAN = shipped
     return out
@@ -154,7 +180,7 @@ def part_caps(context: Context) -> Outcome:
     for head in heads:
         for kind in ("naive", "fused"):
             allowed = caps.predicted_most(head, context.device, kind, cap) if context.dry_run else None
-            outcome["caps"].append(caps.largest(head, context.device, kind, cap, say, allowed))
+            outcome["caps"].append(caps.largest(head, context.device, kind, cap, say, allowed, context.deadline))
             context.save(outcome)
     return outcome
 
@@ -175,6 +201,7 @@ PARTS: dict[str, Callable[[Context], Outcome]] = {
     "loss": part_loss,
     "caps": part_caps,
     "scans": part_scans,
+    "targets": part_targets,
     "logprobs": part_logprobs,
     "planner": part_planner,
 }
@@ -206,7 +233,10 @@ def answer_part(name: str, dry_run: bool, seconds: float, answer: Path) -> None:
         outcome = PARTS[name](Context(dry_run, seconds, answer))
     except Exception as error:
         so_far = json.loads(answer.read_text()) if answer.exists() else {}
-        outcome = {**so_far, "status": f"failed: {type(error).__name__}: {error}"[:500]}
+        status = (
+            f"out of time: {error}" if isinstance(error, TimeoutError) else f"failed: {type(error).__name__}: {error}"
+        )
+        outcome = {**so_far, "status": status[:500]}
     answer.write_text(json.dumps(outcome))
 
 

@@ -4,25 +4,29 @@
    computation in the same dtype is reported as wrong, with its error, and never timed.
 2. Those that are right, and the floor, take turns: round after round each runs once, so that a machine that slows down
    slows all of them. On a GPU the cache is flushed before each call; *full call* is the time the host waits for the
-   result, *device* is what the kernels take once they are queued behind a sleeping GPU.
+   result, *device* is what the kernels take once they are queued behind a sleeping GPU. A call that the GPU's sleep is
+   too short to queue has no device time: it would be the host's.
 3. Peak memory is the growth over the inputs during a call (``memory``).
 
 Medians and quartiles are reported, and ratios to the naive contender and to the floor: 0.5 of naive is twice as fast.
+They are of device times where both have one, of full calls otherwise.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import memory
+from . import memory, oracle
 from .contenders import Call, Contender, Outputs
 from .tasks import Task
 
@@ -67,7 +71,7 @@ class Record:
 
     @property
     def time(self) -> float | None:
-        """The time ratios are made of: the device's where there is one."""
+        """The device's where there is one."""
         return self.ms if self.device_ms is None else self.device_ms
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def judge(errors: dict[str, float], usual: dict[str, float], dtype: torch.dtype)
 class Gate:
     """Holds contenders against float64 on (a judged part of) the inputs; answers are computed once per objective.
 
-    Where only a part could be judged, a few rows of d_hidden are checked at full size as well.
+    Where only a part could be judged, a few rows of d_hidden are checked at full size as well, and d_weight against it.
     """
 
     def __init__(self, task: Task, inputs: Any, dtype: torch.dtype) -> None:
@@ -113,8 +117,8 @@ class Gate:
         objective = contender.computes
         if objective not in self._answers:
             right = self._answers[objective] = self._task.oracle(self._inputs, objective)
-            self._usual[objective] = _errors(self._task.yardstick(self._inputs, objective), right)
-        record.errors = _errors(contender.make(self._inputs)(), self._answers[objective])
+            self._usual[objective] = errors_of(self._task.yardstick(self._inputs, objective), right)
+        record.errors = errors_of(contender.make(self._inputs)(), self._answers[objective])
         record.error = max(record.errors.values())
         complaint = judge(record.errors, self._usual[objective], self._dtype)
         if complaint is not None:
@@ -132,15 +136,20 @@ class Gate:
         if objective not in self._spots:
             self._spots[objective] = self._task.spots(self._whole, objective)
         positions, right = self._spots[objective]
-        error = relative_error("hidden", found["hidden"][positions], right)
-        complaint = judge({"hidden": error}, self._usual[objective], self._dtype)
+        errors = {
+            "hidden": relative_error("hidden", found["hidden"][positions], right),
+            "weight": relative_error("weight", *oracle.both_sides(self._whole, found)),
+        }
+        usual = self._usual[objective]
+        complaint = judge(errors, {**usual, "weight": usual["weight"] + usual["hidden"]}, self._dtype)
         if complaint is not None:
             record.status, record.note = "wrong", f"at full size {complaint}"
-            record.error = max(record.error or 0.0, error)
+            record.error = max(record.error or 0.0, *errors.values())
 
 
-def _errors(got: Outputs, want: Outputs) -> dict[str, float]:
-    return {name: relative_error(name, got[name], want[name]) for name in want if name in got}
+def errors_of(got: Outputs, want: Outputs) -> dict[str, float]:
+    """By name; what is missing is infinitely wrong, or a contender could leave out work that the others do."""
+    return {name: relative_error(name, got[name], want[name]) if name in got else math.inf for name in want}
 
 
 def time_cpu(call: Call) -> float:
@@ -153,7 +162,7 @@ def time_cpu(call: Call) -> float:
 
 
 class GpuTimer:
-    """(full call, device) of one call in ms."""
+    """(full call, device) of one call in ms; no device time where the host was not done in time."""
 
     def __init__(self, device: torch.device) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -166,15 +175,16 @@ class GpuTimer:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    def device(self, call: Call) -> float:
+    def device(self, call: Call) -> float | None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call()
         end.record()
+        host_was_late = start.query()  # the GPU woke up and began before everything was queued
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return None if host_was_late else start.elapsed_time(end)
 
 
 def quartiles(samples: list[float]) -> tuple[float, tuple[float, float]]:
@@ -200,13 +210,26 @@ def take_turns(calls: dict[str, Call], device: torch.device, rounds: int, second
                 call = calls[name]
                 taken = (timer.full_call(call), timer.device(call)) if timer else time_cpu(call)
             except Exception as error:
-                out[name] = [error]
+                out[name] = [error.with_traceback(None)]  # whose frames would hold the memory that ran out
                 continue
             if done:
                 samples[name].append(taken)
         if done >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
             break
     return {**samples, **out}
+
+
+def device_times(samples: list[tuple[float, float | None]]) -> list[float]:
+    """None at all where the host was late in most rounds."""
+    found = [on_device for _, on_device in samples if on_device is not None]
+    return found if 2 * len(found) > len(samples) else []
+
+
+def typical(samples: list[Any]) -> float:
+    """The median; on a GPU of the device times, where there are some."""
+    if not isinstance(samples[0], tuple):
+        return statistics.median(samples)
+    return statistics.median(device_times(samples) or [full for full, _ in samples])
 
 
 def _fill_times(record: Record, samples: list[Any]) -> None:
@@ -216,7 +239,9 @@ def _fill_times(record: Record, samples: list[Any]) -> None:
     record.rounds = len(samples)
     if isinstance(samples[0], tuple):
         record.ms, record.ms_quartiles = quartiles([full for full, _ in samples])
-        record.device_ms, record.device_ms_quartiles = quartiles([on_device for _, on_device in samples])
+        on_device = device_times(samples)
+        if on_device:
+            record.device_ms, record.device_ms_quartiles = quartiles(on_device)
     else:
         record.ms, record.ms_quartiles = quartiles(samples)
 
@@ -242,6 +267,8 @@ def measure(
     seconds: float = 60.0,
     contenders: list[Contender] | None = None,
     peaks: dict[str, int | str] | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+    deadline: float = math.inf,
     say: Progress = lambda _: None,
 ) -> list[Record]:
     """All contenders of a task on one shape.
@@ -250,6 +277,8 @@ def measure(
         rounds: of timing, fewer where ``seconds`` are over.
         contenders: those of the task where None.
         peaks: on a CPU, peak bytes by contender (or "oom") from ``memory.on_cpu``; who ran out there is not run here.
+        left_out: contenders that are reported as missing, and why.
+        deadline: of ``time.monotonic``; who has not been checked by then is missing too.
         say: told what is going on.
     """
     chosen = task.contenders if contenders is None else contenders
@@ -261,7 +290,9 @@ def measure(
     calls: dict[str, Call] = {}
     for contender, record in zip(chosen, records, strict=True):
         say(f"{task.name} {shape.name}: checking {contender.name}")
-        missing = contender.missing(device)
+        missing = contender.missing(device) or left_out.get(contender.name)
+        if missing is None and time.monotonic() > deadline:
+            missing = "no time left"
         if missing is not None:
             record.status, record.note = "missing", missing
         elif peaks.get(contender.name) == "oom":
@@ -280,7 +311,7 @@ def measure(
     except Exception as error:
         _fail(floor, error)
     say(f"{task.name} {shape.name}: timing {len(calls)} calls")
-    samples = take_turns(calls, device, rounds, seconds)
+    samples = take_turns(calls, device, rounds, min(seconds, deadline - time.monotonic()))
     for record in (*records, floor):
         if record.name in samples:
             _fill_times(record, samples[record.name])
@@ -320,9 +351,14 @@ def _compare(records: list[Record], floor: Record) -> None:
     naive = next((r for r in records if r.name == NAIVE), None)
     for record in records:
         if naive is not None:
-            record.ratio_to_naive = _ratio(record.time, naive.time)
+            record.ratio_to_naive = _time_ratio(record, naive)
             record.memory_to_naive = _ratio(record.peak_bytes, naive.peak_bytes)
-        record.ratio_to_floor = _ratio(record.time, floor.time)
+        record.ratio_to_floor = _time_ratio(record, floor)
+
+
+def _time_ratio(a: Record, b: Record) -> float | None:
+    on_device = _ratio(a.device_ms, b.device_ms)
+    return _ratio(a.ms, b.ms) if on_device is None else on_device
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

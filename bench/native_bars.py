@@ -2,8 +2,8 @@
 
     python -m bench.native_bars [--rounds 9] [--threads 2] [--only head-bf16,head-fp32,scan,trajectory] [--output FILE]
 
-Every contender is held against float64 before it is timed. Contenders take turns, so that a machine that slows down
-slows all of them. The products, the naive losses and the other scans are those of the other benchmarks (``tasks``,
+Whatever gives an answer is held against float64 before it is timed. Contenders take turns, so that a machine that slows
+down slows all of them. The products, the naive losses and the other scans are those of the other benchmarks (``tasks``,
 ``contenders``). Beside the bars stand figures without a limit: what the machine itself, or PyTorch, needs for the same.
 Sections named in ``--only`` replace those of their name in the output; the others stay.
 
@@ -20,6 +20,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ import torch
 from klq_kernels import klq_targets, native, planner, reverse_scan
 from klq_kernels.products import add_product, strips
 
-from . import environment, report
+from . import environment, oracle, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
-from .harness import Gate, Record, take_turns
+from .harness import Gate, Record, errors_of, judge, take_turns
 from .inputs import HeadInputs, ScanInputs, head_inputs, scan_inputs
 from .shapes import Scan, Shape
 from .tasks import TASKS, Task, one_gemm, three_gemms
@@ -68,13 +69,28 @@ class Section(NamedTuple):
     bars: Callable[[dict[str, float]], list[Bar]]
 
 
-def checked(task: Task, contender: Contender, inputs: Any, dtype: torch.dtype) -> Call:
-    """The contender's call, once its answer has been held against float64. Raises RuntimeError where it is wrong."""
-    record = Record(task.name, contender.name, contender.computes, "ok", "", "", "", {})
-    Gate(task, inputs, dtype).check(contender, record)
-    if record.status != "ok":
-        raise RuntimeError(f"{contender.name}: {record.note}")
-    return contender.make(inputs)
+def checker(task: Task, inputs: Any, dtype: torch.dtype) -> Callable[[Callable[[Any], Call]], Call]:
+    """What makes a call on these inputs and holds its answer against float64. RuntimeError where it is wrong."""
+    gate = Gate(task, inputs, dtype)
+
+    def checked(make: Callable[[Any], Call]) -> Call:
+        contender, record = Contender("", make), Record(task.name, "", "klq", "ok", "", "", "", {})
+        gate.check(contender, record)
+        call = make(inputs)
+        gate.check_whole(contender, record, call())
+        if record.status != "ok":
+            raise RuntimeError(f"{task.name}: {record.note}")
+        return call
+
+    return checked
+
+
+def matched(call: Call, right: Outputs) -> Call:
+    """The call, once what it returns has been held against float64: for scans that no task has."""
+    complaint = judge(errors_of(call(), right), {}, torch.float32)
+    if complaint is not None:
+        raise RuntimeError(complaint)
+    return call
 
 
 def with_valid(inputs: HeadInputs, share: float) -> HeadInputs:
@@ -119,17 +135,17 @@ def head(shape: Shape, gemm_bar: float) -> Section:
     """Loss forward and backward, and log-probabilities, against the products alone and against naive PyTorch."""
     inputs = head_inputs(shape, CPU)
     quarter = with_valid(inputs, 0.25)
-    loss, logprobs = TASKS["loss"], TASKS["logprobs"]
+    checked = checker(TASKS["loss"], inputs, shape.dtype)
     calls = {
-        "fused": checked(loss, Contender("fused", ours.fused), inputs, shape.dtype),
+        "fused": checked(ours.fused),
         "three GEMMs": three_gemms(inputs),
         "three GEMMs, fresh": into_fresh_memory(inputs, gradients=True),
         "three GEMMs, strips": strip_by_strip(inputs),
-        "naive": plain.loss_through(plain.naive_logprobs, inputs),
-        "naive, fp32 logits": plain.loss_through(plain.fp32_logprobs, inputs),
-        "fused, 25% valid": ours.fused(quarter),
+        "naive": checked(partial(plain.loss_through, plain.naive_logprobs)),
+        "naive, fp32 logits": checked(partial(plain.loss_through, plain.fp32_logprobs)),
+        "fused, 25% valid": checker(TASKS["loss"], quarter, shape.dtype)(ours.fused),
         "three GEMMs, 25% of the rows": three_gemms(quarter),
-        "logprobs": checked(logprobs, Contender("logprobs", ours.score), inputs, shape.dtype),
+        "logprobs": checker(TASKS["logprobs"], inputs, shape.dtype)(ours.score),
         "one GEMM": one_gemm(inputs),
         "one GEMM, fresh": into_fresh_memory(inputs, gradients=False),
     }
@@ -184,48 +200,68 @@ def lambda_errors(inputs: ScanInputs, ends: torch.Tensor) -> Call:
     logp, ref_logp, values, rewards = (t.reshape(-1) for t in columns)
     mask = None if inputs.mask is None else inputs.mask.reshape(-1)
     out, tail = torch.empty(values.numel()), torch.zeros(ends.numel() - 1)
+    found = {"advantages": out.view_as(inputs.values)}
 
     def call() -> Outputs:
         native.lambda_errors(
             logp, ref_logp, values, rewards, None, tail, mask, ends, out,
             tau=inputs.tau, gamma=inputs.gamma, lam=inputs.lam,
         )  # fmt: skip
-        return {}
+        return found
 
     return call
 
 
-def scan(threads: int) -> Section:
+def into_given(
+    delta: torch.Tensor, decay: torch.Tensor, mask: torch.Tensor | None, ends: torch.Tensor, out: torch.Tensor
+) -> Call:
+    """``reverse_scan`` without what surrounds it."""
+    deltas, decays = delta.reshape(-1), decay.reshape(-1)
+    masks = None if mask is None else mask.reshape(-1)
+    found = {"scan": out.view_as(delta)}
+
+    def call() -> Outputs:
+        native.reverse_scan(deltas, decays, masks, ends, out)
+        return found
+
+    return call
+
+
+def scan(threads: int, batch: int = 512, length: int = 4096) -> Section:
     """Scans at 512 x 4096, beside what moving the same bytes takes and what others do with the same inputs.
 
     The Python loop steps through all 512 sequences at once, so it is only 4096 vector operations long. A bar of 500
     times its speed would be a tenth of the time that the bytes of this shape take; it stands where the loop hurts, at
     one long trajectory (``trajectory``).
     """
-    batch, length, few = 512, 4096, 8
+    few, at = 8, f"{batch}x{length}"
     inputs, small = (scan_inputs(Scan("bar", rows, length), CPU) for rows in (batch, few))
     delta, decay = torch.randn(batch, length), torch.rand(batch, length)
     ends = torch.arange(batch + 1, dtype=torch.int32) * length
     out = torch.empty(batch * length)
     deltas, decays = delta.reshape(-1), decay.reshape(-1)
     columns = (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)
-    gae, targets = TASKS["scan"], TASKS["targets"]
+    gae = checker(TASKS["scan"], inputs, torch.float32)
+    targets = checker(TASKS["targets"], inputs, torch.float32)
+    right = oracle.reverse_scan(delta, decay)
     contenders = {c.name: c for c in scans.SCAN if c.missing(CPU) is None and c.name != "naive"}
     slow = {
-        "loop": scans.targets_by(scans.loop, inputs),
-        **{name: checked(gae, c, inputs, torch.float32) for name, c in contenders.items()},
+        "loop": targets(partial(scans.targets_by, scans.loop)),
+        **{name: gae(c.make) for name, c in contenders.items()},
     }
     calls = {
-        "reverse_scan": lambda: reverse_scan(delta, decay),
-        "reverse_scan, compute": lambda: native.reverse_scan(deltas, decays, None, ends, out),
+        "reverse_scan": matched(lambda: {"scan": reverse_scan(delta, decay)}, right),
+        "reverse_scan, compute": matched(into_given(delta, decay, None, ends, out), right),
         "delta + decay": lambda: delta + decay,
         "delta + decay, given": lambda: torch.add(deltas, decays, out=out),
-        "klq_targets": checked(targets, Contender("klq_targets", ours.targets), inputs, torch.float32),
-        "klq_targets, compute": lambda_errors(inputs, ends),
-        "klq_targets, compute, few rows": lambda_errors(small, ends[: few + 1]),
+        "klq_targets": targets(ours.targets),
+        "klq_targets, compute": targets(partial(lambda_errors, ends=ends)),
+        "klq_targets, compute, few rows": checker(TASKS["targets"], small, torch.float32)(
+            partial(lambda_errors, ends=ends[: few + 1])
+        ),
         "bytes of the lambda-errors": lambda: [*(c.sum() for c in columns), out.zero_()],
         "bytes of the targets": lambda: [columns[1].sum(), columns[3].sum(), *(columns[k].clone() for k in (0, 2, 3))],
-        "gae": checked(gae, Contender("gae", ours.advantages), inputs, torch.float32),
+        "gae": gae(ours.advantages),
     }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
@@ -235,32 +271,31 @@ def scan(threads: int) -> Section:
             return Bar(name, ms[call] * 1e6 * threads / (rows * length), limit, "ns per element and thread")
 
         return [
-            each("reverse_scan 512x4096", "reverse_scan", 0.5),
-            each("reverse_scan 512x4096, into a given buffer", "reverse_scan, compute", 0.5),
-            each("delta + decay 512x4096, PyTorch's own: the same reads and writes", "delta + decay"),
-            each("delta + decay 512x4096, into a given buffer", "delta + decay, given"),
-            each("klq_targets 512x4096", "klq_targets", 0.5),
+            each(f"reverse_scan {at}", "reverse_scan", 0.5),
+            each(f"reverse_scan {at}, into a given buffer", "reverse_scan, compute", 0.5),
+            each(f"delta + decay {at}, PyTorch's own: the same reads and writes", "delta + decay"),
+            each(f"delta + decay {at}, into a given buffer", "delta + decay, given"),
+            each(f"klq_targets {at}", "klq_targets", 0.5),
             each("clones of its three results, sums of two columns: its reads and writes", "bytes of the targets"),
-            each("klq_targets 512x4096, lambda-errors into a given buffer", "klq_targets, compute", 0.5),
+            each(f"klq_targets {at}, lambda-errors into a given buffer", "klq_targets, compute", 0.5),
             each(
                 "sums of its four columns, a fill of the fifth: the same reads and writes", "bytes of the lambda-errors"
             ),
             each(
-                "klq_targets 8x4096 (in cache), lambda-errors into a given buffer",
+                f"klq_targets {few}x{length} (in cache), lambda-errors into a given buffer",
                 "klq_targets, compute, few rows",
                 None,
                 few,
             ),
-            Bar("Python loop / klq_targets, 512x4096", ms["loop"] / ms["klq_targets"]),
-            *(Bar(f"gae / {name}, 512x4096", ms["gae"] / ms[name], 1.0) for name in contenders),
+            Bar(f"Python loop / klq_targets, {at}", ms["loop"] / ms["klq_targets"]),
+            *(Bar(f"gae / {name}, {at}", ms["gae"] / ms[name], 1.0) for name in contenders),
         ]
 
     return Section({**slow, **{name: repeated(quiet(call)) for name, call in calls.items()}}, bars)
 
 
-def trajectory() -> Section:
+def trajectory(length: int = 131_072) -> Section:
     """One packed trajectory of 131,072 tokens with a mask, which fits the last-level cache; the loops without one."""
-    length = 131_072
     inputs = scan_inputs(Scan("bar", 1, length), CPU)
     ends = torch.tensor([0, length], dtype=torch.int32)
     columns = (inputs.logprobs, inputs.ref_logprobs, inputs.values, inputs.rewards)
@@ -269,25 +304,36 @@ def trajectory() -> Section:
     delta, out = torch.randn(1, length), torch.empty(length)
     assert masked.mask is not None
     mask, decay = masked.mask.reshape(-1), torch.full((1,), 0.95)
+    scanned = oracle.reverse_scan(delta, decay)
+    targets, masked_targets = (oracle.advantages(i, log_ratios=True) for i in (inputs, masked))
+
+    def packed() -> Outputs:
+        return {"advantages": klq_targets(*flat, mask=mask, cu_seqlens=ends).advantages.view(1, -1)}
+
     calls = {
-        "compute": lambda_errors(masked, ends),
-        "scan, compute": lambda: native.reverse_scan(delta.reshape(-1), decay, mask, ends, out),
-        "klq_targets": lambda: klq_targets(*flat, mask=mask, cu_seqlens=ends),
-        "klq_targets, unmasked": lambda: klq_targets(*columns),
-        "reverse_scan": lambda: reverse_scan(delta, 0.95),
+        "compute": matched(lambda_errors(masked, ends), masked_targets),
+        "scan, compute": matched(
+            into_given(delta, decay, masked.mask, ends, out), oracle.reverse_scan(delta, decay, masked.mask)
+        ),
+        "klq_targets": matched(packed, masked_targets),
+        "klq_targets, unmasked": matched(lambda: {"advantages": klq_targets(*columns).advantages}, targets),
+        "reverse_scan": matched(lambda: {"scan": reverse_scan(delta, 0.95)}, scanned),
     }
-    slow = {"loop": quiet(lambda: scans.loop(delta, 0.95)), "loop, targets": scans.targets_by(scans.loop, inputs)}
+    slow = {
+        "loop": matched(lambda: {"scan": scans.loop(delta, 0.95)}, scanned),
+        "loop, targets": matched(scans.targets_by(scans.loop, inputs), targets),
+    }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
         ms = once(ms, tuple(slow))
-        shape = "packed trajectory of 131072, masked"
+        shape = f"packed trajectory of {length}, masked"
         return [
             Bar(f"{shape}, lambda-errors into a given buffer", ms["compute"], 0.2, "ms"),
             Bar(f"{shape}, reverse_scan into a given buffer", ms["scan, compute"], 0.2, "ms"),
             Bar(f"{shape}, klq_targets", ms["klq_targets"], None, "ms"),
-            Bar("Python loop / reverse_scan, 1x131072", ms["loop"] / ms["reverse_scan"], 500, at_least=True),
+            Bar(f"Python loop / reverse_scan, 1x{length}", ms["loop"] / ms["reverse_scan"], 500, at_least=True),
             Bar(
-                "Python loop / klq_targets, 1x131072",
+                f"Python loop / klq_targets, 1x{length}",
                 ms["loop, targets"] / ms["klq_targets, unmasked"],
                 500,
                 at_least=True,

@@ -99,11 +99,37 @@ def some_rows(inputs: HeadInputs, objective: str, count: int = 64) -> tuple[Tens
     return (rows if inputs.rows is None else inputs.rows[rows]), found
 
 
+def both_sides(inputs: HeadInputs, found: Outputs, count: int = 64) -> tuple[Tensor, Tensor]:
+    """A few entries of (W^T d_weight, d_hidden^T hidden), [H, H] each, with W's columns scaled to length 1.
+
+    They are equal whatever the loss: both gradients are products with the same d_logits, d_weight = d_logits^T hidden
+    and d_hidden = d_logits W. So all of d_weight is held against d_hidden at a small part of what computing it costs.
+    """
+    weight, hidden = inputs.weight.detach(), inputs.hidden.detach()
+    columns = torch.linspace(0, weight.shape[1] - 1, min(count, weight.shape[1]), device=weight.device).long()
+    scale = weight[:, columns].double().norm(dim=0)
+    left = (weight[:, columns].double() / scale).T @ found["weight"][:, columns].double()
+    right = (found["hidden"][:, columns].double() / scale).T @ hidden[:, columns].double()
+    return left, right
+
+
 def naive_loss(inputs: HeadInputs, objective: str) -> Outputs:
     """The same computed the plain way in the inputs' dtype: the yardstick of what error is normal."""
     rows = inputs.valid(inputs.hidden), inputs.weight, inputs.valid(inputs.actions), inputs.softcap
     loss = OBJECTIVES[objective](naive_logprobs(*rows).float(), inputs.valid(inputs.values), inputs)
     return gradients(loss, hidden=inputs.hidden, weight=inputs.weight, values=inputs.values)
+
+
+def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None = None) -> Outputs:
+    """float64 S_t = delta_t + decay_t S_{t+1} of each row [B, T], a masked token skipped and 0."""
+    keep = torch.ones_like(delta, dtype=torch.bool) if mask is None else mask
+    delta, decay = delta.double(), decay.double().expand_as(delta)
+    out = torch.zeros_like(delta)
+    following = torch.zeros_like(delta[:, 0])
+    for t in range(delta.shape[1] - 1, -1, -1):
+        following = torch.where(keep[:, t], delta[:, t] + decay[:, t] * following, following)
+        out[:, t] = torch.where(keep[:, t], following, 0.0)
+    return {"scan": out}
 
 
 def advantages(inputs: ScanInputs, *, log_ratios: bool) -> Outputs:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,17 +26,22 @@ def run_task(
     with_memory: bool,
     limit: int | None,
     say: Progress,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+    deadline: float = math.inf,
 ) -> list[Record]:
     """Memory first (on a CPU, a fresh process per contender), then all shapes; the loss gets its breakdown."""
     peaks: dict[str, list[int | str]] = {}
     if with_memory and device.type == "cpu":
-        for contender in [c for c in task.contenders if c.missing(device) is None]:
+        for contender in [c for c in task.contenders if c.missing(device) is None and c.name not in left_out]:
             say(f"{task.name}: memory of {contender.name}")
             peaks[contender.name] = memory.on_cpu(task.name, shapes, contender.name, limit)
     records = []
     for i, shape in enumerate(shapes):
         of_shape = {name: found[i] for name, found in peaks.items()}
-        measured = measure(task, shape, device, rounds=rounds, seconds=seconds, peaks=of_shape, say=say)
+        measured = measure(
+            task, shape, device, rounds=rounds, seconds=seconds, peaks=of_shape, left_out=left_out, deadline=deadline,
+            say=say,
+        )  # fmt: skip
         if task.name == "loss":
             say(f"{task.name} {shape.name}: where the time goes")
             add_breakdown(task, shape, device, measured, rounds)

@@ -22,11 +22,6 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
     @property
-    def gemm_flop(self) -> int:
-        """G, the cost of one matrix product over the vocabulary."""
-        return 2 * self.tokens * self.hidden * self.vocab
-
-    @property
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 

@@ -5,6 +5,7 @@
     python -m bench.static_gate --check            compare with the record; exit 1 where anything got worse
 
 Each variant of each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 as the launcher would on aligned tensors.
+Triton's launcher makes a constant of an integer that is 1, so a kernel over one sequence or one token is another one.
 For NVIDIA the machine code is read back with the disassembler that ships with Triton. Rules that hold whatever the
 record: no stack (a stack frame is a register spill), and 16-byte accesses where bulk data moves.
 
@@ -46,6 +47,7 @@ TARGETS = {
 ISSUE_SLOTS_PER_LOGIT = 16.0
 SPECIAL_FUNCTIONS_PER_LOGIT = 2.0
 SPECIAL_SLACK = 0.25  # the rescaling of each lane, once per group of logits
+STAGES = {"pairs": True, "scan": False, "alone": False}  # of a scan over tiles, and whether it summarises them
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
 
 
@@ -74,7 +76,7 @@ class Report(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel and configuration that the launchers use."""
+    """Every kernel in each dtype, bare and with all that may be there, and with what the launcher makes constant."""
     row = {"actions": "*i64", "top": "*fp32", "log_total": "*fp32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
     stats = row | {"logp": "*fp32", "entropy": "*fp32", "vocab": "i32"}
     grad = row | dict.fromkeys(("d_action", "d_softmax", "d_entropy", "entropy"), "*fp32")
@@ -103,11 +105,18 @@ def variants() -> Iterator[Variant]:
                 f"klq_residual[{loss_type}{'+on_policy' if on_policy else ''}]", "klq_residual", "klq_residual_kernel",
                 residual, dict.fromkeys(absent) | {"LOSS_TYPE": loss_type}, launch.KLQ_RESIDUAL, wide=False,
             )  # fmt: skip
+    for mark, constant in (("", {}), ("+n=1", {"n": 1})):
+        yield Variant(
+            f"klq_residual[double_clipped+weights{mark}]", "klq_residual", "klq_residual_kernel",
+            residual, {"LOSS_TYPE": "double_clipped", **constant}, launch.KLQ_RESIDUAL, wide=False,
+        )  # fmt: skip
     common = {"mask": "*i1", "cu_seqlens": "*i32", "out": "*fp32", "pairs_a": "*fp32", "pairs_b": "*fp32"}
     common |= {"n": "i32", "batch": "i32"}
+    errors = common | {"tail": "*fp32", "carry": "*fp32", "first_row": "i32"}
+    errors |= dict.fromkeys(("tau", "gamma", "lam"), "fp32")
     lambdas = ("logp", "ref_logp", "values", "rewards", "trace")
     for dtype in ("fp32", "bf16"):
-        for stage, summarise in (("pairs", True), ("scan", False), ("alone", False)):
+        for stage, summarise in STAGES.items():
             no_pairs = ["pairs_a", "pairs_b"] if stage == "alone" else []
             for masked in (False, True):
                 marks = f"{dtype}+{stage}{'+mask' if masked else ''}"
@@ -119,10 +128,23 @@ def variants() -> Iterator[Variant]:
                 )  # fmt: skip
                 yield Variant(
                     f"lambda_errors[{marks}]", "scans", "lambda_errors_kernel",
-                    common | dict.fromkeys(lambdas, f"*{dtype}") | {"tail": "*fp32", "carry": "*fp32"}
-                    | {"first_row": "i32"} | dict.fromkeys(("tau", "gamma", "lam"), "fp32"),
+                    errors | dict.fromkeys(lambdas, f"*{dtype}"),
                     dict.fromkeys([*absent, "rewards", "trace"]) | {"SUMMARISE": summarise}, launch.SCAN,
                 )  # fmt: skip
+    full: list[tuple[str, str, dict[str, int]]] = [("bf16", "scan", {}), ("fp16", "scan", {})]
+    full += [("fp32", stage, ones) for ones in ({}, {"batch": 1}) for stage in STAGES]
+    for dtype, stage, ones in [*full, ("fp32", "alone", {"batch": 1, "n": 1})]:
+        marks = "+".join([dtype, stage, "full", *(f"{name}=1" for name in ones)])
+        fixed = ones | dict.fromkeys(["pairs_a", "pairs_b"] if stage == "alone" else [])
+        fixed |= {"SUMMARISE": STAGES[stage]}
+        yield Variant(
+            f"reverse_scan[{marks}]", "scans", "reverse_scan_kernel",
+            common | {"delta": f"*{dtype}", "decay": f"*{dtype}"}, fixed | {"ONE_DECAY": False}, launch.SCAN,
+        )  # fmt: skip
+        yield Variant(
+            f"lambda_errors[{marks}]", "scans", "lambda_errors_kernel", errors | dict.fromkeys(lambdas, f"*{dtype}"),
+            fixed, launch.SCAN,
+        )  # fmt: skip
 
 
 def compile_for(variant: Variant, target: GPUTarget) -> Any:

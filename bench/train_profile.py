@@ -21,15 +21,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from klq_kernels import reference
+from klq_kernels.reference import klq_residual_loss
 from klq_kernels.trainer import KLQConfig, KLQTrainer, objectives
 from klq_kernels.trainer import trainer as trainer_module
 from klq_kernels.trainer.actor_critic import States
 from klq_kernels.trainer.objectives import Scored
 
 from . import environment
+from .contenders.plain import naive_logprobs
 from .environment import ROOT
 from .memory import PROCESS, _settle, _status_bytes
 from .report import bytes_text
@@ -105,21 +107,20 @@ class Recorder:
 
 
 def naive_score(states: States, inputs: Any, config: Any) -> Scored:
-    """What scoring costs through the logits of all tokens."""
-    out = reference.linear_logprobs(states.hidden, **states.head._asdict(), actions=inputs.actions)
-    assert out.entropy is not None
-    return Scored(out.logprobs, out.entropy, states.values, states.last_values)
+    """What scoring costs through the logits of all tokens, entropy included."""
+    logp = F.linear(states.hidden, states.head.weight).log_softmax(-1)
+    taken = logp.gather(-1, inputs.actions[:, None]).squeeze(-1)
+    return Scored(taken.float(), -(logp.exp() * logp).sum(-1).float(), states.values, states.last_values)
 
 
 def naive_klq(
     states: States, inputs: Any, experience: Any, denom: Tensor, config: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """The loss through the logits of all tokens, and autograd."""
-    out = reference.naive_klq_loss(
-        states.hidden, states.head.weight, inputs.actions, states.values,
-        targets=experience.targets, tau=config.tau, denom=denom,
-    )  # fmt: skip
-    return out.loss, {}
+    old_logprobs, old_values, advantages = experience.targets
+    change = naive_logprobs(states.hidden, states.head.weight, inputs.actions, None).float() - old_logprobs
+    losses = klq_residual_loss(change, states.values - old_values, advantages, tau=config.tau)
+    return losses.sum() / denom, {}
 
 
 class Profiled(KLQTrainer):

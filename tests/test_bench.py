@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import caps, harness, memory, oracle, page, plot, report
+from bench import caps, environment, gpu_suite, harness, memory, native_bars, oracle, page, plot, report
 from bench.cli import chosen_contenders, chosen_shapes, run_task
 from bench.contenders import Call, Contender, Outputs, gradients, ours, peers, plain, scans
 from bench.environment import describe
@@ -26,6 +28,8 @@ from bench.harness import measure
 from bench.inputs import HeadInputs, head_inputs, scan_inputs
 from bench.shapes import RECORDS, Scan, Shape
 from bench.tasks import TASKS
+from klq_kernels import KLQTargets
+from klq_kernels.ops.dispatch import why_unavailable
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,12 +162,18 @@ def planted_nan(inputs: HeadInputs) -> Call:
     return call
 
 
+def planted_lost_gradient(inputs: HeadInputs) -> Call:
+    """The head is taken as a constant, which saves a product."""
+    return plain.loss_through(lambda h, w, a, cap: plain.naive_logprobs(h, w.detach(), a, cap), inputs)
+
+
 PLANTED: list[tuple[str, Callable[[Any], Call], str]] = [
     ("padded tile", lambda inputs: plain.loss_through(planted_padded_tile, inputs), "hidden"),
     ("missing tile", lambda inputs: plain.loss_through(planted_missing_tile, inputs), "hidden"),
     ("bf16 accumulation", planted_low_precision_sum, "weight"),
     ("gradient at masked tokens", planted_masked_gradient, "hidden"),
     ("unwritten element", planted_nan, "weight"),
+    ("lost gradient", planted_lost_gradient, "weight"),
 ]
 
 
@@ -190,28 +200,46 @@ def test_a_scan_that_ignores_the_mask_is_caught() -> None:
     assert judged("scan", careless, Scan("small", 4, 40, ragged=True)).status == "wrong"
 
 
-def test_an_error_beyond_what_the_judge_could_afford_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first tokens are judged in full; the last rows are wrong, as with offsets beyond 32 bits."""
+def short_hidden(inputs: HeadInputs) -> Call:
+    """The last rows are wrong, as with offsets beyond 32 bits."""
+    right = ours.fused(inputs)
+
+    def call() -> Outputs:
+        found = right()
+        hidden = found["hidden"].clone()
+        hidden[400:] = 0
+        return {**found, "hidden": hidden}
+
+    return call
+
+
+def short_weight(inputs: HeadInputs) -> Call:
+    """What the last tokens add to the head's gradient is lost."""
+    right, rest = ours.fused(inputs), ours.fused(inputs.only(torch.arange(inputs.tokens)[400:]))
+    share = max(inputs.tokens - 400, 0) / inputs.tokens
+
+    def call() -> Outputs:
+        found = right()
+        return {**found, "weight": found["weight"] - share * rest()["weight"]} if share else found
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("make", "where"), [(short_hidden, "hidden"), (short_weight, "weight")])
+def test_an_error_beyond_what_the_judge_could_afford_is_caught(
+    make: Callable[[Any], Call], where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first tokens are judged in full."""
     from bench import tasks
 
     monkeypatch.setitem(tasks.ORACLE_FLOP, "cpu", 0.0)
-
-    def make(inputs: HeadInputs) -> Call:
-        right = ours.fused(inputs)
-
-        def call() -> Outputs:
-            found = right()
-            hidden = found["hidden"].clone()
-            hidden[400:] = 0
-            return {**found, "hidden": hidden}
-
-        return call
-
-    shape = SMALL._replace(tokens=600)
-    assert judged("loss", ours.LOSS[0], shape).status == "ok"
+    shape = SMALL._replace(tokens=600, dtype=dtype)
+    for right in (c for c in (*ours.LOSS, *plain.LOSS) if c.name != "torch.compile"):
+        assert judged("loss", right, shape).status == "ok"
     record = judged("loss", Contender("short", make), shape)
     assert record.status == "wrong"
-    assert "at full size" in record.note
+    assert f"at full size {where}" in record.note
 
 
 def test_another_objective_is_judged_by_its_own_answer() -> None:
@@ -280,6 +308,48 @@ def test_who_fails_while_timed_leaves_and_the_others_go_on() -> None:
     assert good.rounds == 4
 
 
+def test_who_ran_out_of_memory_lets_go_of_it() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def fails() -> Outputs:
+        tensor = torch.ones(1000)
+        held.append(weakref.ref(tensor))
+        raise MemoryError
+
+    def looks() -> Outputs:
+        assert held[0]() is None
+        return {}
+
+    samples = harness.take_turns({"fails": fails, "looks": looks}, CPU, rounds=2, seconds=1.0)
+    assert isinstance(samples["fails"][0], MemoryError)
+    assert all(isinstance(taken, float) for taken in samples["looks"])
+
+
+def timed(name: str, samples: list[Any]) -> harness.Record:
+    record = harness.Record("scan", name, "klq", "ok", "", "", "", {})
+    harness._fill_times(record, samples)
+    return record
+
+
+def test_ratios_compare_like_with_like() -> None:
+    """A loop that the host is late with has no device time, and is compared by full calls."""
+    naive = timed("naive", [(60.0, None), (50.0, 49.0), (40.0, None)])
+    fast, floor = timed("fast", [(5.0, 1.0)] * 3), timed("floor", [(4.0, 0.5)] * 3)
+    harness._compare([naive, fast], floor)
+    assert naive.device_ms is None
+    assert (fast.ratio_to_naive, fast.ratio_to_floor) == (0.1, 2.0)
+    assert naive.ratio_to_floor == 12.5
+
+
+def test_who_is_left_out_or_too_late_is_named() -> None:
+    shape, task = Scan("small", 3, 50), TASKS["scan"]
+    naive = next(c for c in task.contenders if c.name == "naive")
+    (record, _) = measure(task, shape, CPU, rounds=1, contenders=[naive], left_out={"naive": "a long loop"})
+    assert (record.status, record.note) == ("missing", "a long loop")
+    (record, _) = measure(task, shape, CPU, rounds=1, contenders=[naive], deadline=time.monotonic() - 1)
+    assert (record.status, record.note) == ("missing", "no time left")
+
+
 def test_missing_contenders_say_how_to_get_them() -> None:
     record = judged("loss", Contender("absent", ours.fused, module="no_such_package", install="pip install it"), SMALL)
     assert (record.status, record.note) == ("missing", "pip install it")
@@ -325,6 +395,55 @@ def test_caps_find_what_fits() -> None:
         found = caps.largest(shape, CPU, "fused", 2**17, lambda _: None, allowed)
         step = max(int(found["predicted_tokens"] * caps.STEP), 1)
         assert allowed - step < found["tokens"] <= allowed
+
+
+def test_caps_that_take_too_long_are_no_answer() -> None:
+    with pytest.raises(TimeoutError, match="tiny fused"):
+        caps.largest(Shape("tiny", 1, 16, 128, FP32), CPU, "fused", 2**17, lambda _: None, 100, time.monotonic() - 1)
+
+
+# --- the bars of the CPU backend -----------------------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(why_unavailable("native") is not None, reason="the native backend is not built")
+
+
+def sections() -> None:
+    """All of them, tiny."""
+    native_bars.head(SMALL._replace(ragged=False), 1.0)
+    native_bars.scan(1, batch=9, length=40)
+    native_bars.trajectory(length=200)
+
+
+@needs_native
+def test_right_calls_get_into_the_bars() -> None:
+    sections()
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with twice the answer, returned or written where the last tensor argument stands."""
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found = function(*arguments, **options)
+        if found is None:
+            return arguments[-1].mul_(2)
+        return found._replace(advantages=2 * found.advantages) if isinstance(found, KLQTargets) else 2 * found
+
+    return wrong
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (plain, "naive_logprobs"), (plain, "fp32_logprobs"), (scans, "loop"), (native_bars, "reverse_scan"),
+        (native_bars, "klq_targets"), (native_bars.native, "reverse_scan"), (native_bars.native, "lambda_errors"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1],
+)  # fmt: skip
+def test_a_wrong_call_never_gets_into_the_bars(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, name, doubled(getattr(module, name)))
+    with pytest.raises(RuntimeError, match="off by"):
+        sections()
 
 
 # --- reports -------------------------------------------------------------------------------------------------------
@@ -500,9 +619,49 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert "| caps | ok |" in out.with_suffix(".md").read_text()
 
 
-def test_a_part_that_breaks_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import gpu_suite
+def test_the_gpu_suite_names_every_file_with_tests_for_a_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    files = {re.sub(r"tests/test_(\w+)\.py::.*", r"\1", line) for line in done.stdout.splitlines() if "::" in line}
+    assert files == set(gpu_suite.TEST_FILES)
 
+
+def test_failures_are_found_though_pytest_was_cut_off() -> None:
+    progress = [
+        "[gw1] [ 40%] PASSED tests/test_gpu.py::test_a",
+        "[gw0] [ 50%] FAILED tests/test_gpu.py::test_b[bf16]",
+        "tests/test_gpu.py::test_c FAILED                [ 60%]",
+    ]
+    assert gpu_suite.failures(progress) == progress[1:]
+    closing = ["FAILED tests/test_gpu.py::test_b[bf16] - AssertionError", "1 failed, 1 passed in 3 s"]
+    assert gpu_suite.failures([*progress, *closing]) == closing[:1]
+
+
+def test_the_gpu_suite_leaves_out_loops_that_take_its_time() -> None:
+    assert "naive" not in gpu_suite.left_out(Scan("s", 64, 8192), compilers=True)
+    assert "131072 steps" in gpu_suite.left_out(Scan("s", 16, 131_072), compilers=True)["naive"]
+    assert set(gpu_suite.left_out(SMALL, compilers=False)) == set(gpu_suite.COMPILED)
+
+
+def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("bench/results/a.json", "docs/b.md", "code.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("before")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    clean = environment.commit()
+    assert clean is not None
+    assert len(clean) == 12
+    for file, expected in zip(files, (clean, clean, f"{clean}-dirty"), strict=True):
+        file.write_text("after")
+        assert environment.commit() == expected
+
+
+def test_a_part_that_breaks_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_part(name: str, dry_run: bool, seconds: float) -> dict[str, Any]:
         broken = {"status": "ended with code -11", "seconds": 1.0}
         return broken if name == "loss" else {"status": "ok", "seconds": 1.0, "results": []}

@@ -40,6 +40,13 @@ def variant(name: str) -> static_gate.Variant:
     return next(v for v in static_gate.variants() if v.name == name)
 
 
+@pytest.mark.parametrize("kernel", ["reverse_scan", "lambda_errors"])
+@pytest.mark.parametrize("ones", ["batch=1", "batch=1+n=1"])
+def test_a_scan_over_one_sequence_compiles(kernel: str, ones: str) -> None:
+    """Triton's launcher makes constants of these ones, which a loop must not carry."""
+    static_gate.compile_for(variant(f"{kernel}[fp32+alone+full+{ones}]"), static_gate.TARGETS["sm_90"])
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -11,6 +11,10 @@ import torch
 
 from bench import train_profile
 from bench.train_profile import PHASES, Recorder
+from klq_kernels import KLQTargets
+from klq_kernels.trainer import KLQConfig
+from klq_kernels.trainer.actor_critic import States
+from klq_kernels.trainer.models import Head
 
 
 def test_an_inner_phase_does_not_count_for_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +45,32 @@ def test_every_phase_of_a_tiny_run_is_booked(loss: str, monkeypatch: pytest.Monk
     assert found["cycles"] == train_profile.CYCLES - 1
     assert all(found["phases"][name]["seconds"] > 0 for name in PHASES)
     json.dumps(found)
+
+
+def test_the_naive_loss_is_the_fused_one_and_keeps_its_logits_once() -> None:
+    n, vocab = 20, 300
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(k, 16, generator=g, requires_grad=True) for k in (n, vocab))
+    values, *targets = torch.randn(4, n, generator=g)
+    states = States(hidden, Head(weight, None, None, 1.0), values, values[:1])
+    inputs = SimpleNamespace(actions=torch.randint(vocab, (n,), generator=g), cu_seqlens=torch.tensor([0, n]).int())
+    experience = SimpleNamespace(targets=KLQTargets(*targets), ref_logprobs=None)
+    config, count = KLQConfig("unused", use_cpu=True), torch.tensor(float(n))
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (n, vocab):
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss, _ = train_profile.naive_klq(states, inputs, experience, count, config)
+    assert len(kept) == 1
+    fused, _ = train_profile.objectives.klq(states, inputs, experience, count, config)
+    torch.testing.assert_close(loss, fused)
+    with torch.no_grad():
+        scored, right = (f(states, inputs, config) for f in (train_profile.naive_score, train_profile.objectives.score))
+    torch.testing.assert_close(scored, right)
 
 
 def test_the_page_is_made_of_the_committed_result() -> None:
