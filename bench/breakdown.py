@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from klq_kernels import planner
+from klq_kernels.chunks import slices
 from klq_kernels.ops.dispatch import backend_for
-from klq_kernels.products import strips
 
 from .contenders import Call, Outputs
 from .harness import take_turns, typical
@@ -34,7 +34,7 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     actions, top, log_total, d_logp = _columns(inputs)
     found = [torch.empty_like(d_logp) for _ in range(3)]
     head = {"scale": 1.0, "softcap": inputs.softcap}
-    chunks = list(strips(n, rows))
+    chunks = slices(n, rows)
 
     def statistics() -> Outputs:
         for c in chunks:
@@ -60,7 +60,7 @@ def _on_strips(inputs: HeadInputs) -> dict[str, Call]:
     logits, out = (torch.zeros(problem.strip_entries, inputs.tokens, dtype=computed) for _ in range(2))
     turned = None if computed == torch.float32 else torch.empty(inputs.tokens * problem.strip_entries, dtype=computed)
     head = {"scale": 1.0, "softcap": inputs.softcap}
-    parts = list(strips(vocab, problem.strip_entries))
+    parts = slices(vocab, problem.strip_entries)
 
     def statistics() -> Outputs:
         highest, total, taken = running

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 from klq_kernels import klq_targets, native, planner, reverse_scan
-from klq_kernels.products import add_product, strips
+from klq_kernels.chunks import slices
+from klq_kernels.products import add_product
 
 from . import environment, oracle, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
@@ -116,7 +117,7 @@ def strip_by_strip(inputs: HeadInputs) -> Call:
     n, width = hidden.shape
     logits, turned = (hidden.new_zeros(planner.MOST_ENTRIES * n) for _ in range(2))
     d_hidden, d_weight = torch.zeros(n, width), torch.empty_like(weight)
-    parts = list(strips(weight.shape[0], planner.MOST_ENTRIES))
+    parts = slices(weight.shape[0], planner.MOST_ENTRIES)
 
     def call() -> Outputs:
         for strip in parts:

@@ -4,7 +4,6 @@ it asks of each chunk (``VocabularyWork``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -79,10 +78,9 @@ class VocabularyWork(Protocol):
         """Adds the chunk's part of the head's gradients: the gradient by the logits, GEMM 2 and GEMM 3."""
 
 
-def chunks_last_to_first(n: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` rows that cover n rows, the last rows first."""
-    for start in reversed(range(0, n, max(size, 1))):
-        yield slice(start, min(start + size, n))
+def slices(n: int, size: int) -> list[slice]:
+    """What cuts n rows, or entries, into pieces of at most ``size``, in order."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
 
 
 def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -35,9 +35,10 @@ def check_head(
     """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them."""
     if process_group is not None:
         raise NotImplementedError("process_group: a head split over processes is not supported; pass the whole weight")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None or name != "bias":
-            require_tensor(name, tensor)
+    require_tensor("hidden", hidden)
+    require_tensor("weight", weight)
+    if bias is not None:
+        require_tensor("bias", bias)
     require(
         hidden.dim() == len(layout.shape) + 1 and tuple(hidden.shape[:-1]) == layout.shape,
         "hidden",

@@ -135,9 +135,7 @@ def layout_of(
     name: str = "actions",
 ) -> Layout:
     """The layout of a call, from one of its per-token tensors. Raises ValueError on an inconsistent description."""
-    for argument, given in ((name, tokens), ("mask", mask), ("cu_seqlens", cu_seqlens)):
-        if given is not None or argument == name:
-            require_tensor(argument, given)
+    require_tensor(name, tokens)
     shape = tuple(tokens.shape)
     if packing is not None:
         require(mask is None and cu_seqlens is None, "packing", "already holds mask and cu_seqlens; pass it alone")
@@ -151,6 +149,7 @@ def layout_of(
         batch, length = shape
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=tokens.device).mul_(length)
     else:
+        require_tensor("cu_seqlens", cu_seqlens)
         require(len(shape) == 1, name, f"must be [N] when cu_seqlens is given, got {list(shape)}")
         require(
             cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype == torch.int32,
@@ -161,6 +160,7 @@ def layout_of(
             cu_seqlens.device == tokens.device, "cu_seqlens", f"must be on {tokens.device}, got {cu_seqlens.device}"
         )
     if mask is not None:
+        require_tensor("mask", mask)
         require(mask.dtype == torch.bool, "mask", f"must be a bool tensor, got {mask.dtype}")
         require(tuple(mask.shape) == shape, "mask", f"must have shape {list(shape)}, got {list(mask.shape)}")
         require(mask.device == tokens.device, "mask", f"must be on {tokens.device}, got {mask.device}")

@@ -82,7 +82,7 @@ def fused_klq_loss(
         return_entropy: also the mean entropy in the metrics.
         workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. The
             native CPU backend needs none for up to H tokens, whose logits lie where the weight's gradient is going to
-            be, and in 16 bits takes more for up to 2H, in place of the accumulator that several chunks would need.
+            be, and in bf16 takes more for up to 2H, in place of the accumulator that several chunks would need.
         process_group: reserved; must be None.
 
     Returns:
@@ -92,6 +92,7 @@ def fused_klq_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
     inputs = check_head(
@@ -185,6 +186,7 @@ def klq_loss(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)

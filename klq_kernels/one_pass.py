@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import Head, Needs, Rows, VocabularyWork, chunks_last_to_first
+from .chunks import Head, Needs, Rows, VocabularyWork, slices
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor
 
@@ -86,6 +86,11 @@ def _vocabulary_work(
     return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
 
 
+def _part(vector: Tensor | None, chunk: slice) -> Tensor | None:
+    """A chunk of a per-row vector that may be absent."""
+    return None if vector is None else vector[chunk]
+
+
 def logprobs_pass(
     backend: ModuleType, rows: Rows, head: Head, *, entropy: bool, workspace_bytes: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -94,10 +99,8 @@ def logprobs_pass(
     logp, top, log_total = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(3))
     entropies = torch.empty_like(logp) if entropy else None
     work = _vocabulary_work(backend, rows, head, NOTHING, keep=False, workspace_bytes=workspace_bytes)
-    for chunk in chunks_last_to_first(n, work.chunk_rows):
-        work.statistics(
-            chunk, top[chunk], log_total[chunk], logp[chunk], None if entropies is None else entropies[chunk]
-        )
+    for chunk in reversed(slices(n, work.chunk_rows)):
+        work.statistics(chunk, top[chunk], log_total[chunk], logp[chunk], _part(entropies, chunk))
     return logp, top, log_total, entropies
 
 
@@ -119,10 +122,10 @@ def logprobs_backward_pass(
     n = rows.actions.numel()
     d_softmax = -d_logp if d_lse is None else d_lse - d_logp
     work = _vocabulary_work(backend, rows, head, needs, keep=False, workspace_bytes=workspace_bytes)
-    for chunk in chunks_last_to_first(n, work.chunk_rows):
+    for chunk in reversed(slices(n, work.chunk_rows)):
         work.gradients(
-            chunk, top[chunk], log_total[chunk], d_logp[chunk], d_softmax[chunk],
-            None if d_entropy is None else d_entropy[chunk], None if entropy is None else entropy[chunk],
+            chunk, top[chunk], log_total[chunk], d_logp[chunk], d_softmax[chunk], _part(d_entropy, chunk),
+            _part(entropy, chunk),
         )  # fmt: skip
     return work
 
@@ -152,15 +155,11 @@ def klq_pass(
     advantages = torch.empty_like(logp) if targets is None else targets.advantages
     carry = torch.zeros(1, dtype=torch.float32, device=device)
     work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
-    for chunk in chunks_last_to_first(n, work.chunk_rows):
-        work.statistics(
-            chunk, top[chunk], log_total[chunk], logp[chunk], None if entropies is None else entropies[chunk]
-        )
+    for chunk in reversed(slices(n, work.chunk_rows)):
+        work.statistics(chunk, top[chunk], log_total[chunk], logp[chunk], _part(entropies, chunk))
         if scan is not None:
             backend.lambda_errors(
-                logp[chunk], scan.ref_logp[chunk], values[chunk],
-                None if scan.rewards is None else scan.rewards[chunk],
-                None if scan.trace is None else scan.trace[chunk],
+                logp[chunk], scan.ref_logp[chunk], values[chunk], _part(scan.rewards, chunk), _part(scan.trace, chunk),
                 scan.tail, None, scan.cu_seqlens, advantages[chunk],
                 tau=shape.tau, gamma=scan.gamma, lam=scan.lam, first_row=chunk.start, carry=carry,
             )  # fmt: skip
@@ -168,7 +167,7 @@ def klq_pass(
             logp[chunk], values[chunk],
             None if targets is None else targets.old_logp[chunk],
             None if targets is None else targets.old_values[chunk],
-            advantages[chunk], None if weights is None else weights[chunk],
+            advantages[chunk], _part(weights, chunk),
             losses[chunk], d_logp[chunk], d_values[chunk],
             grad_scale=grad_scale, **shape._asdict(),
         )  # fmt: skip

@@ -8,12 +8,11 @@ written, and no fp32 copy of the weight or of a chunk of logits. ``planner.widen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from . import planner
+from .chunks import slices
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
             return torch.mm(hidden, weight.T, out=out)
         return torch.addmm(bias, hidden, weight.T, out=out)
     wide = hidden.float()
-    for strip in strips(weight.shape[0], planner.WIDE_COLUMNS):
+    for strip in slices(weight.shape[0], planner.WIDE_COLUMNS):
         wide_bias = None if bias is None else bias[strip].float()
         out[:, strip] = torch.nn.functional.linear(wide, weight[strip].float(), wide_bias)
     return out
@@ -34,7 +33,7 @@ def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
     if not planner.widens(dlogits.dtype, dlogits.device):
         return torch.mm(dlogits, weight)
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
-    for strip in strips(weight.shape[0], planner.WIDE_COLUMNS):
+    for strip in slices(weight.shape[0], planner.WIDE_COLUMNS):
         total.addmm_(dlogits[:, strip].float(), weight[strip].float())
     return total.to(dlogits.dtype)
 
@@ -43,12 +42,12 @@ def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -
     """total (+)= dlogits.T @ hidden, with ``total`` fp32 or in the dtype of the operands; ``first`` overwrites."""
     if planner.widens(dlogits.dtype, dlogits.device):
         wide = hidden.float()
-        for strip in strips(total.shape[0], planner.WIDE_COLUMNS):
+        for strip in slices(total.shape[0], planner.WIDE_COLUMNS):
             add_product(total[strip], dlogits[:, strip].float().T, wide, first)
     elif dlogits.is_cuda and total.dtype != dlogits.dtype:  # fp32 output straight from the GEMM's accumulator
         torch.addmm(total, dlogits.T, hidden, out_dtype=torch.float32, beta=0 if first else 1, out=total)
     elif total.dtype != dlogits.dtype:
-        for strip in strips(total.shape[0], planner.STRIP_ROWS):
+        for strip in slices(total.shape[0], planner.STRIP_ROWS):
             add_product(total[strip], dlogits[:, strip].T, hidden, first)
     else:
         add_product(total, dlogits.T, hidden, first)
@@ -67,9 +66,3 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
         total.copy_(torch.mm(left, right))
     else:
         total.add_(torch.mm(left, right))
-
-
-def strips(n: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover n, in order."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients
-from .products import add_product, strips
+from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients, slices
+from .products import add_product
 
 
 class VocabularyMajor(VocabularyWork):
@@ -46,7 +46,7 @@ class VocabularyMajor(VocabularyWork):
         room = planner.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
         self.chunk_rows = planner.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
         size = planner.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
-        self._strips = list(strips(vocab, size))
+        self._strips = slices(vocab, size)
         inside = self.weight if keep and n <= planner.rows_in_gradient(width, stored, head.gradient_dtype) else None
         own = vocab * self.chunk_rows if keep and inside is None else 0
         # Flat buffers, of which each chunk takes what it needs.
@@ -99,8 +99,8 @@ class VocabularyMajor(VocabularyWork):
         d_hidden = None if self.hidden is None else torch.empty(self._hidden.shape, dtype=torch.float32)
         for strip in reversed(self._strips):
             entries = strip.stop - strip.start
-            stored = self._stored(strip)
-            logits = self._project(strip) if self._kept is None or stored is None else stored
+            kept = None if self._kept is None else self._stored(strip)
+            logits = self._project(strip) if kept is None else kept
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import native, portable
-from klq_kernels.products import strips
+from klq_kernels.chunks import slices
 
 pytestmark = pytest.mark.skipif(native.WHY_UNAVAILABLE is not None, reason=f"native: {native.WHY_UNAVAILABLE}")
 
@@ -65,7 +65,7 @@ def statistics(
     """[top, log_total, logp, entropy] from what strips of this size leave behind."""
     n = logits.shape[1]
     top, total, weighted, taken = (torch.full((n,), x) for x in (-float("inf"), 0.0, 0.0, NAN))
-    for strip in strips(logits.shape[0], size):
+    for strip in slices(logits.shape[0], size):
         native.strip_stats(
             logits[strip], strip.start, actions, top, total, weighted, taken, scale=scale, softcap=softcap
         )
@@ -76,8 +76,8 @@ def statistics(
 def gradient(logits: Tensor, *rows: Tensor | None, out: Tensor, size: int = 4096, **head: float | None) -> Tensor:
     """Fills ``out``, [V, n], strip by strip of this size; returns the turned copies side by side, [n, V]."""
     vocab, n = logits.shape
-    turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in strips(vocab, size)]
-    for strip, copy in zip(strips(vocab, size), turned, strict=True):
+    turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in slices(vocab, size)]
+    for strip, copy in zip(slices(vocab, size), turned, strict=True):
         native.strip_grad(logits[strip], strip.start, *rows, out[strip], copy, **head)
     return torch.cat(turned, 1)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Case, make_case, ragged_mask
+from cases import DTYPES, Case, make_case, ragged_mask, same_in_all_layouts
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import masks, seeds
@@ -22,14 +21,6 @@ discounts = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 def close(ours: Tensor, gold: Tensor) -> None:
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.cpu().double(), gold, rtol=1e-5, atol=2e-6)
-
-
-def same_in_all_layouts(a: Tensor, b: Tensor) -> None:
-    """Bit for bit; in the kernels, which add in an order that depends on where a token lies, to fp32 rounding."""
-    if os.environ["KLQ_BACKEND"] == "triton":
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
-    else:
-        assert torch.equal(a, b)
 
 
 def scan_case(mask: Tensor, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
