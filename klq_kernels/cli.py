@@ -123,11 +123,13 @@ def train(
 ) -> None:
     """Train a model by KLQ or PPO from a YAML file and flags (klq train --help lists them)."""
     from .trainer import run
+    from .trainer.processes import leave_process_group
 
     if {"-h", "--help"} & set(context.args):
         run.argument_parser().print_help()
         return
     run.run(*run.parse(config, context.args))
+    leave_process_group()
 
 
 @app.command()

@@ -20,6 +20,7 @@ from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
 from klq_kernels.trainer.batches import Sequence, collate
 from klq_kernels.trainer.experience import Experience
 from klq_kernels.trainer.objectives import klq
+from klq_kernels.trainer.processes import leave_process_group
 
 
 def build() -> ActorCritic:
@@ -58,8 +59,8 @@ def main() -> None:
     ids = module.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)
     if dist.get_rank() == 0:
         torch.save({"loss": loss, "gradients": gradients, "ids": ids}, sys.argv[1])
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import TWO_PROCESSES, start
 from typer.testing import CliRunner
 
 from klq_kernels.cli import app
@@ -178,6 +179,14 @@ def test_a_run_leaves_model_history_picture_and_summary(material: list[str], tmp
     assert sum("objective/scores" in logs for logs in history) == 2
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert (tmp_path / "final" / "adapter_config.json").exists()
+
+
+def test_a_launcher_starts_it_on_two_processes(material: list[str], tmp_path: Path):
+    flags = ["--output_dir", str(tmp_path), "--max_steps", "2", "--eval_size", "4"]
+    start([*TWO_PROCESSES, "-m", "klq_kernels", "train", *material, *flags])
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [logs["episode"] for logs in history if "objective/scores" in logs] == [8, 16]
+    assert (tmp_path / "final" / "model.safetensors").exists()
 
 
 def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: Path):

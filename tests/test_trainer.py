@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ import tiny
 import torch
 import trainer_process
 from peft import LoraConfig
+from processes import TWO_PROCESSES, start
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -31,9 +29,6 @@ from klq_kernels.trainer.means import Means
 from klq_kernels.trainer.rollout import check_completions, replaced_config, until_eos
 from klq_kernels.trainer.sampler import CycleSampler
 from klq_kernels.trainer.seeds import Purpose, derived_seed
-
-HERE = Path(__file__).parent
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,17 +166,6 @@ def test_a_module_sharded_by_fsdp2_gives_the_same_gradients(tmp_path: Path) -> N
         torch.testing.assert_close(sharded["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
     ids = whole.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)
     assert torch.equal(sharded["ids"], ids)
-
-
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-
-
-def start(arguments: list[str], expect: int = 0) -> None:
-    """Python in a process of its own, or in several."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == expect, done.stderr[-3000:]
 
 
 def history(folder: Path, name: str) -> list[float]:

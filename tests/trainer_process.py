@@ -19,6 +19,7 @@ import tiny
 import torch
 
 from klq_kernels.trainer import Completions, KLQTrainer
+from klq_kernels.trainer.processes import leave_process_group
 
 
 class Killed(KLQTrainer):
@@ -69,6 +70,13 @@ def run(
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
 
 
+def native_threads() -> list[str]:
+    """Their names, where the system tells."""
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 if __name__ == "__main__":
     for told in json.loads(sys.argv[1]):
         run(Path(told.pop("folder")), told.pop("config"), **told)
+    leave_process_group()
+    assert not any("gloo" in name for name in native_threads())
