@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from klq_kernels import planner
+from klq_kernels.bundles import Pull, Statistics, part
 from klq_kernels.chunks import slices
 from klq_kernels.ops.dispatch import backend_for
 
@@ -32,19 +33,19 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     backend = backend_for(device)
     buffer = torch.zeros(rows, planner.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
     actions, top, log_total, d_logp = _columns(inputs)
-    found = [torch.empty_like(d_logp) for _ in range(3)]
+    found = Statistics._make([*(torch.empty_like(d_logp) for _ in range(3)), None])
+    pull = Pull(top, log_total, d_logp, -d_logp)
     head = {"scale": 1.0, "softcap": inputs.softcap}
     chunks = slices(n, rows)
 
     def statistics() -> Outputs:
         for c in chunks:
-            backend.row_stats(buffer[: c.stop - c.start], actions[c], *(f[c] for f in found), None, **head)
+            backend.row_stats(buffer[: c.stop - c.start], actions[c], part(found, c), **head)
         return {}
 
     def gradient() -> Outputs:
         for c in chunks:
-            columns = (actions[c], top[c], log_total[c], d_logp[c], -d_logp[c])
-            backend.row_grad_(buffer[: c.stop - c.start], *columns, None, None, **head)
+            backend.row_grad_(buffer[: c.stop - c.start], actions[c], part(pull, c), **head)
         return {}
 
     return {"statistics": statistics, "gradient": gradient}
@@ -60,21 +61,21 @@ def _on_strips(inputs: HeadInputs) -> dict[str, Call]:
     logits, out = (torch.zeros(problem.strip_entries, inputs.tokens, dtype=computed) for _ in range(2))
     turned = None if computed == torch.float32 else torch.empty(inputs.tokens * problem.strip_entries, dtype=computed)
     head = {"scale": 1.0, "softcap": inputs.softcap}
-    parts = slices(vocab, problem.strip_entries)
+    strips = slices(vocab, problem.strip_entries)
+    pull = Pull(top, log_total, d_logp, -d_logp)
 
     def statistics() -> Outputs:
         highest, total, taken = running
-        for part in parts:
-            entries = part.stop - part.start
-            backend.strip_stats(logits[:entries], part.start, actions, highest, total, None, taken, **head)
+        for strip in strips:
+            entries = strip.stop - strip.start
+            backend.strip_stats(logits[:entries], strip.start, actions, highest, total, None, taken, **head)
         return {}
 
     def gradient() -> Outputs:
-        for part in parts:
-            entries = part.stop - part.start
+        for strip in strips:
+            entries = strip.stop - strip.start
             copy = None if turned is None else turned[: inputs.tokens * entries].view(inputs.tokens, entries)
-            rows = (actions, top, log_total, d_logp, -d_logp, None, None)
-            backend.strip_grad(logits[:entries], part.start, *rows, out[:entries], copy, **head)
+            backend.strip_grad(logits[:entries], strip.start, actions, pull, out[:entries], copy, **head)
         return {}
 
     return {"statistics": statistics, "gradient": gradient}

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from klq_kernels import klq_targets, native, planner, reverse_scan
+from klq_kernels.bundles import ScanTerms
 from klq_kernels.chunks import slices
 from klq_kernels.products import add_product
 
@@ -205,7 +206,7 @@ def lambda_errors(inputs: ScanInputs, ends: torch.Tensor) -> Call:
 
     def call() -> Outputs:
         native.lambda_errors(
-            logp, ref_logp, values, rewards, None, tail, mask, ends, out,
+            ScanTerms(logp, ref_logp, values, rewards, None), tail, mask, ends, out,
             tau=inputs.tau, gamma=inputs.gamma, lam=inputs.lam,
         )  # fmt: skip
         return found

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .bundles import Pull, Statistics
+
 
 class Head(NamedTuple):
     """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
@@ -53,8 +55,7 @@ class VocabularyWork(Protocol):
     """The vocabulary's part of a pass, on chunks of at most ``chunk_rows`` rows; it sums the head's gradients.
 
     ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
-    position, and is 0 elsewhere. They are None where nobody needs them. Per-row vectors are fp32 [rows of the chunk],
-    and mean what they mean in ``portable.row_stats`` and ``portable.row_grad_``.
+    position, and is 0 elsewhere. They are None where nobody needs them. Bundles are those of the chunk.
     """
 
     chunk_rows: int
@@ -62,20 +63,11 @@ class VocabularyWork(Protocol):
     weight: Tensor | None
     bias: Tensor | None
 
-    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
-        """GEMM 1 and the statistics of each row: writes top, log_total, logp and, where asked, entropy."""
+    def statistics(self, chunk: slice, out: Statistics) -> None:
+        """GEMM 1 and the statistics of each row (``portable.row_stats``)."""
 
-    def gradients(
-        self,
-        chunk: slice,
-        top: Tensor,
-        log_total: Tensor,
-        d_action: Tensor,
-        d_softmax: Tensor,
-        d_entropy: Tensor | None,
-        entropy: Tensor | None,
-    ) -> None:
-        """Adds the chunk's part of the head's gradients: the gradient by the logits, GEMM 2 and GEMM 3."""
+    def gradients(self, chunk: slice, pull: Pull) -> None:
+        """Adds the chunk's part of the head's gradients: ``portable.row_grad_``, GEMM 2 and GEMM 3."""
 
 
 def slices(n: int, size: int) -> list[slice]:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .bundles import LossShape, Pull, Residuals, ScanTerms, Terms
+
 NAME = "native"
 VOCABULARY_MAJOR = True
 ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
@@ -86,12 +88,7 @@ def strip_grad(
     logits: Tensor,
     first: int,
     actions: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    d_action: Tensor,
-    d_softmax: Tensor,
-    d_entropy: Tensor | None,
-    entropy: Tensor | None,
+    pull: Pull,
     out: Tensor,
     turned: Tensor | None,
     *,
@@ -102,38 +99,18 @@ def strip_grad(
 
     Args:
         logits, first: as in ``strip_stats``.
-        actions, top, log_total, d_action, d_softmax, d_entropy, entropy: [n], as in ``portable.row_grad_``.
+        actions, pull: [n], as in ``portable.row_grad_``.
         out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
         turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
     """
-    torch.ops.klq_native.strip_grad(
-        logits, first, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, turned, scale, softcap
-    )
+    torch.ops.klq_native.strip_grad(logits, first, actions, *pull, out, turned, scale, softcap)
 
 
-def klq_residual(
-    logp: Tensor,
-    values: Tensor,
-    old_logp: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor | None,
-    losses: Tensor,
-    d_logp: Tensor,
-    d_values: Tensor,
-    *,
-    grad_scale: Tensor,
-    tau: float,
-    alpha: float,
-    loss_type: str,
-    huber_delta: float,
-    value_clip: float,
-    log_ratio_clip: float,
-) -> None:
+def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
+    tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip = shape
     torch.ops.klq_native.klq_residual(
-        logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
-        tau, alpha, LOSS_TYPES.index(loss_type), huber_delta, value_clip, log_ratio_clip,
-    )  # fmt: skip
+        *terms, *out, grad_scale, tau, alpha, LOSS_TYPES.index(loss_type), huber_delta, value_clip, log_ratio_clip
+    )
 
 
 def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
@@ -142,11 +119,7 @@ def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: 
 
 
 def lambda_errors(
-    logp: Tensor | None,
-    ref_logp: Tensor | None,
-    values: Tensor,
-    rewards: Tensor | None,
-    trace: Tensor | None,
+    terms: ScanTerms,
     tail: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor,
@@ -161,6 +134,5 @@ def lambda_errors(
     kept_values: Tensor | None = None,
 ) -> None:
     torch.ops.klq_native.lambda_errors(
-        logp, ref_logp, values, rewards, trace, tail, mask, cu_seqlens, out, tau, gamma, lam, first_row, carry,
-        kept_logp, kept_values,
-    )  # fmt: skip
+        *terms, tail, mask, cu_seqlens, out, tau, gamma, lam, first_row, carry, kept_logp, kept_values
+    )

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bundles import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, part
 from .chunks import Head, Needs, Rows, VocabularyWork, slices
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor
@@ -46,31 +47,10 @@ class ScanInputs(NamedTuple):
     lam: float
 
 
-class Targets(NamedTuple):
-    """Rollout targets; fp32 rows."""
-
-    old_logp: Tensor
-    old_values: Tensor
-    advantages: Tensor
-
-
-class LossShape(NamedTuple):
-    """The hyperparameters of ``reference.klq_residual_loss``."""
-
-    tau: float
-    alpha: float
-    loss_type: str
-    huber_delta: float
-    value_clip: float
-    log_ratio_clip: float
-
-
 class PassResult(NamedTuple):
     """Per-row vectors (fp32 [n]) and the head's gradients at the gradient scale (None where not needed)."""
 
-    logp: Tensor
     entropy: Tensor | None
-    advantages: Tensor
     losses: Tensor
     d_values: Tensor
     d_hidden: Tensor | None
@@ -86,47 +66,32 @@ def _vocabulary_work(
     return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
 
 
-def _part(vector: Tensor | None, chunk: slice) -> Tensor | None:
-    """A chunk of a per-row vector that may be absent."""
-    return None if vector is None else vector[chunk]
+def _empty_statistics(logp: Tensor, *, entropy: bool) -> Statistics:
+    """Room for the statistics of every row, log-probabilities going to ``logp``."""
+    top, log_total = torch.empty_like(logp), torch.empty_like(logp)
+    return Statistics(top, log_total, logp, torch.empty_like(logp) if entropy else None)
 
 
 def logprobs_pass(
     backend: ModuleType, rows: Rows, head: Head, *, entropy: bool, workspace_bytes: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(logp, top, log_total, entropy) of every row, fp32 [n] (``portable.row_stats``): GEMM 1 and the statistics."""
+) -> Statistics:
+    """The statistics of every row: GEMM 1 alone."""
     n = rows.actions.numel()
-    logp, top, log_total = (torch.empty(n, dtype=torch.float32, device=rows.actions.device) for _ in range(3))
-    entropies = torch.empty_like(logp) if entropy else None
+    logp = torch.empty(n, dtype=torch.float32, device=rows.actions.device)
+    found = _empty_statistics(logp, entropy=entropy)
     work = _vocabulary_work(backend, rows, head, NOTHING, keep=False, workspace_bytes=workspace_bytes)
     for chunk in reversed(slices(n, work.chunk_rows)):
-        work.statistics(chunk, top[chunk], log_total[chunk], logp[chunk], _part(entropies, chunk))
-    return logp, top, log_total, entropies
+        work.statistics(chunk, part(found, chunk))
+    return found
 
 
 def logprobs_backward_pass(
-    backend: ModuleType,
-    rows: Rows,
-    head: Head,
-    needs: Needs,
-    top: Tensor,
-    log_total: Tensor,
-    entropy: Tensor | None,
-    d_logp: Tensor,
-    d_lse: Tensor | None,
-    d_entropy: Tensor | None,
-    *,
-    workspace_bytes: int | None,
+    backend: ModuleType, rows: Rows, head: Head, needs: Needs, pull: Pull, *, workspace_bytes: int | None
 ) -> VocabularyWork:
     """Gradients of the head from those of its per-row outputs: recomputes each chunk of logits, then GEMM 2 and 3."""
-    n = rows.actions.numel()
-    d_softmax = -d_logp if d_lse is None else d_lse - d_logp
     work = _vocabulary_work(backend, rows, head, needs, keep=False, workspace_bytes=workspace_bytes)
-    for chunk in reversed(slices(n, work.chunk_rows)):
-        work.gradients(
-            chunk, top[chunk], log_total[chunk], d_logp[chunk], d_softmax[chunk], _part(d_entropy, chunk),
-            _part(entropy, chunk),
-        )  # fmt: skip
+    for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
+        work.gradients(chunk, part(pull, chunk))
     return work
 
 
@@ -135,42 +100,29 @@ def klq_pass(
     rows: Rows,
     head: Head,
     needs: Needs,
-    values: Tensor,
-    targets: Targets | None,
+    terms: Terms,
     scan: ScanInputs | None,
-    weights: Tensor | None,
     shape: LossShape,
     *,
     grad_scale: Tensor,
     entropy: bool,
     workspace_bytes: int | None,
 ) -> PassResult:
-    """The loop at the top of this file. Exactly one of ``targets`` and ``scan`` is given."""
-    n = rows.actions.numel()
-    device = rows.actions.device
-    logp, top, log_total, losses, d_logp, d_values = (
-        torch.empty(n, dtype=torch.float32, device=device) for _ in range(6)
-    )
-    entropies = torch.empty_like(logp) if entropy else None
-    advantages = torch.empty_like(logp) if targets is None else targets.advantages
-    carry = torch.zeros(1, dtype=torch.float32, device=device)
+    """The loop at the top of this file. Writes ``terms.logp`` and, with ``scan``, ``terms.advantages``."""
+    found = _empty_statistics(terms.logp, entropy=entropy)
+    residuals = Residuals(*(torch.empty_like(terms.logp) for _ in range(3)))
+    carry = terms.logp.new_zeros(1)
     work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
-    for chunk in reversed(slices(n, work.chunk_rows)):
-        work.statistics(chunk, top[chunk], log_total[chunk], logp[chunk], _part(entropies, chunk))
+    for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
+        work.statistics(chunk, part(found, chunk))
         if scan is not None:
+            columns = ScanTerms(terms.logp, scan.ref_logp, terms.values, scan.rewards, scan.trace)
             backend.lambda_errors(
-                logp[chunk], scan.ref_logp[chunk], values[chunk], _part(scan.rewards, chunk), _part(scan.trace, chunk),
-                scan.tail, None, scan.cu_seqlens, advantages[chunk],
+                part(columns, chunk), scan.tail, None, scan.cu_seqlens, terms.advantages[chunk],
                 tau=shape.tau, gamma=scan.gamma, lam=scan.lam, first_row=chunk.start, carry=carry,
             )  # fmt: skip
-        backend.klq_residual(
-            logp[chunk], values[chunk],
-            None if targets is None else targets.old_logp[chunk],
-            None if targets is None else targets.old_values[chunk],
-            advantages[chunk], _part(weights, chunk),
-            losses[chunk], d_logp[chunk], d_values[chunk],
-            grad_scale=grad_scale, **shape._asdict(),
-        )  # fmt: skip
+        backend.klq_residual(part(terms, chunk), part(residuals, chunk), grad_scale=grad_scale, shape=shape)
         if any(needs):
-            work.gradients(chunk, top[chunk], log_total[chunk], d_logp[chunk], -d_logp[chunk], None, None)
-    return PassResult(logp, entropies, advantages, losses, d_values, work.hidden, work.weight, work.bias)
+            d_logp = residuals.d_logp[chunk]
+            work.gradients(chunk, Pull(found.top[chunk], found.log_total[chunk], d_logp, -d_logp))
+    return PassResult(found.entropy, residuals.losses, residuals.d_values, work.hidden, work.weight, work.bias)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .bundles import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+
 NAME = "torch"
 VOCABULARY_MAJOR = False
 PADS_ROWS = False
@@ -41,17 +43,7 @@ def _cap_(x: Tensor, softcap: float | None) -> Tensor | None:
     return tanh
 
 
-def row_stats(
-    logits: Tensor,
-    actions: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
     """Writes what softmax(z) is normalised by, the log-probability of the taken token and, where asked, the entropy.
 
     With c = softcap(logits) and z = scale c, scale being 1 / temperature, the normaliser is handed on in two parts,
@@ -64,8 +56,9 @@ def row_stats(
     Args:
         logits: [n, V], raw.
         actions: int64 [n]; outside 0 .. V-1 the log-probability is NaN.
-        top, log_total, logp, entropy: fp32 [n], written.
+        out: written.
     """
+    top, log_total, logp, entropy = out
     known = actions.clamp(0, logits.shape[1] - 1)
     for rows, x in _blocks(logits):
         _cap_(x, softcap)
@@ -86,19 +79,7 @@ def row_stats(
     logp.masked_fill_(known != actions, torch.nan)
 
 
-def row_grad_(
-    logits: Tensor,
-    actions: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    d_action: Tensor,
-    d_softmax: Tensor,
-    d_entropy: Tensor | None,
-    entropy: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, softcap: float | None) -> None:
     """Replaces each row of logits by the gradient with respect to it, in place.
 
     With p = softmax(z) the row becomes
@@ -108,6 +89,7 @@ def row_grad_(
     where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
     ``log_total`` are those of ``row_stats``. An action outside 0 .. V-1 has a ``d_action`` of NaN already.
     """
+    top, log_total, d_action, d_softmax, d_entropy, entropy = pull
     known = actions.clamp(0, logits.shape[1] - 1)
     for rows, x in _blocks(logits):
         tanh = _cap_(x, softcap)
@@ -129,30 +111,14 @@ def row_grad_(
         logits[rows] = x
 
 
-def klq_residual(
-    logp: Tensor,
-    values: Tensor,
-    old_logp: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor | None,
-    losses: Tensor,
-    d_logp: Tensor,
-    d_values: Tensor,
-    *,
-    grad_scale: Tensor,
-    tau: float,
-    alpha: float,
-    loss_type: str,
-    huber_delta: float,
-    value_clip: float,
-    log_ratio_clip: float,
-) -> None:
+def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
     """Writes each token's weighted loss and its derivatives by logp and V (``reference.klq_residual_loss``).
 
-    ``old_logp`` and ``old_values`` are None on-policy, where logp - old_logp = V - old_V = 0. The derivatives, not the
-    losses, are multiplied by ``grad_scale`` (fp32, 0-d). Where two squares tie, the unclipped one passes its gradient.
+    The derivatives, not the losses, are multiplied by ``grad_scale`` (fp32, 0-d). Where two squares tie, the unclipped
+    one passes its gradient.
     """
+    logp, values, old_logp, old_values, advantages, weights = terms
+    tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip = shape
     d = torch.zeros_like(logp) if old_logp is None else logp - old_logp
     v = torch.zeros_like(values) if old_values is None else values - old_values
     target = alpha * advantages
@@ -180,9 +146,9 @@ def klq_residual(
         by_value = torch.where(wins, 2.0 * clipped, by_value)
         by_logp = by_logp.masked_fill(wins, 0.0)
     factor = grad_scale if weights is None else weights * grad_scale
-    losses.copy_(loss if weights is None else loss * weights)
-    torch.mul(by_logp, factor, out=d_logp)
-    torch.mul(by_value, factor, out=d_values)
+    out.losses.copy_(loss if weights is None else loss * weights)
+    torch.mul(by_logp, factor, out=out.d_logp)
+    torch.mul(by_value, factor, out=out.d_values)
 
 
 def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
@@ -202,11 +168,7 @@ def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: 
 
 
 def lambda_errors(
-    logp: Tensor | None,
-    ref_logp: Tensor | None,
-    values: Tensor,
-    rewards: Tensor | None,
-    trace: Tensor | None,
+    terms: ScanTerms,
     tail: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor,
@@ -231,7 +193,7 @@ def lambda_errors(
     sequence i stands S = tail_i = gamma * bootstrap_i + (score_i, where the reward is one number per sequence).
 
     Args:
-        logp, ref_logp, values, rewards, trace: [M], any floating dtype; all but values may be None.
+        terms: [M] each.
         tail: fp32 [B].
         mask: bool [M] or None.
         cu_seqlens: int32 [B + 1]; element j here is position ``first_row + j`` there.
@@ -239,6 +201,7 @@ def lambda_errors(
         carry: fp32 [1], in and out: S beyond the last element (where no sequence ends there), then S of the first.
         kept_logp, kept_values: fp32 [M] or None, written: logp and values at valid tokens, 0 at masked ones.
     """
+    logp, ref_logp, values, rewards, trace = terms
     keep, ends, owners = _ends(mask, cu_seqlens, first_row, values.numel())
 
     def rows(t: Tensor) -> Tensor:

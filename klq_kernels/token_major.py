@@ -9,9 +9,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from . import planner, products
+from .bundles import Pull, Statistics
 from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients
 
 
@@ -34,30 +34,19 @@ class TokenMajor(VocabularyWork):
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
         self._first = True
 
-    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+    def statistics(self, chunk: slice, out: Statistics) -> None:
         self._project(chunk)
         self._backend.row_stats(
-            self._logits, self._rows.actions[chunk], top, log_total, logp, entropy, scale=self._head.scale,
-            softcap=self._head.softcap,
-        )  # fmt: skip
+            self._logits, self._rows.actions[chunk], out, scale=self._head.scale, softcap=self._head.softcap
+        )
 
-    def gradients(
-        self,
-        chunk: slice,
-        top: Tensor,
-        log_total: Tensor,
-        d_action: Tensor,
-        d_softmax: Tensor,
-        d_entropy: Tensor | None,
-        entropy: Tensor | None,
-    ) -> None:
+    def gradients(self, chunk: slice, pull: Pull) -> None:
         if not self._keep:
             self._project(chunk)
         dlogits = self._logits
         self._backend.row_grad_(
-            dlogits, self._rows.actions[chunk], top, log_total, d_action, d_softmax, d_entropy, entropy,
-            scale=self._head.scale, softcap=self._head.softcap,
-        )  # fmt: skip
+            dlogits, self._rows.actions[chunk], pull, scale=self._head.scale, softcap=self._head.softcap
+        )
         if self.hidden is not None:
             self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))
         if self.weight is not None:

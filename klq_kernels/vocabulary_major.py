@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import planner
+from .bundles import Pull, Statistics
 from .chunks import Head, Needs, Rows, VocabularyWork, empty_gradients, slices
 from .products import add_product
 
@@ -65,7 +66,8 @@ class VocabularyMajor(VocabularyWork):
                 backend.populate(buffer)
         self._first = True
 
-    def statistics(self, chunk: slice, top: Tensor, log_total: Tensor, logp: Tensor, entropy: Tensor | None) -> None:
+    def statistics(self, chunk: slice, out: Statistics) -> None:
+        top, log_total, logp, entropy = out
         actions = self._rows.actions[chunk]
         self._hidden = self._rows.take(chunk).to(self._computed)
         top.fill_(-torch.inf)
@@ -82,16 +84,7 @@ class VocabularyMajor(VocabularyWork):
         if entropy is not None and weighted is not None:
             torch.sub(log_total, weighted.div_(total), out=entropy)
 
-    def gradients(
-        self,
-        chunk: slice,
-        top: Tensor,
-        log_total: Tensor,
-        d_action: Tensor,
-        d_softmax: Tensor,
-        d_entropy: Tensor | None,
-        entropy: Tensor | None,
-    ) -> None:
+    def gradients(self, chunk: slice, pull: Pull) -> None:
         actions = self._rows.actions[chunk]
         if self._kept is None:
             self._hidden = self._rows.take(chunk).to(self._computed)
@@ -104,9 +97,8 @@ class VocabularyMajor(VocabularyWork):
             dlogits = logits if self._strip is None else _matrix(self._strip, entries, n)
             turned = None if self._turned is None else _matrix(self._turned, n, entries)
             self._backend.strip_grad(
-                logits, strip.start, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, dlogits, turned,
-                scale=self._head.scale, softcap=self._head.softcap,
-            )  # fmt: skip
+                logits, strip.start, actions, pull, dlogits, turned, scale=self._head.scale, softcap=self._head.softcap
+            )
             if d_hidden is not None:
                 by_token = dlogits.T if turned is None else turned
                 add_product(d_hidden, by_token, self._weight(strip), first=strip is self._strips[-1])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import klq_kernels
 from klq_kernels import planner, reference
+from klq_kernels.bundles import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, part
 
 pytest.importorskip("triton")
 
@@ -82,7 +83,9 @@ def test_row_stats(device: str, dtype: torch.dtype, vocab: int, scale: float, so
     n = 5
     logits, actions = logits_like_a_model(n, vocab, dtype, device)
     top, log_total, logp, entropy = (nans(n, device) for _ in range(4))
-    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, entropy, scale=scale, softcap=softcap)
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, logp, entropy), scale=scale, softcap=softcap
+    )
     z = z_of(logits, scale, softcap)
     p = z.log_softmax(1)
     lse = scale * top.double() + log_total.double()
@@ -90,7 +93,9 @@ def test_row_stats(device: str, dtype: torch.dtype, vocab: int, scale: float, so
     torch.testing.assert_close(logp.double(), p.gather(1, actions[:, None])[:, 0], rtol=1e-6, atol=2e-5)
     torch.testing.assert_close(entropy.double(), -(p.exp() * p).sum(1), rtol=1e-5, atol=2e-5)
     again = nans(n, device)
-    kernel_module("row_stats").row_stats(logits, actions, top, log_total, again, None, scale=scale, softcap=softcap)
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, again, None), scale=scale, softcap=softcap
+    )
     assert torch.equal(again, logp)
 
 
@@ -101,7 +106,9 @@ def test_row_stats_of_impossible_tokens_and_masked_vocabulary(device: str) -> No
     logits[:, :65] = float("-inf")
     logits[3, 100] = float("nan")
     top, log_total, logp, entropy = (nans(4, device) for _ in range(4))
-    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, entropy, scale=1.0, softcap=None)
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, logp, entropy), scale=1.0, softcap=None
+    )
     assert logp.isnan().tolist() == [True, True, False, True]
     z = logits[:3, 65:].double()
     torch.testing.assert_close((top + log_total)[:3].double(), z.logsumexp(1), rtol=1e-6, atol=2e-5)
@@ -130,7 +137,9 @@ def test_row_grad(
     top = raw.amax(1) if softcap is None else softcap * torch.tanh(raw.amax(1) / softcap)
     normaliser = (top.detach().float(), (z.logsumexp(1) - scale * top).detach().float())
     extra = (h, entropy.detach().float()) if with_entropy else (None, None)
-    kernel_module("row_grad").row_grad_(logits, actions, *normaliser, g, s - g, *extra, scale=scale, softcap=softcap)
+    kernel_module("row_grad").row_grad_(
+        logits, actions, Pull(*normaliser, g, s - g, *extra), scale=scale, softcap=softcap
+    )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
 
@@ -145,8 +154,8 @@ def test_the_gradient_of_a_likely_token_survives_large_logits(device: str, scale
     gold = 1 - (scale * logits.double()).softmax(1)[:, 70]
     top, log_total, logp = (nans(9, device) for _ in range(3))
     head = {"scale": scale, "softcap": None}
-    kernel_module("row_stats").row_stats(logits, actions, top, log_total, logp, None, **head)
-    kernel_module("row_grad").row_grad_(logits, actions, top, log_total, one, -one, None, None, **head)
+    kernel_module("row_stats").row_stats(logits, actions, Statistics(top, log_total, logp, None), **head)
+    kernel_module("row_grad").row_grad_(logits, actions, Pull(top, log_total, one, -one), **head)
     torch.testing.assert_close(logits[:, 70].double(), scale * gold, rtol=0, atol=2e-7)
 
 
@@ -171,14 +180,14 @@ def test_klq_residual(device: str, loss_type: str, on_policy: bool) -> None:
         leaves[0] - old_logp.double(), leaves[1] - old_values.double(), advantages.double(), **shape
     )
     d_wanted = torch.autograd.grad(wanted.sum(), leaves)
-    losses, d_logp, d_values = (nans(n, device) for _ in range(3))
+    found = Residuals(*(nans(n, device) for _ in range(3)))
     old = (None, None) if on_policy else (old_logp, old_values)
     scale = torch.full((), 2.0, device=device)
     kernel_module("klq_residual").klq_residual(
-        logp, values, *old, advantages, weights, losses, d_logp, d_values, grad_scale=scale, **shape
+        Terms(logp, values, *old, advantages, weights), found, grad_scale=scale, shape=LossShape(**shape)
     )
-    torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
-    for got, d in zip((d_logp, d_values), d_wanted, strict=True):
+    torch.testing.assert_close(found.losses.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    for got, d in zip(found[1:], d_wanted, strict=True):
         torch.testing.assert_close(got.double(), 2.0 * d, rtol=1e-5, atol=1e-6)
 
 
@@ -232,8 +241,8 @@ def test_lambda_errors(device: str, lengths: list[int], masked: bool, full: bool
     )  # fmt: skip
     out = nans(n, device)
     tail = gamma * bootstrap + scores
-    inputs = (logp, ref, values, rewards, trace) if full else (None, None, values, None, None)
-    kernel_module("scans").lambda_errors(*inputs, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
+    terms = ScanTerms(logp, ref, values, rewards, trace) if full else ScanTerms(None, None, values, None, None)
+    kernel_module("scans").lambda_errors(terms, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
     # Beyond the last token S = gamma * bootstrap + score, so a score acts as a bootstrap value of score / gamma.
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=2e-5)
 
@@ -244,20 +253,19 @@ def test_lambda_errors_carries_over_pieces(device: str, size: int) -> None:
     lengths = CUTS["mixed"]
     n = sum(lengths)
     g = torch.Generator().manual_seed(3)
-    logp, ref, values, rewards = torch.randn(4, n, generator=g).to(device)
+    terms = ScanTerms(*torch.randn(4, n, generator=g).to(device), None)
     tail = torch.randn(len(lengths), generator=g).to(device)
     cu_seqlens = cut(lengths, device)
     settings = {"tau": 0.3, "gamma": 1.0, "lam": 0.95}
     scans = kernel_module("scans")
     whole, pieces = nans(n, device), nans(n, device)
-    scans.lambda_errors(logp, ref, values, rewards, None, tail, None, cu_seqlens, whole, **settings)
+    scans.lambda_errors(terms, tail, None, cu_seqlens, whole, **settings)
     carry = torch.zeros(1, device=device)
     for start in reversed(range(0, n, size)):
-        part = slice(start, min(start + size, n))
+        piece = slice(start, min(start + size, n))
         scans.lambda_errors(
-            logp[part], ref[part], values[part], rewards[part], None, tail, None, cu_seqlens, pieces[part],
-            first_row=start, carry=carry, **settings,
-        )  # fmt: skip
+            part(terms, piece), tail, None, cu_seqlens, pieces[piece], first_row=start, carry=carry, **settings
+        )
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels import native, portable
+from klq_kernels.bundles import LossShape, Pull, Residuals, ScanTerms, Terms, part
 from klq_kernels.chunks import slices
 
 pytestmark = pytest.mark.skipif(native.WHY_UNAVAILABLE is not None, reason=f"native: {native.WHY_UNAVAILABLE}")
@@ -73,12 +74,14 @@ def statistics(
     return [top, log_total, scale * (taken - top) - log_total, log_total - weighted / total]
 
 
-def gradient(logits: Tensor, *rows: Tensor | None, out: Tensor, size: int = 4096, **head: float | None) -> Tensor:
+def gradient(
+    logits: Tensor, actions: Tensor, pull: Pull, *, out: Tensor, size: int = 4096, **head: float | None
+) -> Tensor:
     """Fills ``out``, [V, n], strip by strip of this size; returns the turned copies side by side, [n, V]."""
     vocab, n = logits.shape
     turned = [torch.full((n, s.stop - s.start), NAN, dtype=out.dtype) for s in slices(vocab, size)]
     for strip, copy in zip(slices(vocab, size), turned, strict=True):
-        native.strip_grad(logits[strip], strip.start, *rows, out[strip], copy, **head)
+        native.strip_grad(logits[strip], strip.start, actions, pull, out[strip], copy, **head)
     return torch.cat(turned, 1)
 
 
@@ -112,19 +115,19 @@ def test_strip_grad(
         actions = torch.randint(0, vocab, (n,), generator=generator()) // 5 * 5
         top, log_total, _, entropies = statistics(logits, actions, scale=0.7, softcap=softcap)
         d_action, d_softmax, d_entropy = torch.randn(3, n, generator=generator(1))
-        rows = (actions, top, log_total, d_action, d_softmax, *((d_entropy, entropies) if entropy else (None, None)))
+        pull = Pull(top, log_total, d_action, d_softmax, *((d_entropy, entropies) if entropy else ()))
         head = {"scale": 0.7, "softcap": softcap}
         right = torch.empty(n, vocab).copy_(logits.T)
-        portable.row_grad_(right, *rows, **head)
+        portable.row_grad_(right, actions, pull, **head)
         around = torch.full((vocab + 2, n), 7.0, dtype=out_dtype)
         out = around[1:-1]
-        turned = gradient(logits, *rows, out=out, size=size, **head)
+        turned = gradient(logits, actions, pull, out=out, size=size, **head)
         rounding = 0.0 if out_dtype == torch.float32 else 0.51 * torch.finfo(out_dtype).eps
         torch.testing.assert_close(out.T.float(), right, rtol=rounding + 2e-5, atol=3e-6)
         assert torch.equal(turned, out.T)
         assert (around[[0, -1]] == 7).all(), "wrote beyond the strip"
         if out_dtype == dtype:
-            gradient(logits, *rows, out=logits, size=size, **head)
+            gradient(logits, actions, pull, out=logits, size=size, **head)
             assert torch.equal(logits, out)
 
 
@@ -134,7 +137,7 @@ def test_the_gradient_of_a_likely_token_survives_large_logits(isa: str) -> None:
     gold = logits.double().softmax(0)
     actions, one = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     top, log_total, *_ = statistics(logits, actions)
-    gradient(logits, actions, top, log_total, one, -one, None, None, out=logits, scale=1.0, softcap=None)
+    gradient(logits, actions, Pull(top, log_total, one, -one), out=logits, scale=1.0, softcap=None)
     torch.testing.assert_close(logits[0].double(), 1 - gold[0], rtol=0.02, atol=0)
 
 
@@ -159,7 +162,7 @@ def test_impossible_actions_have_no_log_probability(isa: str, action: int) -> No
     top, log_total, logp, _ = statistics(logits, actions, size=16)
     assert logp.isnan().tolist() == [True, False]
     d_logp = torch.where(logp.isnan(), NAN, 1.0)
-    gradient(logits, actions, top, log_total, d_logp, -d_logp, None, None, out=logits, size=16, scale=1.0, softcap=None)
+    gradient(logits, actions, Pull(top, log_total, d_logp, -d_logp), out=logits, size=16, scale=1.0, softcap=None)
     assert logits[:, 0].isnan().all()
     assert torch.isfinite(logits[:, 1]).all()
 
@@ -185,7 +188,7 @@ def test_sixteen_bit_conversions(isa: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         row = torch.zeros(1, wanted.numel(), dtype=dtype)  # one logit: p = 1 and the gradient is d_action + d_softmax
         zero = torch.zeros_like(wanted)
-        gradient(row, zero.long(), zero, zero, wanted, zero, None, None, out=row, scale=1.0, softcap=None)
+        gradient(row, zero.long(), Pull(zero, zero, wanted, zero), out=row, scale=1.0, softcap=None)
         torch.testing.assert_close(row[0], wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -214,8 +217,8 @@ def run_scans(columns: dict[str, Tensor], mask: Tensor | None, ends: Tensor, bac
     backend.reverse_scan(delta, decay, mask, ends, out[0])
     backend.reverse_scan(delta, torch.tensor([0.9]), mask, ends, out[1])
     backend.lambda_errors(
-        logp, ref_logp, values, rewards, decay, tail, mask, ends, out[2], tau=0.1, gamma=0.99, lam=0.95,
-        kept_logp=out[3], kept_values=out[4],
+        ScanTerms(logp, ref_logp, values, rewards, decay), tail, mask, ends, out[2],
+        tau=0.1, gamma=0.99, lam=0.95, kept_logp=out[3], kept_values=out[4],
     )  # fmt: skip
     return out
 
@@ -266,17 +269,15 @@ def test_nothing_crosses_a_sequence_end(isa: str) -> None:
 def test_lambda_errors_in_pieces(isa: str, size: int) -> None:
     columns, _, ends = scan_case([31, 1, 64, 33], masked=None)
     logp, ref_logp, values, rewards, _, decay = columns.values()
+    terms = ScanTerms(logp, ref_logp, values, rewards, decay)
     tail = torch.randn(4, generator=generator())
-    total = values.numel()
+    total = int(ends[-1])
     whole, pieces, carry = torch.empty(total), torch.empty(total), torch.zeros(1)
     options = {"tau": 0.1, "gamma": 0.99, "lam": 0.95}
-    native.lambda_errors(logp, ref_logp, values, rewards, decay, tail, None, ends, whole, **options)
+    native.lambda_errors(terms, tail, None, ends, whole, **options)
     for start in reversed(range(0, total, size)):
         p = slice(start, min(start + size, total))
-        native.lambda_errors(
-            logp[p], ref_logp[p], values[p], rewards[p], decay[p], tail, None, ends, pieces[p],
-            **options, first_row=start, carry=carry,
-        )  # fmt: skip
+        native.lambda_errors(part(terms, p), tail, None, ends, pieces[p], **options, first_row=start, carry=carry)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -289,10 +290,9 @@ def test_klq_residual(isa: str, loss_type: str, on_policy: bool) -> None:
     found = {}
     for backend in (native, portable):
         found[backend] = torch.full((3, n), NAN)
-        backend.klq_residual(
-            logp, values, *old, advantages, weights, *found[backend], grad_scale=torch.tensor(0.7), tau=0.3, alpha=0.8,
-            loss_type=loss_type, huber_delta=0.5, value_clip=0.2, log_ratio_clip=0.3,
-        )  # fmt: skip
+        terms = Terms(logp, values, *old, advantages, weights)
+        shape = LossShape(0.3, 0.8, loss_type, huber_delta=0.5, value_clip=0.2, log_ratio_clip=0.3)
+        backend.klq_residual(terms, Residuals(*found[backend]), grad_scale=torch.tensor(0.7), shape=shape)
     torch.testing.assert_close(found[native], found[portable], rtol=1e-5, atol=1e-6)
 
 
@@ -305,8 +305,8 @@ def everything(isa: str) -> list[Tensor]:
     for dtype in DTYPES:
         logits = logits_of(n, vocab, dtype)
         found = statistics(logits, actions, size=1000)
-        rows = (actions, *found[:2], torch.ones(n), -torch.ones(n), torch.ones(n), found[3])
-        out += [*found, gradient(logits, *rows, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
+        pull = Pull(*found[:2], torch.ones(n), -torch.ones(n), torch.ones(n), found[3])
+        out += [*found, gradient(logits, actions, pull, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
     return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 
 
@@ -398,7 +398,7 @@ def wrong_calls() -> dict[str, Callable[[], None]]:
 
     def grad(out: Tensor, turned: Tensor | None = None) -> Callable[[], None]:
         logits = torch.zeros(5, 4, dtype=torch.bfloat16)
-        return lambda: native.strip_grad(logits, 0, actions, row, row, row, row, None, None, out, turned, **head)
+        return lambda: native.strip_grad(logits, 0, actions, Pull(row, row, row, row), out, turned, **head)
 
     return {
         "short output": lambda: native.reverse_scan(row, row, None, ends, torch.empty(3)),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import LossShape, Residuals, Terms
 from .launch import KLQ_RESIDUAL, on_device
 
 
@@ -65,32 +66,14 @@ def klq_residual_kernel(
     tl.store(d_values + i, by_value * factor, mask=inside)
 
 
-def klq_residual(
-    logp: Tensor,
-    values: Tensor,
-    old_logp: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor | None,
-    losses: Tensor,
-    d_logp: Tensor,
-    d_values: Tensor,
-    *,
-    grad_scale: Tensor,
-    tau: float,
-    alpha: float,
-    loss_type: str,
-    huber_delta: float,
-    value_clip: float,
-    log_ratio_clip: float,
-) -> None:
+def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
     """See ``portable.klq_residual``."""
-    n = logp.numel()
+    n = terms.logp.numel()
     if n == 0:
         return
-    with on_device(logp):
+    with on_device(terms.logp):
         klq_residual_kernel[(triton.cdiv(n, KLQ_RESIDUAL.sizes["BLOCK"]),)](
-            logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
-            n, tau, alpha, huber_delta, value_clip, log_ratio_clip, LOSS_TYPE=loss_type,
+            *terms, *out, grad_scale, n, shape.tau, shape.alpha, shape.huber_delta, shape.value_clip,
+            shape.log_ratio_clip, LOSS_TYPE=shape.loss_type,
             **KLQ_RESIDUAL.sizes, num_warps=KLQ_RESIDUAL.num_warps,
         )  # fmt: skip

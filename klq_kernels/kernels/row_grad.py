@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Pull
 from .launch import ROW_GRAD, on_device
 from .math import LN2, LOG2E, soft_cap
 
@@ -49,23 +50,11 @@ def row_grad_kernel(
     tl.store(cells, d.to(logits.dtype.element_ty), mask=inside)
 
 
-def row_grad_(
-    logits: Tensor,
-    actions: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    d_action: Tensor,
-    d_softmax: Tensor,
-    d_entropy: Tensor | None,
-    entropy: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, softcap: float | None) -> None:
     """See ``portable.row_grad_``."""
     n, vocab = logits.shape
     with on_device(logits):
         row_grad_kernel[(n, triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, logits.stride(0), scale, softcap,
+            logits, actions, *pull, logits.stride(0), scale, softcap,
             **ROW_GRAD.sizes, num_warps=ROW_GRAD.num_warps,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import Statistics
 from .launch import ROW_STATS, on_device
 from .math import LN2, LOG2E, soft_cap
 
@@ -89,22 +90,12 @@ def row_stats_kernel(
         tl.store(entropy + row, (log2_total - weighted / total) * LN2)
 
 
-def row_stats(
-    logits: Tensor,
-    actions: Tensor,
-    top: Tensor,
-    log_total: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
     """See ``portable.row_stats``."""
     n, vocab = logits.shape
     config = ROW_STATS[logits.element_size()]
     with on_device(logits):
         row_stats_kernel[(n,)](
-            logits, actions, top, log_total, logp, entropy, logits.stride(0), vocab, scale, softcap,
+            logits, actions, *out, logits.stride(0), vocab, scale, softcap,
             **config.sizes, num_warps=config.num_warps,
         )  # fmt: skip

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bundles import ScanTerms
 from .launch import SCAN, on_device
 
 
@@ -247,11 +248,7 @@ def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: 
 
 
 def lambda_errors(
-    logp: Tensor | None,
-    ref_logp: Tensor | None,
-    values: Tensor,
-    rewards: Tensor | None,
-    trace: Tensor | None,
+    terms: ScanTerms,
     tail: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor,
@@ -266,17 +263,17 @@ def lambda_errors(
     kept_values: Tensor | None = None,
 ) -> None:
     """See ``portable.lambda_errors``."""
-    n, batch = values.numel(), cu_seqlens.numel() - 1
+    n, batch = out.numel(), cu_seqlens.numel() - 1
     if n == 0:
         return
-    tiles, pairs_a, pairs_b = _pairs(n, values.device)
-    with on_device(values):
+    tiles, pairs_a, pairs_b = _pairs(n, out.device)
+    with on_device(out):
         for summarise in (True, False) if tiles > 1 else (False,):
             lambda_errors_kernel[(tiles,)](
-                logp, ref_logp, values, rewards, trace, tail, mask, cu_seqlens, out, carry, pairs_a, pairs_b,
+                *terms, tail, mask, cu_seqlens, out, carry, pairs_a, pairs_b,
                 n, batch, first_row, tau, gamma, lam,
                 SUMMARISE=summarise, **SCAN.sizes, num_warps=SCAN.num_warps,
             )  # fmt: skip
-    for source, kept in ((logp, kept_logp), (values, kept_values)):
+    for source, kept in ((terms.logp, kept_logp), (terms.values, kept_values)):
         if source is not None and kept is not None:
             kept.copy_(source if mask is None else source.where(mask, 0.0))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import layout, planner
+from ..bundles import LossShape, Terms
 from ..chunks import Head, Needs, Rows
-from ..metrics import RowVectors, klq_metrics, metric_names
-from ..one_pass import LossShape, ScanInputs, Targets, klq_pass
+from ..metrics import klq_metrics, metric_names
+from ..one_pass import ScanInputs, klq_pass
 from .dispatch import backend_for
 from .gradients import scaled_gradient
 from .scans import tail_values
@@ -120,9 +121,10 @@ def fused_klq_loss(
     n = taken.numel()
     row_values = take(values)
     ref_rows = take(ref_logp)
-    targets = None if old_logp is None else Targets(take(old_logp), take(old_values), take(advantages))
+    errors = torch.empty_like(row_values) if advantages is None else take(advantages)
+    terms = Terms(torch.empty_like(row_values), row_values, take(old_logp), take(old_values), errors, take(weights))
     scan = decay_next = None
-    if targets is None:
+    if advantages is None:
         tail = tail_values(row_cu_seqlens, bootstrap_values, scores, gamma)
         scan = ScanInputs(ref_rows, take(rewards), take(trace), tail, row_cu_seqlens, gamma, lam)
         decay = torch.full_like(row_values, gamma * lam) if scan.trace is None else gamma * lam * scan.trace.roll(-1)
@@ -137,29 +139,15 @@ def fused_klq_loss(
                 hidden, weight, bias, temperature, softcap, weight_gradient_dtype(hidden, weight, workspace_bytes)
             ),
             Needs(need_hidden, need_weight, need_bias),
-            row_values,
-            targets,
+            terms,
             scan,
-            take(weights),
             shape,
             grad_scale=scale.grad_scale,
             entropy=return_entropy,
             workspace_bytes=workspace_bytes,
         )
     loss = scale.mean(result.losses)
-    vectors = RowVectors(
-        result.logp,
-        row_values,
-        result.advantages,
-        None if targets is None else targets.old_logp,
-        None if targets is None else targets.old_values,
-        ref_rows,
-        result.entropy,
-        decay_next,
-    )
-    metrics = klq_metrics(
-        loss, vectors, tau=tau, alpha=alpha, loss_type=loss_type, value_clip=value_clip, log_ratio_clip=log_ratio_clip
-    )
+    metrics = klq_metrics(loss, terms, shape, ref_logp=ref_rows, entropy=result.entropy, decay_next=decay_next)
     d_values = layout.put_rows(result.d_values, index, positions) if need_values else loss.new_empty(0)
 
     def given(gradient: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..metrics import RowVectors, klq_metrics, metric_names
+from ..bundles import LossShape, Residuals, Terms
+from ..metrics import klq_metrics, metric_names
 from .dispatch import backend_for
 from .fused_loss import GradientScale
 from .gradients import scaled_gradient
@@ -41,21 +42,15 @@ def klq_loss(
     def take(tensor: Tensor | None) -> Any:
         return layout.fp32_rows(tensor, index)
 
-    vectors = RowVectors(
-        take(logp), take(values), take(advantages), take(old_logp), take(old_values), take(ref_logp), None, None
-    )
-    scale = GradientScale(denom, vectors.logp.numel(), logp.dtype, logp.device)
-    losses, d_logp, d_values = (torch.empty_like(vectors.logp) for _ in range(3))
-    backend_for(logp.device).klq_residual(
-        vectors.logp, vectors.values, vectors.old_logp, vectors.old_values, vectors.advantages, take(weights),
-        losses, d_logp, d_values, grad_scale=scale.grad_scale, tau=tau, alpha=alpha, loss_type=loss_type,
-        huber_delta=huber_delta, value_clip=value_clip, log_ratio_clip=log_ratio_clip,
-    )  # fmt: skip
-    loss = scale.mean(losses)
-    metrics = klq_metrics(
-        loss, vectors, tau=tau, alpha=alpha, loss_type=loss_type, value_clip=value_clip, log_ratio_clip=log_ratio_clip
-    )
-    d_logp, d_values = (layout.put_rows(d, index, positions) for d in (d_logp, d_values))
+    columns = (logp, values, old_logp, old_values, advantages, weights)
+    terms = Terms(*(take(column) for column in columns))
+    shape = LossShape(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    scale = GradientScale(denom, terms.logp.numel(), logp.dtype, logp.device)
+    residuals = Residuals(*(torch.empty_like(terms.logp) for _ in range(3)))
+    backend_for(logp.device).klq_residual(terms, residuals, grad_scale=scale.grad_scale, shape=shape)
+    loss = scale.mean(residuals.losses)
+    metrics = klq_metrics(loss, terms, shape, ref_logp=take(ref_logp))
+    d_logp, d_values = (layout.put_rows(d, index, positions) for d in residuals[1:])
     return loss, metrics, d_logp, d_values, scale.unit
 
 

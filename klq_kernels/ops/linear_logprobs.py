@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..bundles import Pull
 from ..chunks import Needs, Rows
 from ..one_pass import logprobs_backward_pass, logprobs_pass
 from .dispatch import backend_for
@@ -42,7 +43,7 @@ def linear_logprobs(
     layout.check_actions(taken, weight.shape[0])
     head = make_head(hidden, weight, bias, temperature, softcap, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, top, log_total, entropy = logprobs_pass(
+        top, log_total, logp, entropy = logprobs_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
             head,
@@ -94,8 +95,9 @@ def linear_logprobs_backward(
 
     taken = layout.take_rows(actions, index)
     assert taken is not None
-    row_top = take(top)
-    row_d_logp = torch.zeros_like(row_top) if d_logp is None else take(d_logp)
+    normaliser = take(top), take(log_total)
+    by_logp = torch.zeros_like(normaliser[0]) if d_logp is None else take(d_logp)
+    by_lse = -by_logp if d_lse is None else take(d_lse) - by_logp
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
@@ -109,12 +111,7 @@ def linear_logprobs_backward(
                 weight_gradient_dtype(hidden, weight, workspace_bytes, keep=False),
             ),
             Needs(need_hidden, need_weight, need_bias),
-            row_top,
-            take(log_total),
-            take(entropy),
-            row_d_logp,
-            take(d_lse),
-            take(d_entropy),
+            Pull(*normaliser, by_logp, by_lse, take(d_entropy), take(entropy)),
             workspace_bytes=workspace_bytes,
         )
 

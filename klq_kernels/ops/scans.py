@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..bundles import ScanTerms, each
 from .dispatch import backend_for
 
 
@@ -99,8 +100,8 @@ def lambda_errors(
 ) -> Tensor:
     """The lambda-errors of ``portable.lambda_errors``, fp32 [M]. Not differentiable: targets carry no gradient."""
     out = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    columns = (logp, ref_logp, values, rewards, trace)
-    _write_lambda_errors(columns, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
+    terms = ScanTerms(logp, ref_logp, values, rewards, trace)
+    _write_lambda_errors(terms, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
     return out
 
 
@@ -127,7 +128,7 @@ def klq_targets(
     out, old_values = (torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(2))
     old_logp = torch.empty_like(out) if logp is not None else out.new_empty(0)
     _write_lambda_errors(
-        (logp, ref_logp, values, rewards, trace), tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam,
+        ScanTerms(logp, ref_logp, values, rewards, trace), tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam,
         kept_logp=None if logp is None else old_logp, kept_values=old_values,
     )  # fmt: skip
     return old_logp, old_values, out
@@ -140,7 +141,7 @@ def _(logp: Tensor | None, ref_logp: Tensor | None, values: Tensor, *args: Any) 
 
 
 def _write_lambda_errors(
-    columns: tuple[Tensor | None, ...],
+    terms: ScanTerms,
     tail: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor,
@@ -149,5 +150,4 @@ def _write_lambda_errors(
 ) -> None:
     layout.check_cu_seqlens(cu_seqlens, out.numel())
     if out.numel():
-        contiguous = (None if t is None else t.contiguous() for t in columns)
-        backend_for(out.device).lambda_errors(*contiguous, tail, mask, cu_seqlens, out, **options)
+        backend_for(out.device).lambda_errors(each(terms, Tensor.contiguous), tail, mask, cu_seqlens, out, **options)
