@@ -43,17 +43,22 @@ def backward(module: ActorCritic, config: KLQConfig) -> Tensor:
     return loss.detach()
 
 
-def main() -> None:
+def shard(module: Any) -> None:
+    """Leaves each process its part of the weights: layer by layer, and the rest in one."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    module: Any = build()
     for layer in module.policy.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(module, "generate")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    module: Any = build()
+    shard(module)
     loss = backward(module, tiny.arguments("unused"))
     gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None}
     ids = module.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)

@@ -106,7 +106,8 @@ def test_what_cannot_be_found(tmp_path: Path):
         ({"path": str(tmp_path / "x.txt")}, "path: a file must be one of .json"),
         ({"path": str(tmp_path / "broken.jsonl")}, r"path: cannot read .*broken.jsonl: JSON"),
         ({"path": path, "split": "test"}, "split: a single file"),
-        ({"path": path, "name": "main"}, "name: the file x.jsonl"),
+        ({"path": path, "split": "train[9:]"}, "split: cannot take"),
+        ({"path": path, "name": "main"}, "name: the file x.jsonl .* leave it out"),
         ({"path": path, "kind": "dpo"}, "kind: must be one of prompt, tldr, hh"),
         ({"path": path, "max_samples": 0}, "max_samples"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.util
 import json
@@ -345,6 +346,14 @@ def test_the_verdict_does_not_take_nan_for_learning():
 def test_steps_must_be_positive(tmp_path: Path):
     with pytest.raises(ValueError, match="steps"):
         demo.run(tmp_path, 0, 0)
+
+
+@pytest.mark.parametrize("package", ["tasks", "trainer", "experiments"])
+def test_nothing_leans_on_the_demonstration(package: str):
+    """What it shares with the rest lies outside of it (``display``, ``tasks``)."""
+    for path in (Path(demo.__file__).parents[1] / package).rglob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in imports if "demo" in (node.module or "").split(".")], path
 
 
 # The example

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import held_out_process
 import pytest
 import tiny
 import torch
 from processes import TWO_PROCESSES, start
+from rich.progress import Progress
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from klq_kernels.cli import app
-from klq_kernels.tasks import load_task
+from klq_kernels.tasks import load_task, warm_started
 from klq_kernels.trainer import run
 from klq_kernels.trainer.plots import plot_run
 from klq_kernels.trainer.run import ScriptArguments, load_function, parse, win_rate
@@ -108,6 +111,7 @@ def test_a_length_of_the_run_that_was_given_replaces_the_recipes(
         ("", ["--task", "constant", "--dataset", "x"], "dataset: is not used"),
         ("", ["--model", "m"], "dataset: is needed"),
         ("", ["--model", "m", "--dataset", "d"], "reward_function is needed"),
+        ("", ["--task", "constant", "--max_samples", "0"], "max_samples: must be at least 1"),
         ("", [], "model: is needed"),
     ],
 )
@@ -189,6 +193,19 @@ def test_a_launcher_starts_it_on_two_processes(material: list[str], tmp_path: Pa
     assert (tmp_path / "final" / "model.safetensors").exists()
 
 
+def test_held_out_prompts_are_shared_by_two_processes(tmp_path: Path):
+    """Also where there are fewer prompts than processes, and where no process can run the model alone."""
+    start([*TWO_PROCESSES, held_out_process.__file__, str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    alone = held_out_process.build(str(tmp_path))
+    for number in held_out_process.NUMBERS:
+        expected = held_out_process.held_out(alone, number)
+        for weights in ("whole", "sharded"):
+            assert found[weights][number]["answers"] == expected["answers"]
+            assert found[weights][number]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-5)
+    assert [found["whole"][number]["sampled"] for number in held_out_process.NUMBERS] == [1, 2, 3]
+
+
 def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: Path):
     def history(name: str) -> list[dict[str, Any]]:
         content = json.loads((tmp_path / name / "history.json").read_text())
@@ -201,6 +218,32 @@ def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: 
     assert [logs["step"] for logs in history("parts")] == [1, 2, 3, 4]
     for name in ("objective/scores", "objective/kl", "loss"):
         assert [logs[name] for logs in history("parts")] == [logs[name] for logs in history("whole")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset", "no.jsonl"], "^dataset: there is no file or folder no.jsonl"),
+        (["--dataset_split", "test"], "^dataset_split: a single file has only 'train'"),
+        (["--dataset_split", "train[?]"], "^dataset_split: cannot take 'train.*Unrecognized"),
+        (["--eval_split", "test"], "^eval_split: a single file has only 'train'"),
+        (["--dataset_name", "main"], "^dataset_name: the file prompts.jsonl has no configurations"),
+        (["--dataset_kind", "dpo"], "^dataset_kind: must be one of"),
+        (["--dataset_kind", "hh"], "^dataset_kind: 'hh' needs a column chosen, .* choose kind 'prompt'"),
+    ],
+)
+def test_prompts_that_cannot_be_loaded_are_named_by_their_flag(material: list[str], flags: list[str], words: str):
+    with pytest.raises(ValueError, match=words):
+        run.load_data(parse(None, [*material, *flags])[0])
+
+
+def test_several_flags_that_may_be_wrong_are_all_named(material: list[str], monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("name: no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"^dataset, dataset_split or dataset_name: cannot load.*: name: no network$"):
+        run.load_data(parse(None, [*material, "--dataset", "some/set"])[0])
 
 
 @pytest.mark.parametrize("name", ["model", "ref_model", "value_model"])
@@ -243,6 +286,47 @@ def test_a_task_brings_all_it_needs(
     answered, evaluated = "Held-out prompts: completions for the judge", "Held-out prompts: evaluation"
     expected = [answered, f"{evaluated} before training", answered, f"{evaluated} after training", answered]
     assert [line for line in said if line.startswith("Held-out prompts:")] == expected
+
+
+def test_bars_show_how_far_an_evaluation_is(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, float | None]] = []
+
+    def advance(progress: Progress, task: Any) -> None:
+        seen.append((progress.tasks[task].description, progress.tasks[task].total))
+
+    monkeypatch.setattr(run.Progress, "advance", advance)
+    sizes = ["--eval_size", "5", "--rollout_forward_batch_size", "2", "--max_steps", "1"]
+    train([*material, "--output_dir", str(tmp_path), *sizes])
+    assert seen == [(f"evaluation {when} training", 3) for when in ("before", "after") for _ in range(3)]
+
+
+def test_bars_of_transformers_are_off_for_the_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The warm start, a checkpoint and the final model are saved, and one of them is loaded."""
+
+    def briefly(task: Any, cache: Path, progress: Any) -> Any:
+        for _ in range(2):
+            model = warm_started(task, steps=1, cache=cache)
+        return model
+
+    monkeypatch.setattr(run, "warm_started", briefly)
+    sizes = ["--total_episodes", "8", "--num_mini_batches", "1", "--save_steps", "1", "--eval_size", "3"]
+    assert logging.is_progress_bar_enabled()
+    train(["--task", "arithmetic", "--output_dir", str(tmp_path), *TINY, *sizes])
+    assert logging.is_progress_bar_enabled()
+    assert (tmp_path / "final" / "model.safetensors").exists()
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_bars_that_were_off_stay_off():
+    logging.disable_progress_bar()
+    try:
+        with run.no_other_bars():
+            assert not logging.is_progress_bar_enabled()
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
 
 
 def test_win_rate_counts_ties_half():

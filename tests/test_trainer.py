@@ -18,7 +18,7 @@ from peft import LoraConfig
 from processes import TWO_PROCESSES, start
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from watch import Watch
 
 from klq_kernels import klq_loss, reference
@@ -26,6 +26,7 @@ from klq_kernels.trainer import Completions, KLQConfig, KLQTrainer, last_complet
 from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.experience import Plan
 from klq_kernels.trainer.means import Means
+from klq_kernels.trainer.processes import turns
 from klq_kernels.trainer.rollout import check_completions, replaced_config, until_eos
 from klq_kernels.trainer.sampler import CycleSampler
 from klq_kernels.trainer.seeds import Purpose, derived_seed
@@ -284,6 +285,32 @@ def test_evaluating_does_not_change_the_run(tmp_path: Path) -> None:
     first, second = watched.evaluate(), watched.evaluate()
     assert first == second
     assert {"eval_reward", "eval_kl", "eval_length", "eval_truncated", "eval_rewards/even"} <= set(first)
+
+
+def test_callbacks_see_each_batch_of_an_evaluation(tmp_path: Path) -> None:
+    """As in transformers' own loop: its progress bar asks how many there will be."""
+    seen: list[int] = []
+
+    class Counter(TrainerCallback):
+        def on_prediction_step(self, *_: Any, eval_dataloader: Any, **__: Any) -> None:
+            seen.append(len(eval_dataloader))
+
+    run = tiny.trainer(
+        tmp_path, {"eval_dataset": tiny.prompts(5), "callbacks": [Counter()]}, rollout_forward_batch_size=2
+    )
+    run.evaluate()
+    assert seen == [3, 3, 3]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("number", [1, 4, 7, 12])
+def test_turns_cover_all_rows_once_and_keep_every_process_busy(number: int, processes: int) -> None:
+    shares = [turns(number, 3, process=process, processes=processes) for process in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(turn.rows for share in shares for turn in share)
+    kept = sorted((turn.rows for share in shares for turn in share if turn.kept), key=lambda rows: rows.start)
+    assert kept == [turn.rows for turn in turns(number, 3, process=0, processes=1)]
+    assert [row for rows in kept for row in rows] == [*range(number)]
 
 
 def test_saved_models_load_as_any_other(tmp_path: Path) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ..display import BLUE, GREEN, GREY, MARKERS, ORANGE, RED, finish, moving_mean
 from .memory import MIB
 
-# Okabe and Ito's palette: told apart by every kind of colour vision.
-GREY, ORANGE, BLUE, GREEN, RED = "#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00"
 COLOURS = (GREY, ORANGE, BLUE)
-MARKERS = ("s", "^", "o")
 
 
 def plot_memory(measured: dict[str, Any], path: Path) -> None:
@@ -70,16 +63,7 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
     for axes in (memory, time):
         axes.tick_params(axis="x", labelsize=8.5)
         axes.margins(y=0.12)
-    _finish(figure, path, memory, time, growth)
-
-
-def moving_mean(numbers: Sequence[float], window: int) -> list[float]:
-    """The mean of each number and those before it, at most ``window`` of them."""
-    means = []
-    for end in range(1, len(numbers) + 1):
-        seen = numbers[max(end - window, 0) : end]
-        means.append(sum(seen) / len(seen))
-    return means
+    finish(figure, path, memory, time, growth)
 
 
 def plot_training(history: list[dict[str, float]], path: Path, *, start: float, batch: int, window: int = 5) -> None:
@@ -109,13 +93,4 @@ def plot_training(history: list[dict[str, float]], path: Path, *, start: float, 
     panels["kl"].set_ylim(bottom=0)
     panels["explained_variance"].axhline(0, color=GREY, linewidth=1)
     panels["reward"].legend(frameon=False, loc="lower right")
-    _finish(figure, path, *panels.values())
-
-
-def _finish(figure: Figure, path: Path, *panels: Axes) -> None:
-    for axes in panels:
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path, *panels.values())

@@ -9,9 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
+from ..display import markdown_table
 from .memory import FUSED, MIB
 
 LEARNT_GAIN = 0.2  # of mean reward: less would not be visible
@@ -121,20 +119,6 @@ def held_out_rows(evaluations: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 HELD_OUT_COLUMNS = ("held-out letters", "reward", "KL", "entropy", "tokens", "cut off")
-
-
-def rich_table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def memory_section(measured: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from ..tasks.task import EOS, PAD, for_transformers
 
 NAMES = "Ana Bilal Chen Dara Emil Farah Goran Hana Ivo Jun Kofi Lena Mira Nadia Omar Petra".split()
 CITIES = "Oslo Lima Accra Delhi Porto Quito Turin Sofia Kyoto Cairo".split()
@@ -129,18 +131,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
     """A byte-level BPE trained on ``texts``: any text has an encoding, the words of the task have short ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|pad|>", "<|endoftext|>"],
+        special_tokens=[PAD, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|endoftext|>",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return for_transformers(tokenizer)

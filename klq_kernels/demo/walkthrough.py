@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from ..display import rich_table
 from . import memory, plots, policy, report, task
 from .train import Learner, Settings, rollout, train
 
@@ -60,9 +61,7 @@ def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: S
         measured = measure(progress, size, seed)
         report.write_json(out / "memory.json", measured)
         plots.plot_memory(measured, out / "memory.png")
-        progress.console.print(
-            report.rich_table("Naive against fused", report.MEMORY_COLUMNS, report.memory_rows(measured))
-        )
+        progress.console.print(rich_table("Naive against fused", report.MEMORY_COLUMNS, report.memory_rows(measured)))
         (out / "report.md").write_text("# klq demo\n\n" + report.memory_section(measured))
         verdict = learn(progress, out, steps, seed, size, measured)
     console.print(verdict.words().replace("**", ""))
@@ -106,7 +105,7 @@ def learn(progress: Progress, out: Path, steps: int, seed: int, size: Size, meas
     finally:  # also after Ctrl-C: what was learnt so far is reported
         if history.steps:
             verdict = summarise(out, history.steps, evaluations, measured, steps, seed, size)
-    progress.console.print(report.rich_table("Summaries", report.HELD_OUT_COLUMNS, report.held_out_rows(evaluations)))
+    progress.console.print(rich_table("Summaries", report.HELD_OUT_COLUMNS, report.held_out_rows(evaluations)))
     for block in report.samples_text(evaluations):
         progress.console.print(block, markup=False, highlight=False, end="")
     return verdict

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..demo.plots import moving_mean
+from ..display import moving_mean
 from .spec import Experiment, Settings, label
 from .statistics import interval, paired, win_share
 

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from ..demo.report import markdown_table
+from ..display import markdown_table
 from .analysis import Results
 from .plots import name_of
 from .statistics import Interval

@@ -7,14 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from ..demo.plots import BLUE, GREEN, GREY, MARKERS, ORANGE, RED
-from ..demo.plots import _finish as finish
+from ..display import BLUE, GREEN, GREY, MARKERS, ORANGE, RED, finish
 from .analysis import Results
 
 COLOURS = (BLUE, ORANGE, GREEN, RED)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
@@ -97,15 +98,22 @@ def split_of(prompt: str) -> Split:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level: 256 tokens for the bytes after a padding and an end-of-text token. Pads on the left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    return for_transformers(tokenizer)
+
+
+def for_transformers(byte_level: Tokenizer) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows ``PAD`` and ``EOS``, as transformers takes it. Pads on the left."""
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level,
         pad_token=PAD,
         eos_token=EOS,
         padding_side="left",

@@ -8,7 +8,7 @@ batches experience           sequences as a model reads them; what a cycle has l
 objectives                   scores, the KLQ loss, the PPO loss
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             what is logged, and true means of it
-processes                    the end of a run that has several
+processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
 run plots                    ``klq train``: from a YAML file to a trained model and its picture
 """

@@ -73,11 +73,13 @@ def read_file(place: Path, split: str, name: str | None) -> Dataset:
         raise ValueError(f"path: a file must be one of {', '.join(READERS)}, got {place.name}")
     refuse_name(name, f"the file {place.name}")
     if split.split("[")[0] != "train":
-        raise ValueError(f"split: a single file has only 'train', got {split!r}; give the path of the other file")
+        raise ValueError(f"split: a single file has only 'train', got {split!r}; a folder can have a file for each")
     try:
         return load_dataset(READERS[place.suffix], data_files=str(place), split=split)
     except DatasetGenerationError as error:  # which says that it failed; its cause says why
         raise ValueError(f"path: cannot read {place}: {error.__cause__ or error}") from error
+    except ValueError as error:  # a slice that is none, or that holds nothing
+        raise ValueError(f"split: cannot take {split!r} of {place.name}: {error}") from error
 
 
 def read_saved(place: Path, split: str, name: str | None) -> Dataset:
@@ -108,7 +110,7 @@ def read_published(path: str, split: str, name: str | None) -> Dataset:
 
 def refuse_name(name: str | None, what: str) -> None:
     if name is not None:
-        raise ValueError(f"name: {what} has no configurations, so it must be None, got {name!r}")
+        raise ValueError(f"name: {what} has no configurations, so leave it out; got {name!r}")
 
 
 # Their shapes

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from ..demo.plots import BLUE, GREEN, GREY, ORANGE, RED, moving_mean
-from ..demo.plots import _finish as finish
+from ..display import BLUE, GREEN, GREY, ORANGE, RED, finish, moving_mean
 
 CURVES = (
     ("objective/scores", "Reward", "mean score", BLUE),

@@ -1,10 +1,31 @@
-"""The end of a run that has several processes."""
+"""What a run on several processes needs: shares in the work on held-out rows, and an end."""
 
 from __future__ import annotations
 
 import gc
+import math
+from typing import NamedTuple
 
 import torch.distributed as dist
+
+
+class Turn(NamedTuple):
+    """A batch of rows that a process works on, and whether it keeps what comes of it."""
+
+    rows: range
+    kept: bool
+
+
+def turns(number: int, batch: int, *, process: int, processes: int) -> list[Turn]:
+    """The share of one process in ``number`` rows.
+
+    Batches go round the processes whole, so what is sampled for a row does not depend on how many processes there are.
+    Each process has as many turns, because none can run a sharded model alone: where the batches do not go round, the
+    last to come keep the others company with the first batch again, and drop the result.
+    """
+    batches = [range(begin, min(begin + batch, number)) for begin in range(0, number, batch)]
+    mine = range(process, math.ceil(len(batches) / processes) * processes, processes)
+    return [Turn(batches[i], True) if i < len(batches) else Turn(batches[0], False) for i in mine]
 
 
 def leave_process_group() -> None:

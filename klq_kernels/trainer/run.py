@@ -14,24 +14,21 @@ import copy
 import importlib
 import importlib.util
 import json
+import re
 from argparse import SUPPRESS, Action
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate.utils import gather_object
+from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import (
-    HfArgumentParser,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..layout import require
@@ -44,6 +41,7 @@ from .trainer import KLQTrainer, last_complete_checkpoint
 
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
+SOURCE = {"path": "dataset", "name": "dataset_name", "split": "dataset_split", "kind": "dataset_kind"}  # of prompts
 STATUS = "reward {objective/scores:.3f}  KL {objective/kl:.2f}  H {policy/entropy_avg:.2f}"
 STATUS += "  len {completions/mean_length:.0f}  EV {val/explained_variance:.2f}"
 
@@ -95,6 +93,8 @@ class ScriptArguments:
             require(self.dataset is None, "dataset", f"is not used: the task {self.task} has its own")
         require(self.lora_rank >= 0, "lora_rank", f"must not be negative, got {self.lora_rank}")
         require(self.eval_size >= 0, "eval_size", f"must not be negative, got {self.eval_size}")
+        enough = self.max_samples is None or self.max_samples >= 1
+        require(enough, "max_samples", f"must be at least 1, got {self.max_samples}")
 
 
 # Arguments
@@ -276,17 +276,29 @@ def task_data(task: Task, arguments: ScriptArguments, config: KLQConfig) -> tupl
 
 def load_data(arguments: ScriptArguments) -> tuple[Any, Any]:
     """(training prompts, held-out prompts or None); the two share no row."""
-    place, form = str(arguments.dataset), {"name": arguments.dataset_name, "kind": arguments.dataset_kind}
-    train = load_prompts(place, split=arguments.dataset_split, max_samples=arguments.max_samples, **form)  # type: ignore[arg-type]
+    train = read_prompts(arguments, SOURCE, arguments.max_samples)
     if arguments.eval_split is not None:
-        return train, load_prompts(
-            place, split=arguments.eval_split, max_samples=arguments.eval_size or None, **form  # type: ignore[arg-type]
-        )  # fmt: skip
+        return train, read_prompts(arguments, SOURCE | {"split": "eval_split"}, arguments.eval_size or None)
     if arguments.eval_size == 0:
         return train, None
     require(arguments.eval_size < len(train), "eval_size", f"must be less than the {len(train)} prompts there are")
     parts = train.train_test_split(test_size=arguments.eval_size, seed=0)
     return parts["train"], parts["test"]
+
+
+def read_prompts(arguments: ScriptArguments, source: dict[str, str], size: int | None) -> Any:
+    """At most ``size`` prompts. ``source`` says which of our arguments gives each of those of ``load_prompts``.
+
+    Raises:
+        ValueError: that of ``load_prompts``, which names the argument in front of its colon; here by our name for it.
+    """
+    given: dict[str, Any] = {theirs: getattr(arguments, ours) for theirs, ours in source.items()}
+    try:
+        return load_prompts(**given, max_samples=size)
+    except ValueError as error:
+        names, colon, message = str(error).partition(":")
+        ours = re.sub(r"\w+", lambda word: source.get(word[0], word[0]), names)
+        raise ValueError(f"{ours}{colon}{message}") from error
 
 
 def lora(arguments: ScriptArguments) -> Any:
@@ -322,14 +334,14 @@ class HeldOut:
         self.baseline = self.answers(0) if self.task is not None and self.rows else None
 
     def answers(self, sample: int) -> list[str]:
-        with self.bar("completions for the judge", len(self.rows)) as advance:
+        with self.bar("completions for the judge") as advance:
             return answers(self.trainer, self.rows, sample, advance)
 
     def measure(self, when: str) -> None:
         """Adds the results of the policy as it is now."""
         if not self.rows:
             return
-        with self.bar(f"evaluation {when} training"):
+        with self.bar(f"evaluation {when} training") as advance, each_turn(self.trainer, advance):
             found = self.trainer.evaluate()
         measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}
         if self.task is not None and self.baseline is not None:
@@ -337,30 +349,52 @@ class HeldOut:
         self.results[when] = measured
 
     @contextmanager
-    def bar(self, text: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A line that says what takes its time; it only pulses where nobody counts the rows."""
+    def bar(self, text: str) -> Iterator[Callable[[], None]]:
+        """A line that says what takes its time, and how far this process is with its turns."""
         columns = TextColumn("Held-out prompts: {task.description}"), BarColumn(12), TimeElapsedColumn()
         with Progress(*columns, console=self.console, disable=bool(self.trainer.args.disable_tqdm)) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda rows: progress.advance(task, rows)
-            progress.update(task, total=1, completed=1)
+            task = progress.add_task(text, total=len(self.trainer.turns(len(self.rows))))
+            yield lambda: progress.advance(task)
+
+
+@contextmanager
+def each_turn(trainer: KLQTrainer, then: Callable[[], None]) -> Iterator[None]:
+    """Inside, ``then`` is called after each batch of an evaluation."""
+    callback = EachTurn(then)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+class EachTurn(TrainerCallback):
+    """See ``each_turn``."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.then = then
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.then()
 
 
 def answers(
-    trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int, advance: Callable[[int], None] | None = None
+    trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int, advance: Callable[[], None] | None = None
 ) -> list[str]:
-    """One sampled completion for each row, as text; another ``sample``, other random numbers.
+    """One sampled completion for each row, as text, the same on any number of processes; every process must call it.
 
-    ``advance`` is told how many rows each batch had.
+    Another ``sample``, other random numbers. ``advance`` is called after each batch of this process.
     """
-    texts, size = [], trainer.args.rollout_forward_batch_size
-    for begin in range(0, len(rows), size):
-        seed = derived_seed(trainer.args.seed, Purpose.EVALUATION, 1 + sample, begin)
-        sequences = trainer.roll_out(rows[begin : begin + size], seed).sequences
-        texts += trainer.tokenizer.batch_decode([s.completion.tolist() for s in sequences], skip_special_tokens=True)
+    written: list[tuple[int, list[str]]] = []
+    for turn in trainer.turns(len(rows)):
+        seed = derived_seed(trainer.args.seed, Purpose.EVALUATION, 1 + sample, turn.rows.start)
+        sequences = trainer.roll_out([rows[i] for i in turn.rows], seed).sequences
+        texts = trainer.tokenizer.batch_decode([s.completion.tolist() for s in sequences], skip_special_tokens=True)
+        if turn.kept:
+            written.append((turn.rows.start, texts))
         if advance is not None:
-            advance(len(sequences))
-    return texts
+            advance()
+    return [text for _, texts in sorted(gather_object(written)) for text in texts]
 
 
 def win_rate(task: Task, rows: list[dict[str, Any]], ours: list[str], theirs: list[str]) -> float:
@@ -396,22 +430,30 @@ class ProgressBar(TrainerCallback):
 @contextmanager
 def progress_bar(trainer: KLQTrainer, console: Console) -> Iterator[None]:
     """In place of transformers' bar, for the process that prints; lines only with ``disable_tqdm``."""
-    if trainer.args.disable_tqdm:
+    if trainer.args.disable_tqdm or not trainer.is_world_process_zero():
         yield
         return
-    for kind in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(kind)
-    bar = ProgressBar(console) if trainer.is_world_process_zero() else None
-    if bar is not None:
-        trainer.add_callback(bar)
-    logging.disable_progress_bar()  # two bars would write over each other
+    bar = ProgressBar(console)
+    trainer.add_callback(bar)
+    with bar.progress:
+        yield
+
+
+@contextmanager
+def no_other_bars() -> Iterator[None]:
+    """Keeps transformers' bars off ("Writing model shards"): they would write over ours, or say nothing beside them."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if shown:
+        enable_progress_bars()  # those of downloads, which were turned off as well, and may take minutes
     try:
-        with nullcontext() if bar is None else bar.progress:
-            yield
+        yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
+@no_other_bars()
 def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, float]]:
     """Trains, and writes everything into ``config.output_dir``.
 
@@ -420,6 +462,7 @@ def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, fl
     """
     out = Path(str(config.output_dir))
     trainer = build_trainer(arguments, config)
+    trainer.remove_callback(ProgressCallback)  # transformers' bar
     console = Console(quiet=not trainer.is_world_process_zero())
     checkpoint = last_complete_checkpoint(out) if arguments.resume else None
     console.print(f"Going on from {checkpoint}" if checkpoint else f"Training into {out}", soft_wrap=True)
@@ -458,7 +501,7 @@ def write_json(trainer: KLQTrainer, path: Path, content: Any) -> Path:
 
 
 def show(console: Console, results: dict[str, dict[str, float]], written: list[Path]) -> None:
-    from ..demo.report import rich_table
+    from ..display import rich_table
 
     if results:
         names = [name for name in next(iter(results.values())) if "/" not in name]

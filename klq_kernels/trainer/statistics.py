@@ -1,4 +1,7 @@
-"""What a log says of a cycle's rollouts: true means over completions and tokens, under the names PPO trainers use."""
+"""What a log says of rollouts, of a cycle or held-out: true means over completions and tokens.
+
+Those of a cycle have the names PPO trainers use.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,18 @@ def token_statistics(rollout: Rollout, scored: Scored) -> dict[str, Tensor | flo
         out["rollout/sampler_kl"] = (difference.expm1() - difference).mean()
         out["rollout/sampler_ratio_max"] = difference.exp().max() if len(difference) else 1.0
     return out
+
+
+def held_out_statistics(rollout: Rollout, scores: Scores, log_ratios: Tensor) -> dict[str, Tensor | float]:
+    """Means over the completions of an evaluated batch; ``log_ratios`` [N] are to the reference, per trained token."""
+    number = len(rollout.sequences)
+    return {
+        "reward": scores.total.mean(),
+        "reward_std": scores.total.std(correction=0),
+        "kl": log_ratios.sum() / number,
+        "length": sum(len(s.completion) for s in rollout.sequences) / number,
+        "truncated": rollout.truncated.float().mean(),
+    }
 
 
 def add_rewards(means: Means, scores: Scores, names: list[str]) -> None:

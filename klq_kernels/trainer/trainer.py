@@ -55,6 +55,7 @@ from .experience import Experience, Plan
 from .means import Means
 from .models import LanguageModel, disable_dropout
 from .objectives import OBJECTIVES, Scored, logprobs, score
+from .processes import Turn, turns
 from .rewards import RewardFunction, Rewards, Scores, as_list
 from .rollout import (
     Completions,
@@ -67,7 +68,7 @@ from .rollout import (
 )
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed, seeded
-from .statistics import add_rewards, completion_statistics, token_statistics
+from .statistics import add_rewards, completion_statistics, held_out_statistics, token_statistics
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -463,7 +464,10 @@ class KLQTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Samples completions for held-out prompts, the same random numbers each time, and scores them.
+        """Samples completions for held-out prompts and scores them; random numbers are the same each time.
+
+        They are also the same on any number of processes, which take turns at batches of
+        ``rollout_forward_batch_size`` prompts.
 
         Returns:
             ``eval_reward``, ``eval_reward_std``, ``eval_kl`` (nats per completion), ``eval_length``,
@@ -474,29 +478,31 @@ class KLQTrainer(Trainer):
             parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
             return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
-        process, processes = self.args.process_index, self.accelerator.num_processes
-        means, size = Means(), self.args.rollout_forward_batch_size
+        means, mine = Means(), self.turns(len(data))
         names = ["reward", "reward_std", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
-        means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one without prompts
-        mine = range(process, len(data), processes)
-        for begin in range(0, len(mine), size):
-            rows = [data[i] for i in mine[begin : begin + size]]
-            rollout = self.roll_out(rows, derived_seed(self.args.seed, Purpose.EVALUATION, process, begin))
-            scores = self.reward(rows, rollout)
-            scored, ref_logprobs = self.score(rollout)
-            found: dict[str, Tensor | float] = {
-                "reward": scores.total.mean(),
-                "reward_std": scores.total.std(correction=0),
-                "kl": (scored.logprobs - ref_logprobs).sum() / len(rows),
-                "length": sum(len(s.completion) for s in rollout.sequences) / len(rows),
-                "truncated": rollout.truncated.float().mean(),
-            }
-            means.add(found, len(rows))
-            add_rewards(means, scores, self.rewards.names)
+        means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one that keeps no turn
+        self.callback_handler.eval_dataloader = mine  # progress bars ask for its length
+        for turn in mine:
+            self._evaluate_turn(turn, [data[i] for i in turn.rows], means)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{n}": v for n, v in means.drain(self.accelerator).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def turns(self, number: int) -> list[Turn]:
+        """How this process shares in sampling completions for ``number`` held-out rows."""
+        process, processes = self.args.process_index, self.accelerator.num_processes
+        return turns(number, self.args.rollout_forward_batch_size, process=process, processes=processes)
+
+    def _evaluate_turn(self, turn: Turn, rows: list[dict[str, Any]], means: Means) -> None:
+        seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)  # 1, 2: the judge of ``klq train``
+        rollout = self.roll_out(rows, seed)
+        scored, ref_logprobs = self.score(rollout)
+        if turn.kept:
+            scores = self.reward(rows, rollout)
+            means.add(held_out_statistics(rollout, scores, scored.logprobs - ref_logprobs), len(rows))
+            add_rewards(means, scores, self.rewards.names)
 
     # ---- optimiser, checkpoints ---------------------------------------------------------------------------------
 
