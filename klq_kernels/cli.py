@@ -122,13 +122,14 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML: names of arguments and their values.")] = None,
 ) -> None:
     """Train a model by KLQ or PPO from a YAML file and flags (klq train --help lists them)."""
-    from .trainer import run
+    from .trainer import arguments
     from .trainer.processes import leave_process_group
+    from .trainer.run import run
 
     if {"-h", "--help"} & set(context.args):
-        run.argument_parser().print_help()
+        arguments.argument_parser().print_help()
         return
-    run.run(*run.parse(config, context.args))
+    run(*arguments.parse(config, context.args))
     leave_process_group()
 
 

@@ -58,7 +58,8 @@ def check_head(
         require(whole, name, "is a DTensor; pass the whole tensor (gather it, or call inside the module that owns it)")
     for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
         require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
-    if torch.is_autocast_enabled(device.type) and hidden.dtype == torch.float32:
+    autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if autocasts and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     require(hidden.dtype in DTYPES, "hidden", f"must be float32, bfloat16 or float16, got {hidden.dtype}")
     require(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*DTYPES, torch.float64)
 
 
 class Packing(NamedTuple):
@@ -29,6 +30,9 @@ class Packing(NamedTuple):
     cu_seqlens: Tensor  # int32 [B + 1], in flat positions
     rows: Tensor  # int64 [n], flat positions of the valid tokens
     row_cu_seqlens: Tensor  # int32 [B + 1], in rows
+
+
+torch.serialization.add_safe_globals([Packing])  # so that torch.load takes a batch that was saved with one
 
 
 class Layout(NamedTuple):
@@ -59,16 +63,16 @@ class Layout(NamedTuple):
             raise ValueError(f"{name}: must have the shape of {self.name}, {wanted}; got {found}")
         if tensor.device != device:
             raise ValueError(f"{name}: must be on {device}, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         return tensor.reshape(-1)
 
     def flat_or_none(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """``flat`` for an argument that may be left out."""
-        return None if tensor is None else self.flat(name, tensor)
+        """``flat`` for an argument that may be left out; a constant."""
+        return None if tensor is None else self.flat(name, tensor).detach()
 
     def per_sequence(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """A per-sequence tensor as [B], or the ValueError that names it."""
+        """A per-sequence tensor as [B], or the ValueError that names it; a constant."""
         if tensor is None:
             return None
         require_tensor(name, tensor)
@@ -77,8 +81,8 @@ class Layout(NamedTuple):
         require(
             tensor.device == self.cu_seqlens.device, name, f"must be on {self.cu_seqlens.device}, got {tensor.device}"
         )
-        require(tensor.is_floating_point(), name, f"must be a floating-point tensor, got {tensor.dtype}")
-        return tensor
+        require(tensor.dtype in FLOATS, name, f"must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        return tensor.detach()
 
     def rewards(self, rewards: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Splits ``rewards`` into (per token [M], per sequence [B]), one of them None.
@@ -88,7 +92,7 @@ class Layout(NamedTuple):
         require_tensor("rewards", rewards)
         batch = self.cu_seqlens.numel() - 1
         if tuple(rewards.shape) == self.shape:
-            return self.flat("rewards", rewards), None
+            return self.flat("rewards", rewards).detach(), None
         require(
             tuple(rewards.shape) == (batch,),
             "rewards",
@@ -104,9 +108,16 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises the ValueError that names the argument unless it is a tensor."""
+    """Raises the ValueError that names the argument unless it is a dense tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: must be a dense tensor, got layout {value.layout}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raises the ValueError that names the argument unless it is True or False."""
+    require(isinstance(value, bool), name, f"must be True or False, got {value!r}")
 
 
 def require_number(
@@ -138,6 +149,7 @@ def layout_of(
     require_tensor(name, tokens)
     shape = tuple(tokens.shape)
     if packing is not None:
+        require(isinstance(packing, Packing), "packing", f"must come from pack, got {type(packing).__name__}")
         require(mask is None and cu_seqlens is None, "packing", "already holds mask and cu_seqlens; pass it alone")
         require(
             packing.shape == shape, "packing", f"was built for shape {list(packing.shape)}, {name} has {list(shape)}"
@@ -204,7 +216,8 @@ def valid_rows(
 def pack(mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Packing:
     """Finds the valid rows of a mask once, so that every later call on this batch skips the search and its wait.
 
-    Without a mask there is nothing to find: pass ``cu_seqlens`` itself.
+    Without a mask there is nothing to find: pass ``cu_seqlens`` itself. Call it outside of what is compiled with
+    ``torch.compile(fullgraph=True)``.
 
     Args:
         mask: bool [B, T] (padded), or [N] with ``cu_seqlens`` (packed); True at trained tokens.

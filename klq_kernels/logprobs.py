@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .head import check_head
-from .layout import Packing, layout_of
+from .layout import Packing, layout_of, require_flag
 from .ops.linear_logprobs import linear_logprobs as op
+from .transforms import refuse_tangents
 from .types import LinearLogprobs
 
 
@@ -33,7 +34,7 @@ def linear_logprobs(
     Args:
         hidden: last hidden states, [B, T, H], or [N, H] with ``cu_seqlens``; fp32, bf16 or fp16. hidden[t] predicts
             actions[t]: shift before calling.
-        weight: the lm_head, [V, H], in hidden's dtype or fp32.
+        weight: the lm_head, [V, H], in hidden's dtype, or an fp32 master copy. Products run in hidden's dtype.
         actions: taken token ids, [B, T] or [N], int64 or int32.
         bias: [V].
         temperature: divides the logits, > 0.
@@ -53,12 +54,16 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their log-prob is NaN.
+        NotImplementedError: where ``process_group`` is given.
+        RuntimeError: for a second derivative, and in forward mode.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
         workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
+    require_flag("return_entropy", return_entropy)
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     logp, lse, entropy, *_ = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
     return LinearLogprobs(
         logp.reshape(layout.shape), lse.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else None

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .head import check_head
-from .layout import Layout, Packing, layout_of, require, require_number, require_tensor
+from .layout import Layout, Packing, layout_of, require, require_flag, require_number, require_tensor
 from .metrics import metric_names
 from .ops.fused_loss import fused_klq_loss as fused_op
 from .ops.klq_loss import klq_loss as unfused_op
+from .transforms import needs_gradient, refuse_tangents
 from .types import KLQLoss, KLQTargets
 
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
@@ -58,12 +59,13 @@ def fused_klq_loss(
     Args:
         hidden: last hidden states, [B, T, H], or [N, H] with ``cu_seqlens``; fp32, bf16 or fp16. hidden[t] predicts
             actions[t]: shift before calling.
-        weight: the lm_head, [V, H], in hidden's dtype or fp32.
+        weight: the lm_head, [V, H], in hidden's dtype, or an fp32 master copy. Products run in hidden's dtype.
         actions: taken token ids, [B, T] or [N], int64 or int32.
         values: V of the state before each token, the shape of actions.
         targets: ``KLQTargets`` in the layout of actions.
         ref_logprobs: log pi_b of the taken tokens. Needed on-policy; with targets it only adds metrics.
-        rewards: per token, or [B]: one score per sequence on its last valid token. On-policy only.
+        rewards: per token, or [B]: one score per sequence on its last valid token (packed, with N = B, what is [N] is
+            per token). On-policy only.
         bootstrap_values: [B], V beyond the last valid token of truncated sequences. On-policy only.
         gamma, lam: discount and trace decay, in [0, 1]. On-policy only.
         trace: per-token factor on the decay (Retrace). On-policy only.
@@ -92,7 +94,8 @@ def fused_klq_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
-        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative.
+        NotImplementedError: where ``process_group`` is given.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
     inputs = check_head(
@@ -100,6 +103,7 @@ def fused_klq_loss(
         workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    require_flag("return_entropy", return_entropy)
     if targets is None:
         require(ref_logprobs is not None, "ref_logprobs", "is needed where no targets are given")
         require(rewards is not None, "rewards", "is needed where no targets are given")
@@ -115,7 +119,7 @@ def fused_klq_loss(
         old = _flat_targets(layout, targets)
     flat_values = layout.flat("values", values)
     _check_weights(weights)
-    learning = torch.is_grad_enabled()
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias, values=values)
     loss, numbers, *_ = fused_op(
         *inputs,
         flat_values,
@@ -141,10 +145,10 @@ def fused_klq_loss(
         return_entropy,
         workspace_bytes,
         True,  # the gradients among the outputs are autograd's alone: they are dropped here
-        learning and inputs.hidden.requires_grad,
-        learning and weight.requires_grad,
-        learning and bias is not None and bias.requires_grad,
-        learning and flat_values.requires_grad,
+        needs_gradient(inputs.hidden),
+        needs_gradient(weight),
+        bias is not None and needs_gradient(bias),
+        needs_gradient(flat_values),
     )
     names = metric_names(
         on_policy=targets is None, reference=ref_logprobs is not None, loss_type=loss_type, entropy=return_entropy
@@ -186,12 +190,13 @@ def klq_loss(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
-        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     _check_weights(weights)
-    flat = (layout.flat(name, tensor) for name, tensor in (("logprobs", logprobs), ("values", values)))
+    flat = [layout.flat(name, tensor) for name, tensor in (("logprobs", logprobs), ("values", values))]
+    refuse_tangents(logprobs=logprobs, values=values)
     loss, numbers, *_ = unfused_op(
         *flat,
         *_flat_targets(layout, targets),
@@ -234,7 +239,8 @@ def _flat_targets(layout: Layout, targets: KLQTargets) -> tuple[Any, ...]:
         "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns",
     )
     return tuple(
-        layout.flat(f"targets.{name}", tensor) for name, tensor in zip(KLQTargets._fields, targets, strict=True)
+        layout.flat(f"targets.{name}", tensor).detach()
+        for name, tensor in zip(KLQTargets._fields, targets, strict=True)
     )
 
 
@@ -243,6 +249,10 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
         return None
     if isinstance(denom, Tensor):
         require(denom.numel() == 1, "denom", f"must be a number or a 0-d tensor, got shape {list(denom.shape)}")
+        here = denom.device.type in (device.type, "cpu")
+        require(here, "denom", f"must be on {device} or the CPU, got {denom.device}")
+        require(not denom.is_complex(), "denom", f"must be a real number, got {denom.dtype}")
         return denom.detach().reshape(())
     require_number("denom", denom, low=0.0, open_low=True)
-    return torch.full((), float(denom), dtype=torch.float32, device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
+    return one * denom  # torch.compile traces a product with a number that changes from call to call

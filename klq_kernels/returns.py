@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Packing, layout_of, require_number, require_tensor
+from .layout import FLOATS, Layout, Packing, layout_of, require, require_number, require_tensor
 from .ops import scans
+from .transforms import refuse_tangents
 from .types import KLQTargets
 
 
@@ -36,16 +37,19 @@ def reverse_scan(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
+        RuntimeError: in forward mode.
     """
     layout = layout_of(delta, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="delta")
     flat = layout.flat("delta", delta)
     if isinstance(decay, Tensor) and decay.dim() > 0:
         decays = layout.flat("decay", decay)
     elif isinstance(decay, Tensor):
+        require(decay.dtype in FLOATS, "decay", f"must be a number or a floating-point tensor, got {decay.dtype}")
         decays = decay.reshape(1).to(delta.device)
     else:
         require_number("decay", decay)
         decays = torch.full((1,), decay, dtype=torch.float32, device=delta.device)
+    refuse_tangents(delta=delta, decay=decays)
     return scans.reverse_scan(flat, decays, *layout.scan_args()).reshape(delta.shape)
 
 
@@ -65,7 +69,8 @@ def gae(
     A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t.
 
     Args:
-        rewards: per token ([B, T] or [N]), or [B]: one score per sequence, landing on its last valid token.
+        rewards: per token ([B, T] or [N]), or [B]: one score per sequence, landing on its last valid token (packed,
+            with N = B, what is [N] is per token).
         values: [B, T] or [N].
         gamma, lam: discount and trace decay, in [0, 1].
         bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
@@ -125,7 +130,8 @@ def klq_targets(
     Args:
         logprobs, ref_logprobs: log pi and log pi_b of the taken tokens, [B, T] or [N], at the training temperature.
         values: V of the state before each token, same shape.
-        rewards: per token, or [B]: one score per sequence, landing on its last valid token.
+        rewards: per token, or [B]: one score per sequence, landing on its last valid token (packed, with N = B, what
+            is [N] is per token).
         tau: strength of the KL regularisation, > 0.
         gamma, lam: discount and trace decay, in [0, 1].
         bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
@@ -172,9 +178,8 @@ def _scan_inputs(
     columns = (
         layout.flat_or_none("logprobs", logprobs),
         layout.flat_or_none("ref_logprobs", ref_logprobs),
-        layout.flat("values", values),
+        layout.flat("values", values).detach(),
         per_token,
         layout.flat_or_none("trace", trace),
     )
-    detached = (None if t is None else t.detach() for t in columns)
-    return *detached, tail, *layout.scan_args(), tau, gamma, lam
+    return *columns, tail, *layout.scan_args(), tau, gamma, lam

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,7 @@ class KLQLoss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+# A rollout buffer that was saved with torch.save is loaded again by torch.load as it is.
+torch.serialization.add_safe_globals([LinearLogprobs, KLQTargets, KLQLoss])

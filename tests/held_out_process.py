@@ -16,8 +16,8 @@ import torch
 from fsdp_process import shard
 
 from klq_kernels.trainer import KLQTrainer
+from klq_kernels.trainer.held_out import answers
 from klq_kernels.trainer.processes import leave_process_group
-from klq_kernels.trainer.run import answers
 
 NUMBERS = ("1", "3", "5")  # of prompts: fewer than processes, a batch for each process, one more
 

@@ -97,6 +97,8 @@ EVERY_HEAD = ["fused", "fused targets", "linear_logprobs"]
         ("mask", torch.ones(B, T - 1, dtype=torch.bool)),
         ("mask", torch.ones(B, T, dtype=torch.bool, device="meta")),
         *((n, x) for n in ("temperature", "softcap") for x in (0.0, -1.0, NAN, INF)),
+        ("hidden", torch.zeros(B, T, H).to_sparse()),
+        ("return_entropy", "yes"),
         ("workspace_bytes", 0),
         ("workspace_bytes", 4 * V - 1),
         ("workspace_bytes", 1e9),
@@ -129,8 +131,15 @@ PER_TOKEN = [
 @pytest.mark.parametrize(("function", "name"), PER_TOKEN)
 @pytest.mark.parametrize(
     "value",
-    [per_token(B, T - 1), per_token(B * T), torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T, device="meta")],
-    ids=["short", "flat", "integer", "elsewhere"],
+    [
+        per_token(B, T - 1),
+        per_token(B * T),
+        torch.zeros(B, T, dtype=torch.int64),
+        torch.zeros(B, T, dtype=torch.float8_e4m3fn),
+        torch.zeros(B, T, device="meta"),
+        torch.zeros(B, T).to_sparse(),
+    ],
+    ids=["short", "flat", "integer", "float8", "elsewhere", "sparse"],
 )
 def test_per_token(function: str, name: str, value: torch.Tensor) -> None:
     refuses(function, name, **{name: value})
@@ -180,6 +189,8 @@ def test_targets_or_what_makes_them() -> None:
         ("denom", -1),
         ("denom", NAN),
         ("denom", torch.ones(2)),
+        ("denom", torch.ones((), device="meta")),
+        ("denom", torch.ones((), dtype=torch.complex64)),
     ],
     ids=str,
 )
@@ -194,8 +205,8 @@ def test_discounts(function: str, name: str, value: Any) -> None:
     refuses(function, name, **{name: value})
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
-def test_decay(value: float) -> None:
+@pytest.mark.parametrize("value", [NAN, INF, torch.ones((), dtype=torch.complex64), torch.ones((), dtype=torch.int64)])
+def test_decay(value: float | torch.Tensor) -> None:
     refuses("reverse_scan", "decay", decay=value)
 
 
@@ -260,7 +271,8 @@ def test_packing(function: str) -> None:
     arguments |= {"decay": 0.9} if "decay" in wanted else {}
     call(**arguments, packing=pack(mask=case["mask"]))
     wider = torch.ones(B, T + 1, dtype=torch.bool)
-    for broken in ({"packing": pack(mask=wider)}, {"packing": pack(mask=case["mask"]), "mask": case["mask"]}):
+    right = pack(mask=case["mask"])
+    for broken in ({"packing": pack(mask=wider)}, {"packing": tuple(right)}, {"packing": right, "mask": case["mask"]}):
         with pytest.raises(ValueError, match=r"^packing:"):
             call(**arguments, **broken)
 

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 from klq_kernels.cli import app
 from klq_kernels.tasks import load_task, warm_started
 from klq_kernels.trainer import run
+from klq_kernels.trainer.arguments import ScriptArguments, parse
+from klq_kernels.trainer.held_out import win_rate
 from klq_kernels.trainer.plots import plot_run
-from klq_kernels.trainer.run import ScriptArguments, load_function, parse, win_rate
+from klq_kernels.trainer.run import load_function
 
 REWARD = """
 calls = 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import require
-from ..trainer.run import read_yaml
+from ..trainer.arguments import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = ("constant", "lambda", "klq-vs-ppo", "equivalence")  # in the order of the page

@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 
 from ..tasks import Task, load_task, warm_started
 from ..trainer import KLQConfig, KLQTrainer
-from ..trainer.run import answers
+from ..trainer.held_out import answers
 from .spec import Settings
 
 CURVES = {

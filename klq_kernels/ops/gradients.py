@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..planner import STRIP_ROWS
+from ..transforms import is_batched
 
 try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
     from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
@@ -30,6 +31,8 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
             "the KLQ loss computes its gradient in the forward, so that gradient cannot be differentiated again: "
             "backward without create_graph, or use klq_kernels.reference"
         )
+    if is_batched(scale):
+        return (saved * scale).to(dtype)
     reuse = owned and not _graph_is_kept()
     if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)

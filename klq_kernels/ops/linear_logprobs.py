@@ -154,3 +154,10 @@ def _backward(
 
 
 linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_derivative(*_: Any) -> None:
+    raise RuntimeError("linear_logprobs: there is no second derivative; use klq_kernels.reference")
+
+
+linear_logprobs_backward.register_autograd(_second_derivative)

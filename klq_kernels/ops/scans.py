@@ -52,7 +52,8 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, No
     d_decay = None
     if ctx.needs_input_grad[1]:
         next_out = torch.where(following < 0, 0.0, out[following.clamp(min=0)])
-        d_decay = (d_delta * next_out).to(ctx.dtypes[1])
+        d_decay = d_delta * next_out if mask is None else torch.where(mask, d_delta * next_out, 0.0)
+        d_decay = d_decay.to(ctx.dtypes[1])
         if decay.numel() != m:
             d_decay = d_decay.sum().reshape(decay.shape)
     return (d_delta.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None), d_decay, None, None

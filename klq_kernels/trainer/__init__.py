@@ -10,7 +10,8 @@ sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             what is logged, and true means of it
 processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
-run plots                    ``klq train``: from a YAML file to a trained model and its picture
+arguments                    ``klq train``: what a user says, in a YAML file and flags
+run held_out plots           from there to a trained model, its held-out results and its picture
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""``klq train``: from a YAML file and flags to a trained model, the history of the run and a picture of it.
-
-A value comes from a flag, else from the YAML file, else from the recipe of the built-in task, else it is the default.
-All names are those of ``ScriptArguments`` (what to train on what) and ``KLQConfig`` (how); a name that is neither is
-an error, because a misspelt hyperparameter that is silently ignored costs a run.
+"""``klq train``: from its arguments to a trained model, the history of the run and a picture of it.
 
 What a run leaves in ``output_dir``, also one that was interrupted: ``history.json`` (every log), ``training.png``,
 checkpoints; and once it is through ``final/`` (the model) and ``summary.json`` (held-out results, before and after).
@@ -15,202 +11,29 @@ import importlib
 import importlib.util
 import json
 import re
-from argparse import SUPPRESS, Action
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from accelerate.utils import gather_object
 from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import HfArgumentParser, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from ..layout import require
-from ..tasks import TASKS, Task, load_task, warm_started
+from ..tasks import Task, load_task, warm_started
 from . import loading
-from .config import KLQConfig, option
+from .arguments import COPY, ScriptArguments
+from .config import KLQConfig
 from .data import keep_short, load_prompts
-from .seeds import Purpose, derived_seed
+from .held_out import HeldOut
 from .trainer import KLQTrainer, last_complete_checkpoint
 
-DEFAULT_OUTPUT = "klq_output"
-COPY = "copy"  # as a value model
 SOURCE = {"path": "dataset", "name": "dataset_name", "split": "dataset_split", "kind": "dataset_kind"}  # of prompts
 STATUS = "reward {objective/scores:.3f}  KL {objective/kl:.2f}  H {policy/entropy_avg:.2f}"
 STATUS += "  len {completions/mean_length:.0f}  EV {val/explained_variance:.2f}"
-
-# What makes the built-in tasks learn within a few minutes on a CPU; any of it can be overridden.
-RECIPE: dict[str, Any] = {
-    "learning_rate": 1e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
-    "num_update_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 32, "bootstrap_truncated": False,
-    "use_cpu": True, "total_episodes": 64 * 120, "save_steps": 80, "save_total_limit": 2, "eval_size": 256,
-}  # fmt: skip
-
-
-@dataclass
-class ScriptArguments:
-    """What is trained on what."""
-
-    task: str | None = option(
-        None,
-        f"A built-in task: {', '.join(TASKS)}. It brings model, prompts, rewards and settings, and "
-        "trains on the CPU, which takes minutes; --use_cpu False trains on the GPU.",
-    )
-    model: str | None = option(None, "The policy: a folder or hub id. With a task: in place of its own.")
-    ref_model: str | None = option(None, "The reference; by default the policy as it is now.")
-    value_model: str | None = option(
-        None, "A value function: a folder or hub id, or copy: a second copy of the policy. Default: a head."
-    )
-    dataset: str | None = option(None, "Prompts: a file, a folder or a hub id.")
-    dataset_kind: str = option("prompt", "prompt, tldr or hh.")
-    dataset_name: str | None = option(None, "The configuration of the data set, where it has several.")
-    dataset_split: str = option("train", "The split to train on.")
-    eval_split: str | None = option(None, "The split to evaluate on; by default eval_size rows of the training split.")
-    eval_size: int = option(0, "Held-out prompts, evaluated before and after; 0: none.")
-    max_samples: int | None = option(None, "Train on the first so many rows.")
-    drop_long_prompts: bool = option(False, "Leave out prompts over max_prompt_length instead of cutting them.")
-    reward_model: list[str] | None = option(None, "Sequence-classification models: folders or hub ids.")
-    reward_function: list[str] | None = option(None, "package.module:function or file.py:function, one or more.")
-    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains every parameter.")
-    lora_alpha: float = option(16.0, "Scale of the adapters.")
-    lora_target_modules: list[str] | None = option(None, "Modules that get adapters, or all-linear.")
-    resume: bool = option(False, "Go on from the last complete checkpoint in output_dir, if there is one.")
-
-    def __post_init__(self) -> None:
-        if self.task is None:
-            require(self.model is not None, "model", "is needed (or a built-in task)")
-            require(self.dataset is not None, "dataset", "is needed (or a built-in task)")
-            rewarded = bool(self.reward_model or self.reward_function)
-            require(rewarded, "reward_model", "or reward_function is needed (or a built-in task)")
-        else:
-            load_task(self.task)
-            require(self.dataset is None, "dataset", f"is not used: the task {self.task} has its own")
-        require(self.lora_rank >= 0, "lora_rank", f"must not be negative, got {self.lora_rank}")
-        require(self.eval_size >= 0, "eval_size", f"must not be negative, got {self.eval_size}")
-        enough = self.max_samples is None or self.max_samples >= 1
-        require(enough, "max_samples", f"must be at least 1, got {self.max_samples}")
-
-
-# Arguments
-
-
-class Parser(HfArgumentParser):
-    """Complains with a ValueError, as everything here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def argument_parser() -> Parser:
-    """Every field of both dataclasses as a flag; the help shows ours, and names where the others are documented."""
-    parser = Parser(
-        [ScriptArguments, KLQConfig],  # type: ignore[list-item]
-        prog="klq train",
-        usage="klq train [--config FILE.yaml] [--NAME VALUE ...]",
-        description="Train a language model with KLQ. The names below are also the keys of the YAML file.",
-        epilog="So are all fields of transformers.TrainingArguments.",
-        allow_abbrev=False,
-    )
-    inherited = {f.name for f in fields(TrainingArguments)} - set(KLQConfig.__annotations__) - {"output_dir", "seed"}
-    for action in parser._actions:
-        if action.dest in inherited or action.option_strings[0].startswith("--no_"):
-            action.help = SUPPRESS
-    parser.set_defaults(output_dir=DEFAULT_OUTPUT)
-    return parser
-
-
-def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, KLQConfig]:
-    """The arguments of a run.
-
-    Args:
-        config: a YAML file of names and values, or None.
-        flags: ``["--name", "value", ...]``; they override the file.
-
-    Raises:
-        ValueError: naming the key or flag that is unknown (with the nearest that exists) or has a bad value.
-    """
-    parser = argument_parser()
-    actions = {action.dest: action for action in reversed(parser._actions)}
-    given = {} if config is None else read_yaml(config)
-    for key in given:
-        require(key in actions, "config", f"{config} has an unknown key {key!r}{near(key, actions)}")
-    values = {key: as_default(actions[key], value) for key, value in given.items()}
-    parser.set_defaults(**values)
-    known, unknown = parser.parse_known_args(list(flags))
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        raise ValueError(f"{name}: unknown argument{near(name.lstrip('-').replace('-', '_'), actions, '--')}")
-    if known.task is not None:
-        flagged = {a.dest for a in parser._actions for f in flags if f.partition("=")[0] in a.option_strings}
-        suited = recipe(known.task, {*values, *flagged})
-        parser.set_defaults(**{name: value for name, value in suited.items() if name not in values})
-    arguments, training = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
-    return arguments, training
-
-
-def recipe(task: str, given: Collection[str]) -> dict[str, Any]:
-    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
-    settings = {**RECIPE, "max_completion_length": load_task(task).max_completion_length}
-    if "max_steps" in given or "num_train_epochs" in given:
-        del settings["total_episodes"]
-    return settings
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config: cannot read {path}: {error}") from error
-    require(isinstance(content or {}, dict), "config", f"{path} must hold names and values")
-    return content or {}
-
-
-def near(name: str, names: Any, prefix: str = "") -> str:
-    """A hint at the name that was perhaps meant."""
-    match = get_close_matches(name, [*names], 1)
-    return f"; did you mean {prefix}{match[0]}?" if match else ""
-
-
-def as_default(action: Action, value: Any) -> Any:
-    """A YAML value as an argparse default. Text is converted and checked like a flag (YAML reads 1e-5 as text)."""
-    require(value is not None or action.default is None, "config", f"{action.dest} cannot be null")
-    if value is None or isinstance(value, dict):
-        return value
-    if action.nargs == "+":
-        convert: Any = action.type or str
-        return [convert(entry) for entry in (value if isinstance(value, list) else [value])]
-    require(not isinstance(value, list), "config", f"{action.dest} takes one value, got {value}")
-    return str(value)
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` or ``file.py:function`` names."""
-    where, _, function = name.rpartition(":")
-    require(bool(where), "reward_function", f"must be package.module:function or file.py:function, got {name!r}")
-    try:
-        found = getattr(load_module(where), function)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(f"reward_function: cannot load {name!r}: {error}") from error
-    require(callable(found), "reward_function", f"{name!r} is not a function")
-    return found
-
-
-def load_module(where: str) -> Any:
-    if not where.endswith(".py"):
-        return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # The trainer
 
@@ -316,94 +139,27 @@ def lora(arguments: ScriptArguments) -> Any:
     )
 
 
-# Held-out results
-
-
-@dataclass
-class HeldOut:
-    """Judges a trainer's policy on held-out prompts, where it can against what the policy wrote before training."""
-
-    trainer: KLQTrainer
-    task: Task | None
-    console: Console
-    results: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        data: Any = self.trainer.eval_dataset
-        self.rows: list[dict[str, Any]] = [] if data is None else list(data)
-        self.baseline = self.answers(0) if self.task is not None and self.rows else None
-
-    def answers(self, sample: int) -> list[str]:
-        with self.bar("completions for the judge") as advance:
-            return answers(self.trainer, self.rows, sample, advance)
-
-    def measure(self, when: str) -> None:
-        """Adds the results of the policy as it is now."""
-        if not self.rows:
-            return
-        with self.bar(f"evaluation {when} training") as advance, each_turn(self.trainer, advance):
-            found = self.trainer.evaluate()
-        measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}
-        if self.task is not None and self.baseline is not None:
-            measured["win_rate"] = win_rate(self.task, self.rows, self.answers(1), self.baseline)
-        self.results[when] = measured
-
-    @contextmanager
-    def bar(self, text: str) -> Iterator[Callable[[], None]]:
-        """A line that says what takes its time, and how far this process is with its turns."""
-        columns = TextColumn("Held-out prompts: {task.description}"), BarColumn(12), TimeElapsedColumn()
-        with Progress(*columns, console=self.console, disable=bool(self.trainer.args.disable_tqdm)) as progress:
-            task = progress.add_task(text, total=len(self.trainer.turns(len(self.rows))))
-            yield lambda: progress.advance(task)
-
-
-@contextmanager
-def each_turn(trainer: KLQTrainer, then: Callable[[], None]) -> Iterator[None]:
-    """Inside, ``then`` is called after each batch of an evaluation."""
-    callback = EachTurn(then)
-    trainer.add_callback(callback)
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` or ``file.py:function`` names."""
+    where, _, function = name.rpartition(":")
+    require(bool(where), "reward_function", f"must be package.module:function or file.py:function, got {name!r}")
     try:
-        yield
-    finally:
-        trainer.remove_callback(callback)
+        found = getattr(load_module(where), function)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"reward_function: cannot load {name!r}: {error}") from error
+    require(callable(found), "reward_function", f"{name!r} is not a function")
+    return found
 
 
-class EachTurn(TrainerCallback):
-    """See ``each_turn``."""
-
-    def __init__(self, then: Callable[[], None]) -> None:
-        self.then = then
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.then()
-
-
-def answers(
-    trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int, advance: Callable[[], None] | None = None
-) -> list[str]:
-    """One sampled completion for each row, as text, the same on any number of processes; every process must call it.
-
-    Another ``sample``, other random numbers. ``advance`` is called after each batch of this process.
-    """
-    written: list[tuple[int, list[str]]] = []
-    for turn in trainer.turns(len(rows)):
-        seed = derived_seed(trainer.args.seed, Purpose.EVALUATION, 1 + sample, turn.rows.start)
-        sequences = trainer.roll_out([rows[i] for i in turn.rows], seed).sequences
-        texts = trainer.tokenizer.batch_decode([s.completion.tolist() for s in sequences], skip_special_tokens=True)
-        if turn.kept:
-            written.append((turn.rows.start, texts))
-        if advance is not None:
-            advance()
-    return [text for _, texts in sorted(gather_object(written)) for text in texts]
-
-
-def win_rate(task: Task, rows: list[dict[str, Any]], ours: list[str], theirs: list[str]) -> float:
-    """How often the task's judge prefers our completion to theirs for the same prompt; a tie is half a win."""
-    wins = 0.0
-    for row, mine, other in zip(rows, ours, theirs, strict=True):
-        a, b = (task.judge(row["prompt"], text, row) for text in (mine, other))
-        wins += 1.0 if a > b else 0.5 if a == b else 0.0
-    return wins / len(rows)
+def load_module(where: str) -> Any:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # The run

@@ -1,0 +1,120 @@
+"""Function transforms and serialisation: what works gives the numbers of a plain loop, what does not says so."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, make_case, ragged_mask
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+
+from klq_kernels import fused_klq_loss, klq_loss, linear_logprobs, pack, reverse_scan
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*performance drop.*")
+CASE = make_case(ragged_mask(3, 6), vocab=17, width=4)
+
+
+def fused(hidden: Tensor, weight: Tensor, values: Tensor, case: Case = CASE) -> Tensor:
+    return fused_klq_loss(hidden, weight, case.actions, values, targets=case.targets, mask=case.mask).loss
+
+
+def logprobs(hidden: Tensor) -> Tensor:
+    return linear_logprobs(hidden, CASE.weight, CASE.actions, mask=CASE.mask).logprobs.sum()
+
+
+DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "hidden": (lambda x: fused(x, CASE.weight, CASE.values), CASE.hidden),
+    "weight": (lambda x: fused(CASE.hidden, x, CASE.values), CASE.weight),
+    "values": (lambda x: fused(CASE.hidden, CASE.weight, x), CASE.values),
+    "hidden of log-probabilities": (logprobs, CASE.hidden),
+    "logprobs": (lambda x: klq_loss(x, CASE.values, CASE.targets, mask=CASE.mask).loss, CASE.old_logprobs),
+    "delta": (lambda x: reverse_scan(x, 0.9).sum(), CASE.rewards),
+    "decay": (lambda x: reverse_scan(CASE.rewards, x).sum(), CASE.trace),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_vmap_has_the_gradients_of_a_loop(name: str) -> None:
+    """A critic for each of two runs, say: what is batched learns, and so does what is not."""
+    function, x = DIFFERENTIABLE[name]
+    stack = torch.stack([x, 1.5 * x]).detach().requires_grad_()
+    vmap(function)(stack).sum().backward()
+    together = stack.grad
+    stack.grad = None
+    (function(stack[0]) + function(stack[1])).backward()
+    assert together is not None
+    assert together.abs().sum() > 0
+    torch.testing.assert_close(together, stack.grad)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_is_refused(name: str) -> None:
+    """Its derivative would be 0 without a word."""
+    function, x = DIFFERENTIABLE[name]
+    argument = name.partition(" ")[0]
+    with pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
+        jvp(function, (x.detach(),), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
+        function(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_incoming_gradients_at_once(dtype: torch.dtype) -> None:
+    case = make_case(ragged_mask(3, 6), vocab=17, width=4, dtype=dtype)
+    inputs = [t.detach().requires_grad_() for t in (case.hidden, case.weight, case.values)]
+    incoming = torch.tensor([1.0, -2.0])
+    together = torch.autograd.grad(fused(*inputs, case), inputs, incoming, is_grads_batched=True)
+    for k, scale in enumerate(incoming):
+        alone = torch.autograd.grad(fused(*inputs, case), inputs, scale)
+        for several, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(several[k], one)
+
+
+def test_log_probabilities_have_no_second_derivative() -> None:
+    hidden = CASE.hidden.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(logprobs(hidden), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["ref_logprobs", "rewards", "bootstrap_values", "trace"])
+def test_what_makes_targets_is_constant(name: str) -> None:
+    """A loss that nothing can learn from does not ask for a gradient."""
+    case = replace(CASE, **{name: getattr(CASE, name).detach().requires_grad_()})
+    given = {n: getattr(case, n) for n in ("ref_logprobs", "rewards", "bootstrap_values", "trace", "mask")}
+    constant = [t.detach() for t in (case.hidden, case.weight)]
+    assert not fused_klq_loss(*constant, case.actions, case.values.detach(), **given).loss.requires_grad
+
+
+def test_the_slope_by_decay_is_0_at_masked_tokens() -> None:
+    """Also where the error beyond is infinite."""
+    decay = torch.full((1, 4), 0.9, requires_grad=True)
+    mask = torch.tensor([[True, True, False, True]])
+    reverse_scan(torch.tensor([[1.0, 1.0, 1.0, float("inf")]]), decay, mask=mask)[0, 0].backward()
+    assert decay.grad is not None
+    assert decay.grad[0, 2] == 0
+
+
+@pytest.mark.parametrize("made", [lambda: CASE.targets, lambda: pack(CASE.mask)], ids=["targets", "packing"])
+def test_torch_save_and_load(made: Callable[[], Any]) -> None:
+    saved, file = made(), io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    found = torch.load(file)  # weights only, as is its default
+    assert type(found) is type(saved)
+    for a, b in zip(found, saved, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_meta_tensors_have_shapes() -> None:
+    """For whoever plans memory without any."""
+    hidden, weight, actions = (t.to("meta") for t in (CASE.hidden, CASE.weight, CASE.actions))
+    assert linear_logprobs(hidden, weight, actions).logprobs.shape == CASE.actions.shape
+    targets = type(CASE.targets)(*(t.to("meta") for t in CASE.targets))
+    assert fused_klq_loss(hidden, weight, actions, CASE.values.to("meta"), targets=targets).loss.shape == ()
