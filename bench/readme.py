@@ -40,19 +40,34 @@ def numbers(memory: dict[str, Any], timing: dict[str, Any]) -> str:
     for row in memory["planner"]:
         peak, beyond = (report.bytes_text(row[name]) for name in ("measured_bytes", "beyond_gradients_bytes"))
         lines.append(f"| {row['kind']} | {report.problem_text(row['shape'])} | {peak} | {beyond} |")
+    rows = [row for row in timing["results"] if row["status"] in ("ok", "floor")]
     lines += [
         "",
         "Time, side by side in one run (ratios below 1 are faster; the floor is the three bare matrix products):",
         "",
         "| loss | shape | ms | x naive | x floor |",
         "|---|---|---:|---:|---:|",
+        *(f"{_time(row)} |" for row in rows if row["task"] == "loss"),
+        "",
+        "Scoring, as a rollout is scored, likewise (the floor is one product; the error is the largest of any token, "
+        "in nats, against float64):",
+        "",
+        "| log-probabilities | shape | ms | x naive | x floor | error |",
+        "|---|---|---:|---:|---:|---:|",
+        *(f"{_time(row)} | {_error(row)} |" for row in rows if row["task"] == "logprobs"),
     ]
-    for row in timing["results"]:
-        if row["status"] in ("ok", "floor"):
-            shape = ", ".join(f"{name}={size:,}" for name, size in row["sizes"].items())
-            ratios = (report.ratio(row[name]) for name in ("ratio_to_naive", "ratio_to_floor"))
-            lines.append(f"| {row['name']} | {shape}, {row['dtype']} | {row['ms']:,.0f} | {' | '.join(ratios)} |")
     return "\n".join([*lines, "", "[All benchmarks](docs/benchmarks.md)."])
+
+
+def _time(row: dict[str, Any]) -> str:
+    """The cells that every table of times has."""
+    shape = ", ".join(f"{name}={size:,}" for name, size in row["sizes"].items())
+    ratios = (report.ratio(row[name]) for name in ("ratio_to_naive", "ratio_to_floor"))
+    return f"| {row['name']} | {shape}, {row['dtype']} | {row['ms']:,.0f} | {' | '.join(ratios)}"
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "-" if row["error"] is None else f"{row['error']:.0e}"
 
 
 def filled(readme: str, text: str) -> str:
