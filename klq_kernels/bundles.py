@@ -1,6 +1,7 @@
 """What travels between the loop (``one_pass``) and a backend's operations (``portable``), in bundles.
 
-Vectors are contiguous fp32 [n], with a number for each row of a pass, or of the chunk that ``part`` cuts out.
+Vectors are contiguous [n], and fp32 but for those of ``ScanTerms``, with a number for each row of a pass, or of the
+chunk that ``part`` cuts out.
 """
 
 from __future__ import annotations

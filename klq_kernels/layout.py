@@ -111,8 +111,9 @@ def require_tensor(name: str, value: object) -> None:
     """Raises the ValueError that names the argument unless it is a dense tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: must be a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name}: must be a dense tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name}: must be a dense tensor, got {kind}")
 
 
 def require_flag(name: str, value: object) -> None:

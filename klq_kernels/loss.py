@@ -248,6 +248,7 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
     if denom is None:
         return None
     if isinstance(denom, Tensor):
+        require_tensor("denom", denom)
         require(denom.numel() == 1, "denom", f"must be a number or a 0-d tensor, got shape {list(denom.shape)}")
         here = denom.device.type in (device.type, "cpu")
         require(here, "denom", f"must be on {device} or the CPU, got {denom.device}")
@@ -255,4 +256,5 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
         return denom.detach().reshape(())
     require_number("denom", denom, low=0.0, open_low=True)
     one = torch.ones((), dtype=torch.float32, device=device)
-    return one * denom  # torch.compile traces a product with a number that changes from call to call
+    # torch.compile traces a product with a float that changes from call to call
+    return one * (denom if isinstance(denom, float) else float(denom))

@@ -44,6 +44,7 @@ def reverse_scan(
     if isinstance(decay, Tensor) and decay.dim() > 0:
         decays = layout.flat("decay", decay)
     elif isinstance(decay, Tensor):
+        require_tensor("decay", decay)
         require(decay.dtype in FLOATS, "decay", f"must be a number or a floating-point tensor, got {decay.dtype}")
         decays = decay.reshape(1).to(delta.device)
     else:

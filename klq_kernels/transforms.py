@@ -9,14 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+
+
+def _peeled(tensor: Tensor) -> Tensor:
+    """What ``vmap`` has wrapped."""
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def needs_gradient(tensor: Tensor) -> bool:
     """Whether somebody will differentiate by it."""
-    while not torch.compiler.is_compiling() and is_batchedtensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return torch.is_grad_enabled() and tensor.requires_grad
+    return torch.is_grad_enabled() and _peeled(tensor).requires_grad
+
+
+def refuse_tangents(**inputs: Tensor | None) -> None:
+    """Raises RuntimeError where forward mode asks for the derivative by one of them."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in inputs.items():
+        # what is being compiled does not show its tangents
+        if tensor is not None and (
+            torch.compiler.is_compiling() or forward_ad.unpack_dual(_peeled(tensor)).tangent is not None
+        ):
+            raise RuntimeError(
+                f"{name}: forward-mode differentiation (jvp) is not supported; use backward, or klq_kernels.reference"
+            )
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -28,14 +47,3 @@ def is_batched(tensor: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def refuse_tangents(**inputs: Tensor | None) -> None:
-    """Raises RuntimeError where forward mode asks for the derivative by one of them."""
-    if torch.compiler.is_compiling():
-        return
-    for name, tensor in inputs.items():
-        if tensor is not None and unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{name}: forward-mode differentiation (jvp) is not supported; use backward, or klq_kernels.reference"
-            )

@@ -195,6 +195,7 @@ def test_a_launcher_starts_it_on_two_processes(material: list[str], tmp_path: Pa
     assert (tmp_path / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_held_out_prompts_are_shared_by_two_processes(tmp_path: Path):
     """Also where there are fewer prompts than processes, and where no process can run the model alone."""
     start([*TWO_PROCESSES, held_out_process.__file__, str(tmp_path / "found.json")])

@@ -254,6 +254,17 @@ def test_a_checkpoint_is_called_complete_when_every_process_has_written(
     assert any({"means_0.pt", "experience_0.pt"} <= seen and "trainer_state.json" not in seen for seen in waits)
 
 
+def test_the_spread_of_held_out_rewards_is_that_of_all_prompts(tmp_path: Path) -> None:
+    """Not a mean of spreads within batches, which would be 0 here."""
+    run = tiny.trainer(tmp_path, rollout_forward_batch_size=1)
+    scores: list[float] = []
+    judged = run.reward
+    run.reward = lambda rows, rollout: scores.append(judged(rows, rollout).total.item()) or judged(rows, rollout)
+    found = run.evaluate(tiny.prompts(6))
+    assert found["eval_reward_std"] == pytest.approx(torch.tensor(scores).std(correction=0).item(), abs=1e-6)
+    assert found["eval_reward_std"] > 0
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "max_steps": 16}
     run = tiny.trainer(

@@ -39,6 +39,17 @@ DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["hidden", "values"])
+def test_vmap_has_its_gradients_when_compiled(name: str) -> None:
+    function, x = DIFFERENTIABLE[name]
+    gradients = []
+    for call in (vmap(function), torch.compile(lambda s: vmap(function)(s), backend="aot_eager")):
+        stack = torch.stack([x, 1.5 * x]).detach().requires_grad_()
+        call(stack).sum().backward()
+        gradients.append(stack.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_vmap_has_the_gradients_of_a_loop(name: str) -> None:
     """A critic for each of two runs, say: what is batched learns, and so does what is not."""
@@ -60,15 +71,27 @@ def test_forward_mode_is_refused(name: str) -> None:
     argument = name.partition(" ")[0]
     with pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
         jvp(function, (x.detach(),), (torch.ones_like(x),))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
-        function(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
+        jvp(vmap(function), (x.detach()[None],), (torch.ones_like(x)[None],))
+    with forward_ad.dual_level():
+        function(x.detach())
+        vmap(function)(x.detach()[None])
+        with pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
+            function(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+def test_forward_mode_is_refused_when_compiled() -> None:
+    function, x = DIFFERENTIABLE["hidden"]
+    compiled = torch.compile(lambda x, t: jvp(function, (x,), (t,)), backend="aot_eager")
+    with pytest.raises(Exception, match="forward-mode"):
+        compiled(x.detach(), torch.ones_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_incoming_gradients_at_once(dtype: torch.dtype) -> None:
     case = make_case(ragged_mask(3, 6), vocab=17, width=4, dtype=dtype)
     inputs = [t.detach().requires_grad_() for t in (case.hidden, case.weight, case.values)]
-    incoming = torch.tensor([1.0, -2.0])
+    incoming = torch.tensor([0.3003, -2.0])
     together = torch.autograd.grad(fused(*inputs, case), inputs, incoming, is_grads_batched=True)
     for k, scale in enumerate(incoming):
         alone = torch.autograd.grad(fused(*inputs, case), inputs, scale)
@@ -117,4 +140,7 @@ def test_meta_tensors_have_shapes() -> None:
     hidden, weight, actions = (t.to("meta") for t in (CASE.hidden, CASE.weight, CASE.actions))
     assert linear_logprobs(hidden, weight, actions).logprobs.shape == CASE.actions.shape
     targets = type(CASE.targets)(*(t.to("meta") for t in CASE.targets))
-    assert fused_klq_loss(hidden, weight, actions, CASE.values.to("meta"), targets=targets).loss.shape == ()
+    loss = fused_klq_loss(hidden.requires_grad_(), weight, actions, CASE.values.to("meta"), targets=targets).loss
+    loss.backward()
+    assert loss.shape == ()
+    assert hidden.grad is not None

@@ -32,7 +32,7 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
             "backward without create_graph, or use klq_kernels.reference"
         )
     if is_batched(scale):
-        return (saved * scale).to(dtype)
+        return (saved.float() * scale).to(dtype)
     reuse = owned and not _graph_is_kept()
     if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
         out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
@@ -40,7 +40,7 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
     if saved.dtype == dtype:
         if not reuse:
             return saved * scale
-        known = type(scale) is Tensor  # and not one that is being traced
+        known = type(scale) is Tensor and not scale.is_meta  # nor one that is being traced
         return saved if known and scale.item() == 1.0 else saved.mul_(scale)
     out = torch.empty_like(saved, dtype=dtype)
     for part, into in zip(saved.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):

@@ -31,11 +31,12 @@ def turns(number: int, batch: int, *, process: int, processes: int) -> list[Turn
 def leave_process_group() -> None:
     """Ends the threads of the process group; for the end of a script, once its trainer is out of scope.
 
-    ``destroy_process_group`` alone forgets the group, whose threads go on for as long as anything refers to it (a model
-    in DDP, which is part of a cycle, does). One of gloo's that still holds a tensor while the interpreter shuts down
-    aborts the process, after a run in which nothing was wrong ("terminate called without an active exception",
-    pytorch/pytorch#190489).
+    One of gloo's threads that still holds a tensor while the interpreter shuts down aborts the process, after a run in
+    which nothing was wrong ("terminate called without an active exception", pytorch/pytorch#190489). They end with the
+    last reference to the group, and a model in DDP, which is part of a cycle, has one. It has to go first: the garbage
+    collector would wait for the threads with the interpreter's lock held, which they may be waiting for, whereas
+    ``destroy_process_group`` drops what Python holds without it.
     """
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
         gc.collect()
+        dist.destroy_process_group()

@@ -62,7 +62,7 @@ def held_out_statistics(rollout: Rollout, scores: Scores, log_ratios: Tensor) ->
     number = len(rollout.sequences)
     return {
         "reward": scores.total.mean(),
-        "reward_std": scores.total.std(correction=0),
+        "reward_square": scores.total.double().square().mean(),
         "kl": log_ratios.sum() / number,
         "length": sum(len(s.completion) for s in rollout.sequences) / number,
         "truncated": rollout.truncated.float().mean(),

@@ -479,13 +479,15 @@ class KLQTrainer(Trainer):
             return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
         means, mine = Means(), self.turns(len(data))
-        names = ["reward", "reward_std", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
+        names = ["reward", "reward_square", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
         means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one that keeps no turn
         self.callback_handler.eval_dataloader = mine  # progress bars ask for its length
         for turn in mine:
             self._evaluate_turn(turn, [data[i] for i in turn.rows], means)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = {f"{metric_key_prefix}_{n}": v for n, v in means.drain(self.accelerator).items()}
+        found = means.drain(self.accelerator)
+        found["reward_std"] = max(found.pop("reward_square") - found["reward"] ** 2, 0.0) ** 0.5
+        metrics = {f"{metric_key_prefix}_{n}": found[n] for n in sorted(found)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
