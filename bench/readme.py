@@ -54,7 +54,7 @@ def numbers(memory: dict[str, Any], timing: dict[str, Any]) -> str:
         "",
         "| log-probabilities | shape | ms | x naive | x floor | error |",
         "|---|---|---:|---:|---:|---:|",
-        *(f"{_time(row)} | {_error(row)} |" for row in rows if row["task"] == "logprobs"),
+        *(f"{_time(row)} | {report.error_text(row['error'])} |" for row in rows if row["task"] == "logprobs"),
     ]
     return "\n".join([*lines, "", "[All benchmarks](docs/benchmarks.md)."])
 
@@ -64,10 +64,6 @@ def _time(row: dict[str, Any]) -> str:
     shape = ", ".join(f"{name}={size:,}" for name, size in row["sizes"].items())
     ratios = (report.ratio(row[name]) for name in ("ratio_to_naive", "ratio_to_floor"))
     return f"| {row['name']} | {shape}, {row['dtype']} | {row['ms']:,.0f} | {' | '.join(ratios)}"
-
-
-def _error(row: dict[str, Any]) -> str:
-    return "-" if row["error"] is None else f"{row['error']:.0e}"
 
 
 def filled(readme: str, text: str) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .layout import DTYPES, Layout, require, require_number, require_tensor
+from .layout import DTYPES, Layout, require, require_flag, require_number, require_tensor
+from .transforms import refuse_tangents
 
 
 class HeadInputs(NamedTuple):
@@ -29,6 +30,7 @@ def check_head(
     *,
     temperature: float,
     softcap: float | None,
+    return_entropy: bool,
     workspace_bytes: int | None,
     process_group: object | None,
 ) -> HeadInputs:
@@ -74,10 +76,12 @@ def check_head(
     require_number("temperature", temperature, low=0.0, open_low=True)
     if softcap is not None:
         require_number("softcap", softcap, low=0.0, open_low=True)
+    require_flag("return_entropy", return_entropy)
     require(
         workspace_bytes is None or isinstance(workspace_bytes, int),
         "workspace_bytes",
         f"must be an int or None, got {workspace_bytes!r}",
     )
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     planner.chunk_rows(1, vocab, hidden.dtype, device, workspace_bytes)
     return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous())

@@ -63,8 +63,7 @@ class Layout(NamedTuple):
             raise ValueError(f"{name}: must have the shape of {self.name}, {wanted}; got {found}")
         if tensor.device != device:
             raise ValueError(f"{name}: must be on {device}, got {tensor.device}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name}: must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        require_float(name, tensor)
         return tensor.reshape(-1)
 
     def flat_or_none(self, name: str, tensor: Tensor | None) -> Tensor | None:
@@ -81,7 +80,7 @@ class Layout(NamedTuple):
         require(
             tensor.device == self.cu_seqlens.device, name, f"must be on {self.cu_seqlens.device}, got {tensor.device}"
         )
-        require(tensor.dtype in FLOATS, name, f"must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        require_float(name, tensor)
         return tensor.detach()
 
     def rewards(self, rewards: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -114,6 +113,12 @@ def require_tensor(name: str, value: object) -> None:
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{name}: must be a dense tensor, got {kind}")
+
+
+def require_float(name: str, tensor: Tensor) -> None:
+    """Raises the ValueError that names the argument unless its numbers are of a kind that the scans read."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name}: must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
 def require_flag(name: str, value: object) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .head import check_head
-from .layout import Packing, layout_of, require_flag
+from .layout import Packing, layout_of
 from .ops.linear_logprobs import linear_logprobs as op
-from .transforms import refuse_tangents
 from .types import LinearLogprobs
 
 
@@ -60,10 +59,8 @@ def linear_logprobs(
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        workspace_bytes=workspace_bytes, process_group=process_group,
+        return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
-    require_flag("return_entropy", return_entropy)
-    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     logp, lse, entropy, *_ = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
     return LinearLogprobs(
         logp.reshape(layout.shape), lse.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .head import check_head
-from .layout import Layout, Packing, layout_of, require, require_flag, require_number, require_tensor
+from .layout import Layout, Packing, layout_of, require, require_number, require_tensor
 from .metrics import metric_names
 from .ops.fused_loss import fused_klq_loss as fused_op
 from .ops.klq_loss import klq_loss as unfused_op
@@ -100,10 +100,9 @@ def fused_klq_loss(
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        workspace_bytes=workspace_bytes, process_group=process_group,
+        return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
-    require_flag("return_entropy", return_entropy)
     if targets is None:
         require(ref_logprobs is not None, "ref_logprobs", "is needed where no targets are given")
         require(rewards is not None, "rewards", "is needed where no targets are given")
@@ -119,7 +118,7 @@ def fused_klq_loss(
         old = _flat_targets(layout, targets)
     flat_values = layout.flat("values", values)
     _check_weights(weights)
-    refuse_tangents(hidden=hidden, weight=weight, bias=bias, values=values)
+    refuse_tangents(values=values)
     loss, numbers, *_ = fused_op(
         *inputs,
         flat_values,

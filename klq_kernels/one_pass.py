@@ -38,9 +38,7 @@ NOTHING = Needs(hidden=False, weight=False, bias=False)
 class ScanInputs(NamedTuple):
     """What the on-policy pass needs to form the lambda-errors itself; fp32 rows."""
 
-    ref_logp: Tensor
-    rewards: Tensor | None
-    trace: Tensor | None
+    terms: ScanTerms  # with the logp and values of the pass's own terms
     tail: Tensor  # fp32 [B]
     cu_seqlens: Tensor  # int32 [B + 1], in rows
     gamma: float
@@ -116,9 +114,8 @@ def klq_pass(
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
         work.statistics(chunk, part(found, chunk))
         if scan is not None:
-            columns = ScanTerms(terms.logp, scan.ref_logp, terms.values, scan.rewards, scan.trace)
             backend.lambda_errors(
-                part(columns, chunk), scan.tail, None, scan.cu_seqlens, terms.advantages[chunk],
+                part(scan.terms, chunk), scan.tail, None, scan.cu_seqlens, terms.advantages[chunk],
                 tau=shape.tau, gamma=scan.gamma, lam=scan.lam, first_row=chunk.start, carry=carry,
             )  # fmt: skip
         backend.klq_residual(part(terms, chunk), part(residuals, chunk), grad_scale=grad_scale, shape=shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import FLOATS, Layout, Packing, layout_of, require, require_number, require_tensor
+from .layout import Layout, Packing, layout_of, require_float, require_number, require_tensor
 from .ops import scans
 from .transforms import refuse_tangents
 from .types import KLQTargets
@@ -45,7 +45,7 @@ def reverse_scan(
         decays = layout.flat("decay", decay)
     elif isinstance(decay, Tensor):
         require_tensor("decay", decay)
-        require(decay.dtype in FLOATS, "decay", f"must be a number or a floating-point tensor, got {decay.dtype}")
+        require_float("decay", decay)
         decays = decay.reshape(1).to(delta.device)
     else:
         require_number("decay", decay)

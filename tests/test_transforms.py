@@ -87,6 +87,13 @@ def test_forward_mode_is_refused_when_compiled() -> None:
         compiled(x.detach(), torch.ones_like(x))
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_transforms_that_differentiate_are_refused(name: str) -> None:
+    function, x = DIFFERENTIABLE[name]
+    with pytest.raises(RuntimeError):
+        torch.func.grad(function)(x.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_incoming_gradients_at_once(dtype: torch.dtype) -> None:
     case = make_case(ragged_mask(3, 6), vocab=17, width=4, dtype=dtype)

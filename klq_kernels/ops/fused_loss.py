@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, planner
-from ..bundles import LossShape, Terms
+from ..bundles import LossShape, ScanTerms, Terms
 from ..chunks import Head, Needs, Rows
 from ..metrics import klq_metrics, metric_names
 from ..one_pass import ScanInputs, klq_pass
@@ -126,8 +126,10 @@ def fused_klq_loss(
     scan = decay_next = None
     if advantages is None:
         tail = tail_values(row_cu_seqlens, bootstrap_values, scores, gamma)
-        scan = ScanInputs(ref_rows, take(rewards), take(trace), tail, row_cu_seqlens, gamma, lam)
-        decay = torch.full_like(row_values, gamma * lam) if scan.trace is None else gamma * lam * scan.trace.roll(-1)
+        factors = take(trace)
+        scan_terms = ScanTerms(terms.logp, ref_rows, row_values, take(rewards), factors)
+        scan = ScanInputs(scan_terms, tail, row_cu_seqlens, gamma, lam)
+        decay = torch.full_like(row_values, gamma * lam) if factors is None else gamma * lam * factors.roll(-1)
         decay_next = decay.masked_fill(layout.sequence_ends(row_cu_seqlens, n), 0.0)
     shape = LossShape(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     scale = GradientScale(denom, n, hidden.dtype, hidden.device)

@@ -40,7 +40,7 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
     if saved.dtype == dtype:
         if not reuse:
             return saved * scale
-        known = type(scale) is Tensor and not scale.is_meta  # nor one that is being traced
+        known = type(scale) is Tensor and not scale.is_meta  # one that is traced has no number
         return saved if known and scale.item() == 1.0 else saved.mul_(scale)
     out = torch.empty_like(saved, dtype=dtype)
     for part, into in zip(saved.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
