@@ -58,6 +58,15 @@ class Case:
     def targets(self) -> KLQTargets:
         return KLQTargets(self.old_logprobs, self.old_values, self.advantages)
 
+    def with_exact_logits(self) -> Case:
+        """Hidden states and weights rounded to multiples of 1/8 in [-4, 4], whose products add up exactly in fp32.
+
+        So the logits do not depend on the order in which a matrix library adds, which is its own affair and differs
+        from CPU to CPU, and from one shape of a product to the next.
+        """
+        eighths = {name: (8 * getattr(self, name)).round().clamp(-32, 32) / 8 for name in ("hidden", "weight")}
+        return replace(self, **eighths)
+
     @property
     def valid(self) -> Tensor:
         return torch.ones_like(self.actions, dtype=torch.bool) if self.mask is None else self.mask

@@ -136,8 +136,11 @@ def test_precision_of_log_probabilities(widened: bool, poisoned: None, dtype: to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scoring_and_learning_see_the_same_logits(widened: bool, dtype: torch.dtype) -> None:
-    """Also where products run in fp32: what is kept for the gradient in 16 bits is scored in 16 bits."""
-    case = small_case(dtype, 96)
+    """Logits that are kept in 16 bits for the gradient are also scored in 16 bits, where products run in fp32 too.
+
+    Scoring and learning multiply strips of other sizes, hence ``with_exact_logits``.
+    """
+    case = small_case(dtype, 96).with_exact_logits()
     arguments = case.loss_arguments(on_policy=False)
     with torch.no_grad():
         scored = fused_klq_loss(case.hidden, case.weight, case.actions, case.values, **arguments).loss
