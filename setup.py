@@ -43,7 +43,7 @@ def extensions() -> list[Extension]:
         skip(f"torch {torch.__version__} is older than 2.10")
         return []
     native = Extension(
-        "klq_kernels._native",
+        "klq_kernels.backends._native",
         SOURCES,
         depends=[f"csrc/{name}.h" for name in HEADERS],
         include_dirs=cpp_extension.include_paths(),

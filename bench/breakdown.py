@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from klq_kernels import planner
-from klq_kernels.bundles import Pull, Statistics, part
-from klq_kernels.chunks import slices
-from klq_kernels.ops.dispatch import backend_for
+from klq_kernels.backends import backend_for, vocabulary_major
+from klq_kernels.commands import loss_memory
+from klq_kernels.vocabulary import chunking
+from klq_kernels.vocabulary.chunks import Pull, Statistics, part, slices
 
 from .contenders import Call, Outputs
 from .harness import take_turns, typical
@@ -16,7 +16,7 @@ from .inputs import HeadInputs
 
 def row_kernels(inputs: HeadInputs) -> dict[str, Call]:
     """A backend's work on as many logits as the loss has, ``statistics`` and ``gradient``, in buffers like its own."""
-    return _on_strips(inputs) if planner.vocabulary_major(inputs.weight.device) else _on_rows(inputs)
+    return _on_strips(inputs) if vocabulary_major(inputs.weight.device) else _on_rows(inputs)
 
 
 def _columns(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
@@ -29,9 +29,9 @@ def _columns(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
 def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     weight = inputs.weight
     vocab, n, device = weight.shape[0], inputs.tokens, weight.device
-    rows = planner.chunk_rows(n, vocab, weight.dtype, device, None)
+    rows = chunking.chunk_rows(n, vocab, weight.dtype, device, None)
     backend = backend_for(device)
-    buffer = torch.zeros(rows, planner.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
+    buffer = torch.zeros(rows, chunking.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
     actions, top, log_total, d_logp = _columns(inputs)
     found = Statistics._make([*(torch.empty_like(d_logp) for _ in range(3)), None])
     pull = Pull(top, log_total, d_logp, -d_logp)
@@ -53,11 +53,11 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
 
 def _on_strips(inputs: HeadInputs) -> dict[str, Call]:
     vocab, width = inputs.weight.shape
-    problem = planner.Problem(inputs.tokens, width, vocab, inputs.weight.dtype, inputs.weight.device)
+    problem = loss_memory.Problem(inputs.tokens, width, vocab, inputs.weight.dtype, inputs.weight.device)
     backend = backend_for(problem.device)
     actions, top, log_total, d_logp = _columns(inputs)
     running = [torch.zeros_like(d_logp) for _ in range(3)]
-    computed = torch.float32 if planner.widens(problem.dtype, problem.device) else problem.dtype
+    computed = torch.float32 if chunking.widens(problem.dtype, problem.device) else problem.dtype
     logits, out = (torch.zeros(problem.strip_entries, inputs.tokens, dtype=computed) for _ in range(2))
     turned = None if computed == torch.float32 else torch.empty(inputs.tokens * problem.strip_entries, dtype=computed)
     head = {"scale": 1.0, "softcap": inputs.softcap}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from klq_kernels import planner
-from klq_kernels.plan import most
+from klq_kernels.commands import loss_memory
+from klq_kernels.commands.memory_plan import most
 
 from . import memory
 from .contenders.ours import fused
@@ -60,8 +60,8 @@ def predicted_most(shape: Shape, device: torch.device, kind: str, cap: int) -> i
     """Tokens that should fit into ``cap`` bytes with the inputs, by the planner."""
 
     def fits(tokens: int) -> bool:
-        problem = planner.Problem(tokens, shape.hidden, shape.vocab, shape.dtype, device)
-        loss = (planner.fused_memory if kind == "fused" else planner.naive_memory)(problem).peak
+        problem = loss_memory.Problem(tokens, shape.hidden, shape.vocab, shape.dtype, device)
+        loss = (loss_memory.fused_memory if kind == "fused" else loss_memory.naive_memory)(problem).peak
         inputs = (tokens + shape.vocab) * shape.hidden * shape.dtype.itemsize + 40 * tokens
         return loss + inputs <= cap
 

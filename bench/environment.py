@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import klq_kernels
-from klq_kernels.ops.dispatch import backend_name
+from klq_kernels.backends import backend_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

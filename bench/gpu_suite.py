@@ -37,7 +37,9 @@ MOST_STEPS = 10_000  # of a Python loop over time, each of them several launches
 # The files with tests for a GPU, named so that what the others import need not be there. What only a GPU can show comes
 # first, then the kernels one by one, then the library.
 TEST_FILES = (
-    "gpu", "kernels", "returns", "logprobs", "loss", "compile", "bad_input", "complaints", "planner",
+    "kernels/test_gpu.py", "kernels/test_kernels.py", "core/test_returns.py", "core/test_logprobs.py",
+    "core/test_loss.py", "core/test_compile.py", "core/test_bad_input.py", "core/test_complaints.py",
+    "core/test_planner.py",
 )  # fmt: skip
 Outcome = dict[str, Any]
 
@@ -68,7 +70,7 @@ class Context:
 
 def part_tests(context: Context) -> Outcome:
     """The GPU correctness tests; in a rehearsal they are only collected (without a GPU they would all be skipped)."""
-    files = [f"tests/test_{name}.py" for name in TEST_FILES]
+    files = [f"tests/{name}" for name in TEST_FILES]
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "--continue-on-collection-errors"]
     command += ["-p", "no:cacheprovider", *(["--collect-only", "-q"] if context.dry_run else ["-v"])]
     command += ["-n", "4"] if find_spec("xdist") else []
@@ -147,7 +149,7 @@ def sweep_warps(context: Context) -> list[dict[str, Any]]:
     from .inputs import scan_inputs
     from .shapes import Scan
 
-    kernels: Any = import_module("klq_kernels.kernels.scans")
+    kernels: Any = import_module("klq_kernels.backends.triton.scans")
     shape = Scan("warps", 4, 48, ragged=True) if context.dry_run else Scan("warps", 64, 32_768, ragged=True)
     inputs = scan_inputs(shape, context.device)
     right = oracle.advantages(inputs, log_ratios=False)["advantages"]

@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from klq_kernels import klq_targets, native, planner, reverse_scan
-from klq_kernels.bundles import ScanTerms
-from klq_kernels.chunks import slices
-from klq_kernels.products import add_product
+from klq_kernels import klq_targets, reverse_scan
+from klq_kernels.backends import native
+from klq_kernels.vocabulary import chunking
+from klq_kernels.vocabulary.chunks import ScanTerms, slices
+from klq_kernels.vocabulary.products import add_product
 
 from . import environment, oracle, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
@@ -113,12 +114,12 @@ def into_fresh_memory(inputs: HeadInputs, *, gradients: bool) -> Call:
 
 
 def strip_by_strip(inputs: HeadInputs) -> Call:
-    """The three products as ``klq_kernels.vocabulary_major`` runs them, into buffers that are reused."""
+    """The three products as ``klq_kernels.vocabulary.vocabulary_major`` runs them, into buffers that are reused."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     n, width = hidden.shape
-    logits, turned = (hidden.new_zeros(planner.MOST_ENTRIES * n) for _ in range(2))
+    logits, turned = (hidden.new_zeros(chunking.MOST_ENTRIES * n) for _ in range(2))
     d_hidden, d_weight = torch.zeros(n, width), torch.empty_like(weight)
-    parts = slices(weight.shape[0], planner.MOST_ENTRIES)
+    parts = slices(weight.shape[0], chunking.MOST_ENTRIES)
 
     def call() -> Outputs:
         for strip in parts:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from klq_kernels import planner
+from klq_kernels.commands import loss_memory
 
 from . import memory
 from .contenders.ours import fused
@@ -20,8 +20,8 @@ CONTENDERS = {"fused": "klq_kernels", "naive": "naive"}
 
 def predicted(shape: Shape, device: torch.device, kind: str, positions: int | None = None) -> int:
     """Peak bytes over the inputs, gradients included, as the planner sees them."""
-    problem = planner.Problem(shape.tokens, shape.hidden, shape.vocab, shape.dtype, device, positions=positions)
-    return (planner.fused_memory if kind == "fused" else planner.naive_memory)(problem).peak
+    problem = loss_memory.Problem(shape.tokens, shape.hidden, shape.vocab, shape.dtype, device, positions=positions)
+    return (loss_memory.fused_memory if kind == "fused" else loss_memory.naive_memory)(problem).peak
 
 
 def measured(shape: Shape, device: torch.device, kind: str) -> int | str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from klq_kernels import planner
+from klq_kernels.vocabulary import chunking
 
 from . import memory, report
 from .environment import ROOT, describe
@@ -52,7 +52,7 @@ def memory_figures(tiny: bool) -> dict[str, Any]:
         row["gradient_bytes"] = gradients
         measured = row["measured_bytes"]
         row["beyond_gradients_bytes"] = measured - gradients if isinstance(measured, int) else None
-        row["workspace_bytes"] = planner.CPU_WORKSPACE
+        row["workspace_bytes"] = chunking.CPU_WORKSPACE
     return {
         "schema": report.SCHEMA,
         "preset": "cpu_memory",

@@ -34,7 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from klq_kernels.kernels import launch
+from klq_kernels.backends.triton import launch
 
 RECORD = Path(__file__).parent / "results" / "static_gate.json"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -149,7 +149,7 @@ def variants() -> Iterator[Variant]:
 
 def compile_for(variant: Variant, target: GPUTarget) -> Any:
     """The compiled kernel; pointers and row strides are taken as multiples of 16, as the driver allocates them."""
-    kernel = getattr(import_module(f"klq_kernels.kernels.{variant.module}"), variant.kernel)
+    kernel = getattr(import_module(f"klq_kernels.backends.triton.{variant.module}"), variant.kernel)
     constants = variant.constants | variant.config.sizes
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}

@@ -1,4 +1,4 @@
-// The klq_native operators: tensors in, kernels run over torch's threads. klq_kernels/portable.py documents each of them.
+// The klq_native operators: tensors in, kernels run over torch's threads. klq_kernels/backends/portable.py documents each of them.
 //
 // Written against torch's stable ABI, so that one build serves every torch from 2.10 on. What would make a kernel touch
 // memory that is not the caller's is checked here; what the numbers should be is checked in Python.

@@ -11,6 +11,7 @@ KLQ_BUILD_NATIVE=1 KLQ_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 \
   UBSAN_OPTIONS=print_stacktrace=1 \
-  KLQ_NATIVE_LIBRARY="$(ls "$build"/klq_kernels/_native*.so)" \
+  KLQ_NATIVE_LIBRARY="$(ls "$build"/klq_kernels/backends/_native*.so)" \
   "$python" -m pytest -q -p no:cacheprovider -k "native or vocabulary_major" "$@" \
-  tests/test_native.py tests/test_vocabulary_major.py tests/test_returns.py tests/test_logprobs.py tests/test_loss.py
+  tests/kernels/test_native.py tests/kernels/test_vocabulary_major.py \
+  tests/core/test_returns.py tests/core/test_logprobs.py tests/core/test_loss.py

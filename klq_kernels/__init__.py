@@ -1,6 +1,6 @@
 """Fused kernels for KL-regularised Q-learning (KLQ, arXiv 2508.17000) on large-vocabulary language models."""
 
-from .layout import Packing, pack
+from .call.layout import Packing, pack
 from .logprobs import linear_logprobs
 from .loss import fused_klq_loss, klq_loss
 from .returns import gae, klq_targets, lambda_returns, reverse_scan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .head import check_head
-from .layout import Packing, layout_of
+from .call.head import check_head
+from .call.layout import Packing, layout_of
 from .ops.linear_logprobs import linear_logprobs as op
 from .types import LinearLogprobs
 

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import check_head
-from .layout import Layout, Packing, layout_of, require, require_number, require_tensor
-from .metrics import metric_names
+from .call.checks import require, require_number, require_tensor
+from .call.head import check_head
+from .call.layout import Layout, Packing, layout_of
+from .call.transforms import needs_gradient, refuse_tangents
 from .ops.fused_loss import fused_klq_loss as fused_op
 from .ops.klq_loss import klq_loss as unfused_op
-from .transforms import needs_gradient, refuse_tangents
 from .types import KLQLoss, KLQTargets
+from .vocabulary.metrics import metric_names
 
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Packing, layout_of, require_float, require_number, require_tensor
+from .call.checks import require_float, require_number, require_tensor
+from .call.layout import Layout, Packing, layout_of
+from .call.transforms import refuse_tangents
 from .ops import scans
-from .transforms import refuse_tangents
 from .types import KLQTargets
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from klq_kernels.ops import dispatch
+from klq_kernels import backends
 
 settings.register_profile(
     "default",
@@ -30,9 +30,9 @@ settings.register_profile("search", settings.get_profile("default"), derandomize
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-# Without a GPU the kernels run interpreted, in a process of their own (test_interpreter.py).
+# Without a GPU the kernels run interpreted, in a process of their own (kernels/test_interpreter.py).
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-collect_ignore = [] if torch.cuda.is_available() or INTERPRETED else ["test_kernels.py"]
+collect_ignore = [] if torch.cuda.is_available() or INTERPRETED else ["kernels/test_kernels.py"]
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -45,9 +45,9 @@ class Place(NamedTuple):
     def why_absent(self) -> str | None:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             return "no GPU here"
-        if self.backend not in dispatch.BACKENDS:
+        if self.backend not in backends.BACKENDS:
             return f"there is no {self.backend} backend"
-        return dispatch.why_unavailable(self.backend)
+        return backends.why_unavailable(self.backend)
 
 
 PLACES = [

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout, planner
-from ..bundles import LossShape, ScanTerms, Terms
-from ..chunks import Head, Needs, Rows
-from ..metrics import klq_metrics, metric_names
-from ..one_pass import ScanInputs, klq_pass
-from .dispatch import backend_for
+from ..backends import backend_for, vocabulary_major
+from ..call import layout
+from ..vocabulary import chunking
+from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
+from ..vocabulary.metrics import klq_metrics, metric_names
+from ..vocabulary.one_pass import ScanInputs, klq_pass
 from .gradients import scaled_gradient
 from .scans import tail_values
 
@@ -59,10 +59,10 @@ def make_head(
 def weight_gradient_dtype(
     hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, keep: bool = True
 ) -> torch.dtype:
-    """``planner.weight_gradient_dtype`` of these inputs."""
-    return planner.weight_gradient_dtype(
+    """``chunking.weight_gradient_dtype`` of these inputs."""
+    return chunking.weight_gradient_dtype(
         hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, weight.dtype, hidden.device, workspace_bytes,
-        keep=keep,
+        vocabulary_major=vocabulary_major(hidden.device), keep=keep,
     )  # fmt: skip
 
 

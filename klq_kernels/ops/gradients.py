@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..planner import STRIP_ROWS
-from ..transforms import is_batched
+from ..call.transforms import is_batched
+from ..vocabulary.chunking import STRIP_ROWS
 
 try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
     from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
-from ..bundles import LossShape, Residuals, Terms
-from ..metrics import klq_metrics, metric_names
-from .dispatch import backend_for
+from ..backends import backend_for
+from ..call import layout
+from ..vocabulary.chunks import LossShape, Residuals, Terms
+from ..vocabulary.metrics import klq_metrics, metric_names
 from .fused_loss import GradientScale
 from .gradients import scaled_gradient
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
-from ..bundles import Pull
-from ..chunks import Needs, Rows
-from ..one_pass import logprobs_backward_pass, logprobs_pass
-from .dispatch import backend_for
+from ..backends import backend_for
+from ..call import layout
+from ..vocabulary.chunks import Needs, Pull, Rows
+from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from .fused_loss import make_head, weight_gradient_dtype
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
-from ..bundles import ScanTerms, each
-from .dispatch import backend_for
+from ..backends import backend_for
+from ..call import layout
+from ..vocabulary.chunks import ScanTerms, each
 
 
 @torch.library.custom_op("klq_kernels::reverse_scan", mutates_args=())

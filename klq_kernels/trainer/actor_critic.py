@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layout import require
+from ..call.checks import require
 from .batches import Inputs
 from .models import Head, LanguageModel, backbone_states
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..layout import require, require_number
+from ..call.checks import require, require_number
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")

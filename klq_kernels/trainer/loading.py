@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ..layout import require
+from ..call.checks import require
 from .config import KLQConfig
 
 
@@ -82,3 +84,13 @@ def check_dataset(name: str, dataset: Any) -> None:
         require(hasattr(part, "__len__"), name, "must have a length (a stream has none; take some of it first)")
         require(len(part) > 0, name, "is empty")
         require("prompt" in part[0], name, f"must have a column 'prompt', has {', '.join(part[0])}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Names and values from a YAML file. Raises ValueError where it cannot be read or holds something else."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config: cannot read {path}: {error}") from error
+    require(isinstance(content or {}, dict), "config", f"{path} must hold names and values")
+    return content or {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..layout import require
+from ..call.checks import require
 from ..logprobs import linear_logprobs
 from .batches import Inputs
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..layout import require
+from ..call.checks import require
 from .batches import Sequence
 
 if TYPE_CHECKING:

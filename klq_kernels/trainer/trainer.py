@@ -41,7 +41,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..layout import require
+from ..call.checks import require
 from ..returns import klq_targets
 from ..types import KLQTargets
 from . import loading
@@ -57,15 +57,7 @@ from .models import LanguageModel, disable_dropout
 from .objectives import OBJECTIVES, Scored, logprobs, score
 from .processes import Turn, turns
 from .rewards import RewardFunction, Rewards, Scores, as_list
-from .rollout import (
-    Completions,
-    Rollout,
-    RolloutFunction,
-    check_completions,
-    eos_ids,
-    generate,
-    sampling_config,
-)
+from .rollout import Completions, Rollout, RolloutFunction, check_completions, eos_ids, generate, sampling_config
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_rewards, completion_statistics, held_out_statistics, token_statistics

@@ -1,0 +1,138 @@
+"""The compiled operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
+
+A backend module like ``portable``, which documents what both have. Logits come in strips of the vocabulary here
+(``vocabulary_major``), so ``strip_stats`` and ``strip_grad`` stand in place of the row operations.
+
+The library picks the best of its instruction sets (portable, avx2, avx512) for the processor at run time. Two
+environment variables are for testing it: ``KLQ_NATIVE_ISA`` names an instruction set to use instead,
+``KLQ_NATIVE_LIBRARY`` the path of another build (one with sanitizers, say).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Terms
+
+NAME = "native"
+VOCABULARY_MAJOR = True
+ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
+LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")  # in the order of csrc/kernels.h
+
+
+def use_isa(name: str | None = None) -> str:
+    """Makes every later call use this instruction set, by default the best; returns its name.
+
+    Raises:
+        ValueError: where it is unknown, or this processor does not have it.
+    """
+    if name is not None and name not in ISAS:
+        raise ValueError(f"KLQ_NATIVE_ISA: must be one of {', '.join(ISAS)}, got {name!r}")
+    try:
+        return ISAS[torch.ops.klq_native.use_isa(-1 if name is None else ISAS.index(name))]
+    except RuntimeError as error:
+        raise ValueError(f"KLQ_NATIVE_ISA: this processor does not have {name}") from error
+
+
+def _load() -> str | None:
+    """Loads the library; returns None, or the reason why there is none in a few words."""
+    given = os.environ.get("KLQ_NATIVE_LIBRARY")
+    built = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return "not built (install with a C++ compiler, torch and --no-build-isolation)"
+    try:
+        torch.ops.load_library(str(built[0]))
+        use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{built[0].name} does not load: {error}"
+    return None
+
+
+WHY_UNAVAILABLE = _load()
+
+
+def populate(buffer: Tensor) -> None:
+    """Has a Linux kernel provide the memory of a new, contiguous buffer at once; it must be going to be written."""
+    torch.ops.klq_native.populate(buffer)
+
+
+def strip_stats(
+    logits: Tensor,
+    first: int,
+    actions: Tensor,
+    top: Tensor,
+    total: Tensor,
+    weighted: Tensor | None,
+    taken: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Takes one more strip of the vocabulary into the running statistics of each token.
+
+    Args:
+        logits: [entries, n] contiguous: raw, of the vocabulary's entries from ``first`` on; c = softcap(logits).
+        actions: int64 [n].
+        top, total, weighted, taken: fp32 [n], updated: the largest c so far, the sum of e = exp(d) with
+            d = scale (c - top), the sum of e d (None where no entropy is wanted), and c of the taken token once its
+            strip has come. They start at -inf, 0, 0 and NaN.
+    """
+    torch.ops.klq_native.strip_stats(logits, first, actions, top, total, weighted, taken, scale, softcap)
+
+
+def strip_grad(
+    logits: Tensor,
+    first: int,
+    actions: Tensor,
+    pull: Pull,
+    out: Tensor,
+    turned: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes the gradient by a strip of logits: the formula of ``portable.row_grad_``, tokens being columns here.
+
+    Args:
+        logits, first: as in ``strip_stats``.
+        actions, pull: [n], as in ``portable.row_grad_``.
+        out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
+        turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
+    """
+    torch.ops.klq_native.strip_grad(logits, first, actions, *pull, out, turned, scale, softcap)
+
+
+def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
+    tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip = shape
+    torch.ops.klq_native.klq_residual(
+        *terms, *out, grad_scale, tau, alpha, LOSS_TYPES.index(loss_type), huber_delta, value_clip, log_ratio_clip
+    )
+
+
+def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
+    decay = decay.float() if decay.numel() == 1 else decay
+    torch.ops.klq_native.reverse_scan(delta, decay, mask, cu_seqlens, out)
+
+
+def lambda_errors(
+    terms: ScanTerms,
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    *,
+    tau: float,
+    gamma: float,
+    lam: float,
+    first_row: int = 0,
+    carry: Tensor | None = None,
+    kept_logp: Tensor | None = None,
+    kept_values: Tensor | None = None,
+) -> None:
+    torch.ops.klq_native.lambda_errors(
+        *terms, tail, mask, cu_seqlens, out, tau, gamma, lam, first_row, carry, kept_logp, kept_values
+    )

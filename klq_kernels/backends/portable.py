@@ -1,0 +1,268 @@
+"""The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
+
+A backend is a module with the five functions below; ``kernels`` holds the same five in Triton, and ``native`` has
+functions on strips of logits in place of the first two, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
+rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous
+fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
+
+Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
+logits is read from memory once per operation and never copied whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+
+NAME = "torch"
+VOCABULARY_MAJOR = False
+PADS_ROWS = False
+SCRATCH_ELEMENTS = 2**18  # fp32 elements of a block: 1 MiB
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (rows, their logits as an fp32 copy in a scratch block that the next round reuses)."""
+    n, vocab = logits.shape
+    step = max(SCRATCH_ELEMENTS // max(vocab, 1), 1)
+    scratch = torch.empty(min(step, n), vocab, dtype=torch.float32, device=logits.device)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        yield rows, scratch[: rows.stop - start].copy_(logits[rows])
+
+
+def _cap_(x: Tensor, softcap: float | None) -> Tensor | None:
+    """Turns raw logits into c = softcap(x) in place; returns tanh(x / softcap), which the gradient needs."""
+    if softcap is None:
+        return None
+    tanh = x.div_(softcap).tanh_().clone()
+    x.mul_(softcap)
+    return tanh
+
+
+def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
+    """Writes what softmax(z) is normalised by, the log-probability of the taken token and, where asked, the entropy.
+
+    With c = softcap(logits) and z = scale c, scale being 1 / temperature, the normaliser is handed on in two parts,
+
+        top = max c,        log_total = log sum exp(scale (c - top)),        logsumexp(z) = scale top + log_total,
+
+    because a log-probability is a small difference of large logits: (c - top) loses nothing, a logsumexp rounded to
+    fp32 has lost more than the 1 - p of a likely token.
+
+    Args:
+        logits: [n, V], raw.
+        actions: int64 [n]; outside 0 .. V-1 the log-probability is NaN.
+        out: written.
+    """
+    top, log_total, logp, entropy = out
+    known = actions.clamp(0, logits.shape[1] - 1)
+    for rows, x in _blocks(logits):
+        _cap_(x, softcap)
+        torch.amax(x, 1, out=top[rows])
+        x.sub_(top[rows, None])
+        if scale != 1.0:
+            x.mul_(scale)
+        taken = x.gather(1, known[rows, None]).squeeze(1)
+        if entropy is None:
+            torch.log(x.exp_().sum(1), out=log_total[rows])
+        else:
+            e = x.exp()
+            total = e.sum(1)
+            torch.log(total, out=log_total[rows])
+            weighted = torch.where(e > 0, e.mul_(x), 0).sum(1)
+            torch.sub(log_total[rows], weighted.div_(total), out=entropy[rows])
+        torch.sub(taken, log_total[rows], out=logp[rows])
+    logp.masked_fill_(known != actions, torch.nan)
+
+
+def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, softcap: float | None) -> None:
+    """Replaces each row of logits by the gradient with respect to it, in place.
+
+    With p = softmax(z) the row becomes
+
+        (d_action onehot(action) + d_softmax p - d_entropy p (log p + entropy)) * dz/dlogits
+
+    where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
+    ``log_total`` are those of ``row_stats``. An action outside 0 .. V-1 has a ``d_action`` of NaN already.
+    """
+    top, log_total, d_action, d_softmax, d_entropy, entropy = pull
+    known = actions.clamp(0, logits.shape[1] - 1)
+    for rows, x in _blocks(logits):
+        tanh = _cap_(x, softcap)
+        x.sub_(top[rows, None])
+        if scale != 1.0:
+            x.mul_(scale)
+        x.sub_(log_total[rows, None])
+        if d_entropy is None or entropy is None:
+            x.exp_().mul_(d_softmax[rows, None])
+        else:
+            p = x.exp()
+            x.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).add_(d_softmax[rows, None]).mul_(p)
+            x.masked_fill_(p == 0, 0.0)
+        x.scatter_add_(1, known[rows, None], d_action[rows, None])
+        if scale != 1.0:
+            x.mul_(scale)
+        if tanh is not None:
+            x.mul_(tanh.square_().neg_().add_(1.0))
+        logits[rows] = x
+
+
+def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
+    """Writes each token's weighted loss and its derivatives by logp and V (``reference.klq_residual_loss``).
+
+    The derivatives, not the losses, are multiplied by ``grad_scale`` (fp32, 0-d). Where two squares tie, the unclipped
+    one passes its gradient.
+    """
+    logp, values, old_logp, old_values, advantages, weights = terms
+    tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip = shape
+    d = torch.zeros_like(logp) if old_logp is None else logp - old_logp
+    v = torch.zeros_like(values) if old_values is None else values - old_values
+    target = alpha * advantages
+    change = tau * d + v
+    e = change - target
+    if loss_type == "huber":
+        magnitude = e.abs()
+        loss = torch.where(magnitude <= huber_delta, 0.5 * e * e, huber_delta * (magnitude - 0.5 * huber_delta))
+        by_value = e.clamp(-huber_delta, huber_delta)
+        by_logp = tau * by_value
+    else:
+        loss = e * e
+        by_value = 2.0 * e
+        by_logp = tau * by_value
+    if loss_type in ("value_clipped", "double_clipped"):
+        clipped = change.clamp(-value_clip, value_clip) - target
+        wins = clipped * clipped > loss
+        loss = torch.where(wins, clipped * clipped, loss)
+        by_value = by_value.masked_fill(wins, 0.0)
+        by_logp = by_logp.masked_fill(wins, 0.0)
+    if loss_type in ("ratio_clipped", "double_clipped"):
+        clipped = tau * d.clamp(-log_ratio_clip, log_ratio_clip) + v - target
+        wins = clipped * clipped > loss
+        loss = torch.where(wins, clipped * clipped, loss)
+        by_value = torch.where(wins, 2.0 * clipped, by_value)
+        by_logp = by_logp.masked_fill(wins, 0.0)
+    factor = grad_scale if weights is None else weights * grad_scale
+    out.losses.copy_(loss if weights is None else loss * weights)
+    torch.mul(by_logp, factor, out=out.d_logp)
+    torch.mul(by_value, factor, out=out.d_values)
+
+
+def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
+    """Writes A_t = delta_t + decay_t A_{t+1} over valid tokens of each sequence, 0 at masked ones.
+
+    Args:
+        delta, decay: [M], any floating dtype; decay may also hold a single element.
+        mask: bool [M] or None. Masked tokens are stepped over.
+        cu_seqlens: int32 [B + 1] over 0 .. M.
+        out: fp32 [M], written.
+    """
+    keep, ends, _ = _ends(mask, cu_seqlens, 0, delta.numel())
+    b = (decay.float().expand(delta.shape) if keep is None else decay.float().expand(delta.shape)[keep]).clone()
+    a = delta.float().clone() if keep is None else delta[keep].float()
+    b[ends] = 0.0
+    _write(_doubling_scan(a, b), keep, out)
+
+
+def lambda_errors(
+    terms: ScanTerms,
+    tail: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    *,
+    tau: float,
+    gamma: float,
+    lam: float,
+    first_row: int = 0,
+    carry: Tensor | None = None,
+    kept_logp: Tensor | None = None,
+    kept_values: Tensor | None = None,
+) -> None:
+    """Writes the lambda-error A_t of every valid token, 0 at masked ones.
+
+    One scalar runs backwards through time. With Q = tau (logp - ref_logp) + V (or Q = V where logp is None) and
+    u_t = r_t - Q_t, let S_t = gamma V_t + gamma lambda c_t A_t, which is all that token t - 1 needs of its future:
+
+        A_t = u_t + S_{t+1},        S_t = (gamma V_t + b_t u_t) + b_t S_{t+1},        b_t = gamma lambda c_t.
+
+    So the next value and the next error travel together, a masked token is the identity, and beyond the last token of
+    sequence i stands S = tail_i = gamma * bootstrap_i + (score_i, where the reward is one number per sequence).
+
+    Args:
+        terms: [M] each.
+        tail: fp32 [B].
+        mask: bool [M] or None.
+        cu_seqlens: int32 [B + 1]; element j here is position ``first_row + j`` there.
+        out: fp32 [M], written.
+        carry: fp32 [1], in and out: S beyond the last element (where no sequence ends there), then S of the first.
+        kept_logp, kept_values: fp32 [M] or None, written: logp and values at valid tokens, 0 at masked ones.
+    """
+    logp, ref_logp, values, rewards, trace = terms
+    keep, ends, owners = _ends(mask, cu_seqlens, first_row, values.numel())
+
+    def rows(t: Tensor) -> Tensor:
+        return (t if keep is None else t[keep]).float()
+
+    v = rows(values)
+    u = -v if rewards is None else rows(rewards) - v
+    if logp is not None and ref_logp is not None:
+        u = u - tau * (rows(logp) - rows(ref_logp))
+    b = torch.full_like(v, gamma * lam) if trace is None else gamma * lam * rows(trace)
+    beyond = torch.zeros_like(v)  # S_{t+1} where t is the last of its sequence, or of this piece
+    if carry is not None and v.numel():
+        beyond[-1:] = carry
+    beyond[ends] = tail[owners]
+    stop = torch.zeros_like(v, dtype=torch.bool)
+    stop[ends] = True
+    stop[-1:] = True
+    a = gamma * v + b * torch.where(stop, u + beyond, u)
+    following = _doubling_scan(a, b.masked_fill(stop, 0.0))
+    _write(u + torch.where(stop, beyond, following.roll(-1)), keep, out)
+    for source, kept in ((logp, kept_logp), (values, kept_values)):
+        if source is not None and kept is not None:
+            _write(rows(source), keep, kept)
+    if carry is not None and v.numel():
+        carry.copy_(following[:1])
+
+
+def _ends(
+    mask: Tensor | None, cu_seqlens: Tensor, first_row: int, positions: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(valid positions or None, index among them of each sequence's last valid token, which sequence that is)."""
+    keep = None
+    if mask is not None:
+        keep = mask.nonzero().squeeze(1)
+        cu_seqlens = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens]
+        positions = keep.numel()
+    last = cu_seqlens[1:].long() - 1 - first_row
+    here = (cu_seqlens[1:] > cu_seqlens[:-1]) & (last >= 0) & (last < positions)
+    return keep, last[here], here.nonzero().squeeze(1)
+
+
+def _doubling_scan(a: Tensor, b: Tensor) -> Tensor:
+    """S_t = a_t + b_t S_{t+1} over a flat array cut wherever b = 0, in log2(longest run) vectorised steps.
+
+    After the step of width k every element has absorbed the 2k elements from itself on. The order of additions depends
+    only on the distance to the element, so a sequence gives the same bits wherever it lies. Overwrites both inputs.
+    """
+    width = 1
+    while width < a.numel() and bool((b != 0).any()):
+        open_ = b[:-width] != 0  # never multiply across a cut: 0 * inf would leak
+        absorbed = torch.where(open_, a[:-width] + b[:-width] * a[width:], a[:-width])
+        reach = torch.where(open_, b[:-width] * b[width:], 0.0)
+        a[:-width] = absorbed
+        b[:-width] = reach
+        width *= 2
+    return a
+
+
+def _write(result: Tensor, keep: Tensor | None, out: Tensor) -> None:
+    if keep is None:
+        out.copy_(result)
+    else:
+        out.zero_()
+        out[keep] = result

@@ -1,0 +1,101 @@
+"""Row statistics: the normaliser, log-probability of the taken token, entropy, in one read of the logits.
+
+One program per row, an online softmax over tiles of GROUPS x LANES logits. Each lane keeps its own running maximum m
+and running sums
+
+    s = sum 2^(k (x - m)),        t = sum 2^(k (x - m)) k (x - m),        k = log2(e) / temperature,
+
+so a tile costs one exp2, one subtraction and one product per logit plus one rescaling exp2 per lane, and no thread
+talks to another before the row ends. (k x - k m would be one instruction, and lose what large logits differ by.) There
+the lanes are joined: with M = max m, S = sum s 2^(k (m - M)), and T alike,
+
+    top = M,    log_total = log2 S ln 2,    logp = (k (x_a - M) - log2 S) ln 2,    entropy = (log2 S - T / S) ln 2.
+
+Lanes start from a finite maximum, so that logits of -inf (a masked vocabulary) need no special case; a NaN or +inf
+logit makes the row NaN. A token id outside the vocabulary makes logp NaN: never a plausible wrong number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...vocabulary.chunks import Statistics
+from .launch import ROW_STATS, on_device
+from .math import LN2, LOG2E, soft_cap
+
+FLOOR = tl.constexpr(-1.0e30)
+NEGLIGIBLE = tl.constexpr(-1000.0)  # 2^-1000 is 0 in fp32
+
+
+@triton.jit
+def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
+    """The running (m, s, t) of each lane after one more tile x [GROUPS, LANES]."""
+    if softcap is not None:
+        x, _ = soft_cap(x, softcap)
+    top = tl.maximum(m, tl.max(x, axis=0))
+    step = (m - top) * k
+    shrink = tl.exp2(step)
+    y = (x - top[None, :]) * k
+    e = tl.exp2(y)
+    if ENTROPY:
+        y = tl.maximum(y, NEGLIGIBLE)  # a logit of -inf has e = 0, and 0 * -inf would be NaN
+        t = shrink * tl.fma(step, s, t) + tl.sum(e * y, axis=0)
+    return top, tl.fma(shrink, s, tl.sum(e, axis=0)), t
+
+
+@triton.jit
+def row_stats_kernel(
+    logits, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
+    GROUPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = GROUPS * LANES
+    ENTROPY: tl.constexpr = entropy is not None
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    k = scale * LOG2E
+    tile = tl.arange(0, GROUPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    m = tl.full([LANES], FLOOR, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    whole = vocab // TILE * TILE
+    for start in range(0, whole, TILE):
+        x = tl.load(base + start + tile).to(tl.float32)
+        m, s, t = _absorb(x, m, s, t, k, softcap, ENTROPY)
+    if whole < vocab:  # the last tile loads into the row's padding and looks away from it
+        cols = whole + tile
+        x = tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32)
+        x = tl.where(cols < vocab, x, float("-inf"))
+        if softcap is not None:
+            x, _ = soft_cap(x, softcap)
+            x = tl.where(cols < vocab, x, float("-inf"))
+        m, s, t = _absorb(x, m, s, t, k, None, ENTROPY)
+
+    highest = tl.max(m, axis=0)
+    step = (m - highest) * k
+    shrink = tl.exp2(step)
+    total = tl.sum(s * shrink, axis=0)
+    log2_total = tl.log2(total)
+    action = tl.load(actions + row)
+    known = (action >= 0) & (action < vocab)
+    taken = tl.load(base + action, mask=known, other=float("nan")).to(tl.float32)
+    if softcap is not None:
+        taken, _ = soft_cap(taken, softcap)
+    tl.store(top + row, highest)
+    tl.store(log_total + row, log2_total * LN2)
+    tl.store(logp + row, tl.fma(taken - highest, k, -log2_total) * LN2)
+    if ENTROPY:
+        weighted = tl.sum(shrink * tl.fma(step, s, t), axis=0)
+        tl.store(entropy + row, (log2_total - weighted / total) * LN2)
+
+
+def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
+    """See ``portable.row_stats``."""
+    n, vocab = logits.shape
+    config = ROW_STATS[logits.element_size()]
+    with on_device(logits):
+        row_stats_kernel[(n,)](
+            logits, actions, *out, logits.stride(0), vocab, scale, softcap,
+            **config.sizes, num_warps=config.num_warps,
+        )  # fmt: skip

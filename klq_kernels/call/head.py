@@ -1,0 +1,88 @@
+"""What the two functions that read the vocabulary share: the checks on hidden states, weight and bias."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..vocabulary import chunking
+from .checks import DTYPES, require, require_flag, require_number, require_tensor
+from .layout import Layout
+from .transforms import refuse_tangents
+
+
+class HeadInputs(NamedTuple):
+    """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    actions: Tensor
+
+
+def check_head(
+    layout: Layout,
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+    process_group: object | None,
+) -> HeadInputs:
+    """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them."""
+    if process_group is not None:
+        raise NotImplementedError("process_group: a head split over processes is not supported; pass the whole weight")
+    require_tensor("hidden", hidden)
+    require_tensor("weight", weight)
+    if bias is not None:
+        require_tensor("bias", bias)
+    require(
+        hidden.dim() == len(layout.shape) + 1 and tuple(hidden.shape[:-1]) == layout.shape,
+        "hidden",
+        f"must have shape {[*layout.shape, 'H']}, as actions have {list(layout.shape)}; got {list(hidden.shape)}",
+    )
+    require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}")
+    vocab, width = weight.shape
+    require(vocab > 0 and width > 0, "weight", f"must have at least one row and column, got {list(weight.shape)}")
+    require(
+        width == hidden.shape[-1],
+        "weight",
+        f"must be [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}",
+    )
+    device = hidden.device
+    for name, given in (("hidden", hidden), ("weight", weight)):  # a sharded parameter has the shape of the whole one
+        whole = not hasattr(given, "full_tensor")
+        require(whole, name, "is a DTensor; pass the whole tensor (gather it, or call inside the module that owns it)")
+    for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
+        require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
+    autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if autocasts and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
+    require(hidden.dtype in DTYPES, "hidden", f"must be float32, bfloat16 or float16, got {hidden.dtype}")
+    require(
+        weight.dtype in (hidden.dtype, torch.float32),
+        "weight",
+        f"must have the dtype of hidden, {hidden.dtype}, or be a float32 master weight; got {weight.dtype}",
+    )
+    if bias is not None:
+        require(tuple(bias.shape) == (vocab,), "bias", f"must be [{vocab}], got {list(bias.shape)}")
+        require(bias.dtype in DTYPES, "bias", f"must be float32, bfloat16 or float16, got {bias.dtype}")
+    require(actions.dtype in (torch.int64, torch.int32), "actions", f"must be int64 or int32, got {actions.dtype}")
+    require_number("temperature", temperature, low=0.0, open_low=True)
+    if softcap is not None:
+        require_number("softcap", softcap, low=0.0, open_low=True)
+    require_flag("return_entropy", return_entropy)
+    require(
+        workspace_bytes is None or isinstance(workspace_bytes, int),
+        "workspace_bytes",
+        f"must be an int or None, got {workspace_bytes!r}",
+    )
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
+    chunking.chunk_rows(1, vocab, hidden.dtype, device, workspace_bytes)
+    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous())

@@ -1,0 +1,158 @@
+"""The ``klq`` command: every command is declared here, in one place, and does its work elsewhere.
+
+Commands import what they need when they are called, so that ``klq info`` does not wait for a training stack. A
+ValueError, which is how this package reports bad input, is shown as one line, and so is an import that fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import rich  # noqa: F401  (what the commands print with; checked here so that none fails half-way)
+    import typer
+except ImportError:
+    raise SystemExit("klq needs typer and rich: pip install 'klq_kernels[cli]'") from None
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="KL-regularised Q-learning on large-vocabulary language models.",
+)
+
+
+@app.command()
+def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+    """Versions, devices, and which backend each device uses and why not the others."""
+    from . import info as report
+
+    facts = report.environment()
+    if json:
+        report.print_json(facts)
+    else:
+        report.print_tables(facts)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the report and its pictures go.")] = Path("demo_output"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the model, its data and its samples.")] = 0,
+) -> None:
+    """Train a small model with the fused loss, and compare it with the naive implementation."""
+    from ..lab import demo as demonstration
+
+    demonstration.run(out, steps, seed)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure against other implementations, side by side; runs from a source checkout (klq bench --help)."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "cli.py").exists():
+        raise ValueError("bench: the benchmarks are not part of the installed package; run this from a source checkout")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from bench.cli import app as benchmarks
+
+    benchmarks(args=context.args, prog_name="klq bench")
+
+
+@app.command()
+def plan(
+    config: Annotated[str | None, typer.Option(help="A Hugging Face config: directory, file or id.")] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size, where there is no config.")] = 4096,
+    vocab: Annotated[int, typer.Option(min=1, help="Vocabulary size.")] = 128_256,
+    layers: Annotated[int, typer.Option(min=0, help="Decoder layers.")] = 32,
+    intermediate: Annotated[int, typer.Option(min=1, help="MLP size.")] = 14_336,
+    kv_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Key/value heads over query heads.")] = 0.25,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, prompt and response.")] = 2048,
+    response: Annotated[int | None, typer.Option(help="Trained tokens per sequence; half of them.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains every parameter.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
+    models: Annotated[int, typer.Option(help="Models held: the policy, a reference, ...")] = 2,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = True,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu: decides the chunks. By default cuda, with --measure what is here.")
+    ] = None,
+    workspace_mib: Annotated[int | None, typer.Option(help="Memory for one chunk of logits.")] = None,
+    budget_gib: Annotated[float | None, typer.Option(help="What fits into this much memory?")] = None,
+    tflops: Annotated[float | None, typer.Option(help="GEMM rate to predict times from.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the GEMM rate here instead.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Predict the memory and time of a training step, with the naive loss and with the fused one."""
+    import json as encoder
+
+    import torch
+
+    from ..call.checks import require_number
+    from . import memory_plan as planning
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype: must be one of {', '.join(dtypes)}; got {dtype!r}")
+    if tflops is not None:
+        require_number("tflops", tflops, low=0.0, open_low=True)
+    model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
+    if config is not None:
+        model = planning.from_config(config)
+    workspace = None if workspace_mib is None else workspace_mib * 2**20
+    run = planning.Run(
+        batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
+        checkpointing, planning.device_for(device, measure), workspace,
+    )  # fmt: skip
+    rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
+    budget = None if budget_gib is None else int(budget_gib * 2**30)
+    content = planning.report(model, run, budget, rate)
+    if json:
+        print(encoder.dumps(content, indent=1))
+    else:
+        planning.show(content)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML: names of arguments and their values.")] = None,
+) -> None:
+    """Train a model by KLQ or PPO from a YAML file and flags (klq train --help lists them)."""
+    from ..trainer.processes import leave_process_group
+    from .train import arguments
+    from .train.run import run
+
+    if {"-h", "--help"} & set(context.args):
+        arguments.argument_parser().print_help()
+        return
+    run(*arguments.parse(config, context.args))
+    leave_process_group()
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="constant, lambda, klq-vs-ppo, equivalence, or all.")],
+    out: Annotated[Path, typer.Option(help="A folder for results and pictures; the page goes beside it.")] = Path(
+        "experiments"
+    ),
+    seeds: Annotated[int | None, typer.Option(help="Seeds per variant, in place of the experiment's own.")] = None,
+    workers: Annotated[int, typer.Option(help="Jobs at a time, on one thread each.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to try it out.")] = False,
+) -> None:
+    """Run the paper's first experiments on built-in tasks; one that was interrupted goes on where it stopped."""
+    from ..lab import experiments
+
+    experiments.run([name], out, seeds=seeds, workers=workers, quick=quick)
+
+
+def main() -> None:
+    """The entry point. Exits with 2 where the input was bad or a package is missing."""
+    try:
+        app()
+    except (ValueError, ImportError) as error:
+        print("klq:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,1 @@
+"""What shows and studies the library: built-in tasks, the demonstration, the experiments."""

@@ -1,0 +1,72 @@
+"""A training run as a job: a small policy, a task, and what is measured of it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from ...trainer import KLQConfig, KLQTrainer
+from ...trainer.evaluation import answers
+from ..tasks import Task, load_task, warm_started
+from .spec import Settings
+
+CURVES = {
+    "reward": "objective/scores",
+    "kl": "objective/kl",
+    "entropy": "policy/entropy_avg",
+    "explained_variance": "val/explained_variance",
+    "length": "completions/mean_length",
+}
+
+
+def build_trainer(settings: Settings, warm: Path, folder: str) -> tuple[KLQTrainer, Task, list[dict[str, Any]]]:
+    """(trainer, task, held-out rows) of a job; the policy, its reference and V start from the same warm start."""
+    task = load_task(settings.pop("task"))
+    held_out = task.dataset("eval", settings.pop("eval_size"))
+    policy = warm_started(task, steps=settings.pop("warm_steps", None), cache=warm)
+    value = copy.deepcopy(policy) if settings.pop("value_model", None) == "copy" else None
+    config = KLQConfig(
+        folder,
+        **settings,
+        max_completion_length=task.max_completion_length,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        watch_failures=False,
+    )
+    trainer = KLQTrainer(
+        policy,
+        list(task.reward_funcs),
+        config,
+        train_dataset=task.dataset("train", config.total_episodes or 64, seed=1 + config.seed),
+        eval_dataset=held_out,
+        processing_class=task.tokenizer(),
+        value_model=value,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, task, list(held_out)
+
+
+def train(settings: Settings, warm: Path) -> dict[str, Any]:
+    """Held-out results before and after, the curves, and what the judge says of each held-out completion."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, task, rows = build_trainer(settings, warm, folder)
+        before = held_out(trainer)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+        texts = answers(trainer, rows, 0)
+        return {
+            "before": before,
+            "after": held_out(trainer),
+            "curves": {"step": [e["step"] for e in logs]} | {n: [e[key] for e in logs] for n, key in CURVES.items()},
+            "judged": [task.judge(row["prompt"], text, row) for row, text in zip(rows, texts, strict=True)],
+        }
+
+
+def held_out(trainer: KLQTrainer) -> dict[str, float]:
+    found = trainer.evaluate()
+    return {name: found[f"eval_{name}"] for name in ("reward", "kl", "length", "truncated")}

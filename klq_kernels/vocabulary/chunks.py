@@ -1,0 +1,163 @@
+"""What a pass over the vocabulary works on (the head, the valid rows, the gradients wanted, chunks of rows), and what
+it asks of each chunk (``VocabularyWork``); and the bundles of vectors that a backend's operations take.
+
+The vectors of a bundle are contiguous [n], and fp32 but for those of ``ScanTerms``. They hold a number for each row of
+a pass, or of the chunk that ``part`` cuts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """What is found of a row of logits; ``portable.row_stats`` says how. ``entropy`` is None where nobody asked."""
+
+    top: Tensor
+    log_total: Tensor
+    logp: Tensor
+    entropy: Tensor | None
+
+
+class Pull(NamedTuple):
+    """What the gradient by a row of logits is made of (``portable.row_grad_``)."""
+
+    top: Tensor
+    log_total: Tensor
+    d_action: Tensor
+    d_softmax: Tensor
+    d_entropy: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """What a token's loss is made of. On-policy, where logp - old_logp = V - old_V = 0, the old ones are None."""
+
+    logp: Tensor
+    values: Tensor
+    old_logp: Tensor | None
+    old_values: Tensor | None
+    advantages: Tensor
+    weights: Tensor | None
+
+
+class Residuals(NamedTuple):
+    """A token's weighted loss, and its derivatives at the gradient scale."""
+
+    losses: Tensor
+    d_logp: Tensor
+    d_values: Tensor
+
+
+class ScanTerms(NamedTuple):
+    """What a token's lambda-error is made of, in any floating dtype; all but the values may be absent."""
+
+    logp: Tensor | None
+    ref_logp: Tensor | None
+    values: Tensor
+    rewards: Tensor | None
+    trace: Tensor | None
+
+
+class LossShape(NamedTuple):
+    """The hyperparameters of ``reference.klq_residual_loss``."""
+
+    tau: float
+    alpha: float
+    loss_type: str
+    huber_delta: float
+    value_clip: float
+    log_ratio_clip: float
+
+
+Bundle = TypeVar("Bundle", Statistics, Pull, Terms, Residuals, ScanTerms)
+
+
+def each(bundle: Bundle, change: Callable[[Tensor], Tensor]) -> Bundle:
+    """The bundle with ``change`` made to each vector that is there."""
+    return type(bundle)._make(None if vector is None else change(vector) for vector in bundle)
+
+
+def part(bundle: Bundle, chunk: slice) -> Bundle:
+    """These rows of each vector in the bundle."""
+    return each(bundle, lambda vector: vector[chunk])
+
+
+class Head(NamedTuple):
+    """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
+
+    weight: Tensor  # [V, H], in the dtype of the products
+    bias: Tensor | None  # [V], likewise
+    scale: float
+    softcap: float | None
+    gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``chunking.weight_gradient_dtype``)
+
+
+class Rows(NamedTuple):
+    """The valid rows of a call: where they lie, what was taken there, and how many there are."""
+
+    hidden: Tensor  # [M, H], the caller's
+    positions: Tensor | None  # int64 [n] into hidden, None for all
+    actions: Tensor  # int64 [n]
+
+    def take(self, chunk: slice) -> Tensor:
+        """The hidden states of these rows, contiguous."""
+        if self.positions is None:
+            return self.hidden[chunk].contiguous()
+        return self.hidden.index_select(0, self.positions[chunk])
+
+    def put(self, total: Tensor, chunk: slice, values: Tensor) -> None:
+        """Writes these rows of ``total``, [M, H], at the caller's positions."""
+        if self.positions is None:
+            total[chunk] = values
+        else:
+            total.index_copy_(0, self.positions[chunk], values)
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody will read."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class VocabularyWork(Protocol):
+    """The vocabulary's part of a pass, on chunks of at most ``chunk_rows`` rows; it sums the head's gradients.
+
+    ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
+    position, and is 0 elsewhere. They are None where nobody needs them. Bundles are those of the chunk.
+    """
+
+    chunk_rows: int
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def statistics(self, chunk: slice, out: Statistics) -> None:
+        """GEMM 1 and the statistics of each row (``portable.row_stats``)."""
+
+    def gradients(self, chunk: slice, pull: Pull) -> None:
+        """Adds the chunk's part of the head's gradients: ``portable.row_grad_``, GEMM 2 and GEMM 3."""
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """What cuts n rows, or entries, into pieces of at most ``size``, in order."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
+
+
+def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where the gradients of (hidden, weight, bias) go: 0 wherever no chunk will write, uninitialised elsewhere."""
+    vocab, width = head.weight.shape
+    device = head.weight.device
+    rowless = rows.actions.numel() == 0
+    make = torch.zeros if rowless or rows.positions is not None else torch.empty
+    hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
+    make = torch.zeros if rowless else torch.empty
+    weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
+    bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
+    return hidden, weight, bias

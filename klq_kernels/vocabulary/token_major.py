@@ -1,0 +1,62 @@
+"""A chunk of logits stored token by token, [rows, V]: the form for GPUs, and for plain PyTorch.
+
+One buffer holds the logits of a chunk. GEMM 1 fills it, ``row_stats`` reads it, ``row_grad_`` turns it into its own
+gradient in place, and GEMM 2 and 3 read that.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import chunking, products
+from .chunks import Head, Needs, Pull, Rows, Statistics, VocabularyWork, empty_gradients
+
+
+class TokenMajor(VocabularyWork):
+    """With ``keep`` the logits of ``statistics`` are those that ``gradients`` continues with; otherwise it computes
+    them again.
+    """
+
+    def __init__(
+        self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+    ) -> None:
+        self._backend, self._rows, self._head, self._keep = backend, rows, head, keep
+        n = rows.actions.numel()
+        vocab = head.weight.shape[0]
+        self.chunk_rows = chunking.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
+        # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
+        # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
+        stride = chunking.row_stride(vocab) if backend.PADS_ROWS else vocab
+        self._buffer = head.weight.new_empty(self.chunk_rows, stride)[:, :vocab]
+        self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
+        self._first = True
+
+    def statistics(self, chunk: slice, out: Statistics) -> None:
+        self._project(chunk)
+        self._backend.row_stats(
+            self._logits, self._rows.actions[chunk], out, scale=self._head.scale, softcap=self._head.softcap
+        )
+
+    def gradients(self, chunk: slice, pull: Pull) -> None:
+        if not self._keep:
+            self._project(chunk)
+        dlogits = self._logits
+        self._backend.row_grad_(
+            dlogits, self._rows.actions[chunk], pull, scale=self._head.scale, softcap=self._head.softcap
+        )
+        if self.hidden is not None:
+            self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))
+        if self.weight is not None:
+            products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=torch.float32)
+        self._first = False
+
+    def _project(self, chunk: slice) -> None:
+        """Raw logits of these rows (before softcap and temperature), valid until the next call."""
+        self._hidden = self._rows.take(chunk)
+        self._logits = products.project(
+            self._hidden, self._head.weight, self._head.bias, self._buffer[: self._hidden.shape[0]]
+        )

@@ -1,0 +1,74 @@
+"""The README and the guide to the trainer stay true: their Python runs, their commands and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_python_snippets_run_in_order(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them trains and saves
+    namespace: dict[str, object] = {}
+    snippets = blocks("python")
+    assert len(snippets) >= 4
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert "'loss'" in capsys.readouterr().out
+
+
+def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    snippets = blocks("python", (ROOT / "docs" / "trainer.md").read_text())
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "docs/trainer.md", "exec"), namespace)
+
+
+def test_shell_commands_exist() -> None:
+    """Every command line starts something this project provides; make targets and klq commands are looked up."""
+    from typer.testing import CliRunner
+
+    from klq_kernels.commands.cli import app
+
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    lines += [code for code in re.findall(r"`([^`\n]+)`", README) if code.startswith(("make ", "klq "))]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert arguments[0] in targets, line
+        elif program == "klq":
+            words = list(dict.fromkeys(arguments))
+            command = [w for w in words[:2] if not w.startswith("-") and "/" not in w and "." not in w]
+            result = CliRunner().invoke(app, [*command, "--help"])
+            assert result.exit_code == 0, (line, result.output)
+        elif program == "python":
+            module = arguments[arguments.index("-m") + 1].replace(".", "/")
+            assert (ROOT / f"{module}.py").exists() or (ROOT / module / "__main__.py").exists(), line
+        else:
+            assert program == "pip", line
+
+
+def test_figures_are_those_on_record() -> None:
+    from bench import readme
+
+    assert readme.filled(README, readme.numbers(readme.load("cpu_memory"), readme.load("cpu_time"))) == README
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

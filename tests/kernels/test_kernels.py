@@ -1,0 +1,337 @@
+"""Each Triton kernel against float64 arithmetic: on the GPU where there is one, else under Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_kernels.py     (test_interpreter.py does so in the suite)
+
+The interpreter is slow, so there blocks are shrunk: many tiles, tails and look-backs at a few hundred elements. It
+folds scans sequentially and would not notice a combine that is not associative; that is proved on its own below.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import itertools
+from types import FunctionType, ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import klq_kernels
+from klq_kernels import reference
+from klq_kernels.vocabulary import chunking
+from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, part
+
+pytest.importorskip("triton")
+
+DEVICES = [
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+    ),
+]
+pytestmark = [
+    pytest.mark.parametrize("device", DEVICES),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes with NumPy, which warns of inf
+]
+
+
+def kernel_module(name: str) -> ModuleType:
+    return importlib.import_module(f"klq_kernels.backends.triton.{name}")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Under the interpreter, blocks small enough that every loop turns more than once."""
+    if device == "cuda":
+        return
+    launch = kernel_module("launch")
+    row_stats = {size: config._replace(sizes={"GROUPS": 4, "LANES": 16}) for size, config in launch.ROW_STATS.items()}
+    monkeypatch.setattr(kernel_module("row_stats"), "ROW_STATS", row_stats)
+    sizes = {
+        "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
+        "klq_residual": ("KLQ_RESIDUAL", {"BLOCK": 16}),
+        "scans": ("SCAN", {"TILE": 16, "SLOTS": 4}),
+    }
+    for module, (name, small) in sizes.items():
+        monkeypatch.setattr(kernel_module(module), name, getattr(launch, name)._replace(sizes=small))
+
+
+def logits_like_a_model(n: int, vocab: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(logits with padded rows as the driver makes them, padding poisoned; actions, every other one the likeliest)."""
+    g = torch.Generator().manual_seed(seed)
+    z = 3.0 * torch.randn(n, vocab, generator=g) - 1.5 * torch.log1p(torch.arange(vocab).float()) + 20.0
+    z[torch.arange(n), torch.randint(vocab, (n,), generator=g)] += 15.0
+    actions = torch.where(torch.arange(n) % 2 == 0, z.argmax(1), torch.randint(vocab, (n,), generator=g))
+    buffer = torch.full((n, chunking.row_stride(vocab)), float("nan"), dtype=dtype, device=device)
+    buffer[:, :vocab] = z.to(device, dtype)
+    return buffer[:, :vocab], actions.to(device)
+
+
+def z_of(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    z = logits.double()
+    return scale * (z if softcap is None else softcap * torch.tanh(z / softcap))
+
+
+def nans(n: int, device: str) -> Tensor:
+    return torch.full((n,), float("nan"), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 63, 64, 131, 200])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1 / 0.7, 30.0)])
+def test_row_stats(device: str, dtype: torch.dtype, vocab: int, scale: float, softcap: float | None) -> None:
+    n = 5
+    logits, actions = logits_like_a_model(n, vocab, dtype, device)
+    top, log_total, logp, entropy = (nans(n, device) for _ in range(4))
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, logp, entropy), scale=scale, softcap=softcap
+    )
+    z = z_of(logits, scale, softcap)
+    p = z.log_softmax(1)
+    lse = scale * top.double() + log_total.double()
+    torch.testing.assert_close(lse, z.logsumexp(1), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(logp.double(), p.gather(1, actions[:, None])[:, 0], rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(entropy.double(), -(p.exp() * p).sum(1), rtol=1e-5, atol=2e-5)
+    again = nans(n, device)
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, again, None), scale=scale, softcap=softcap
+    )
+    assert torch.equal(again, logp)
+
+
+def test_row_stats_of_impossible_tokens_and_masked_vocabulary(device: str) -> None:
+    logits, actions = logits_like_a_model(4, 131, torch.float32, device)
+    actions[0], actions[1] = 131, -1
+    actions[2:] = 70
+    logits[:, :65] = float("-inf")
+    logits[3, 100] = float("nan")
+    top, log_total, logp, entropy = (nans(4, device) for _ in range(4))
+    kernel_module("row_stats").row_stats(
+        logits, actions, Statistics(top, log_total, logp, entropy), scale=1.0, softcap=None
+    )
+    assert logp.isnan().tolist() == [True, True, False, True]
+    z = logits[:3, 65:].double()
+    torch.testing.assert_close((top + log_total)[:3].double(), z.logsumexp(1), rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(entropy[:3].double(), -(z.softmax(1) * z.log_softmax(1)).sum(1), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter mis-rounds bf16 stores
+@pytest.mark.parametrize("vocab", [1, 64, 131])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1 / 0.7, 30.0)])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_row_grad(
+    device: str, dtype: torch.dtype, vocab: int, scale: float, softcap: float | None, with_entropy: bool
+) -> None:
+    n = 5
+    logits, actions = logits_like_a_model(n, vocab, dtype, device)
+    g, s, h = torch.randn(3, n, generator=torch.Generator().manual_seed(1)).to(device)
+    raw = logits.double().requires_grad_()
+    z = scale * (raw if softcap is None else softcap * torch.tanh(raw / softcap))
+    logp = z.log_softmax(1)
+    entropy = -(logp.exp() * logp).sum(1)
+    taken = logp.gather(1, actions[:, None])[:, 0]
+    wanted = (g.double() * taken + s.double() * z.logsumexp(1)).sum()
+    if with_entropy:
+        wanted = wanted + (h.double() * entropy).sum()
+    wanted.backward()
+    top = raw.amax(1) if softcap is None else softcap * torch.tanh(raw.amax(1) / softcap)
+    normaliser = (top.detach().float(), (z.logsumexp(1) - scale * top).detach().float())
+    extra = (h, entropy.detach().float()) if with_entropy else (None, None)
+    kernel_module("row_grad").row_grad_(
+        logits, actions, Pull(*normaliser, g, s - g, *extra), scale=scale, softcap=softcap
+    )
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.7])
+def test_the_gradient_of_a_likely_token_survives_large_logits(device: str, scale: float) -> None:
+    """1 - p from a logsumexp of 200 rounded to fp32 would be off by 1e-5."""
+    logits = torch.full((9, 131), -9.0, device=device)
+    logits[:, 70] = 200.0 + torch.arange(9, device=device) / 16
+    logits[:, 100] = 194.0
+    actions, one = torch.full((9,), 70, device=device), torch.ones(9, device=device)
+    gold = 1 - (scale * logits.double()).softmax(1)[:, 70]
+    top, log_total, logp = (nans(9, device) for _ in range(3))
+    head = {"scale": scale, "softcap": None}
+    kernel_module("row_stats").row_stats(logits, actions, Statistics(top, log_total, logp, None), **head)
+    kernel_module("row_grad").row_grad_(logits, actions, Pull(top, log_total, one, -one), **head)
+    torch.testing.assert_close(logits[:, 70].double(), scale * gold, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_klq_residual(device: str, loss_type: str, on_policy: bool) -> None:
+    n = 50
+    g = torch.Generator().manual_seed(0)
+    logp, values, old_logp, old_values, advantages, weights = (0.5 * torch.randn(6, n, generator=g)).to(device)
+    shape = {
+        "tau": 0.3,
+        "alpha": 0.8,
+        "loss_type": loss_type,
+        "huber_delta": 0.4,
+        "value_clip": 0.2,
+        "log_ratio_clip": 0.3,
+    }
+    if on_policy:
+        old_logp, old_values = logp, values
+    leaves = [t.double().requires_grad_() for t in (logp, values)]
+    wanted = weights.double() * reference.klq_residual_loss(
+        leaves[0] - old_logp.double(), leaves[1] - old_values.double(), advantages.double(), **shape
+    )
+    d_wanted = torch.autograd.grad(wanted.sum(), leaves)
+    found = Residuals(*(nans(n, device) for _ in range(3)))
+    old = (None, None) if on_policy else (old_logp, old_values)
+    scale = torch.full((), 2.0, device=device)
+    kernel_module("klq_residual").klq_residual(
+        Terms(logp, values, *old, advantages, weights), found, grad_scale=scale, shape=LossShape(**shape)
+    )
+    torch.testing.assert_close(found.losses.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    for got, d in zip(found[1:], d_wanted, strict=True):
+        torch.testing.assert_close(got.double(), 2.0 * d, rtol=1e-5, atol=1e-6)
+
+
+CUTS = {  # lengths of the sequences: one long; many short with empty ones; single tokens; a mixture
+    "one": [150],
+    "short": [3, 0, 5, 1, 0, 0, 7, 2, 16, 0, 15, 17, 1],
+    "ones": [1] * 40,
+    "mixed": [50, 1, 0, 33, 70],
+    "tiny": [1],
+}
+
+
+def cut(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("lengths", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("one_decay", [False, True])
+def test_reverse_scan(device: str, lengths: list[int], masked: bool, one_decay: bool) -> None:
+    n = sum(lengths)
+    g = torch.Generator().manual_seed(n)
+    delta = torch.randn(n, generator=g).to(device)
+    decay = (torch.full((1,), 0.95) if one_decay else torch.rand(n, generator=g) * 1.1).to(device)
+    mask = (torch.rand(n, generator=g) < 0.6).to(device) if masked else None
+    cu_seqlens = cut(lengths, device)
+    wanted = reference.reverse_scan(delta.double(), decay.double().expand(n), mask=mask, cu_seqlens=cu_seqlens)
+    out = nans(n, device)
+    noisy = delta if mask is None else delta.masked_fill(~mask, float("nan"))
+    kernel_module("scans").reverse_scan(noisy, decay, mask, cu_seqlens, out)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_lambda_errors(device: str, lengths: list[int], masked: bool, full: bool) -> None:
+    n, batch = sum(lengths), len(lengths)
+    g = torch.Generator().manual_seed(n)
+    logp, ref, values, rewards = torch.randn(4, n, generator=g).to(device)
+    trace = torch.rand(n, generator=g).to(device)
+    bootstrap, scores = torch.randn(2, batch, generator=g).to(device)
+    mask = (torch.rand(n, generator=g) < 0.6).to(device) if masked else None
+    cu_seqlens = cut(lengths, device)
+    tau, gamma, lam = (0.3, 0.99, 0.9) if full else (0.3, 1.0, 1.0)
+    q = values.double() + tau * (logp.double() - ref.double()) if full else values.double()
+    wanted = reference._lambda_errors(
+        q, values.double(), rewards.double() if full else torch.zeros(n, device=device).double(),
+        gamma=gamma, lam=lam, bootstrap_values=bootstrap.double() + scores.double() / gamma,
+        trace=trace.double() if full else None, mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    out = nans(n, device)
+    tail = gamma * bootstrap + scores
+    terms = ScanTerms(logp, ref, values, rewards, trace) if full else ScanTerms(None, None, values, None, None)
+    kernel_module("scans").lambda_errors(terms, tail, mask, cu_seqlens, out, tau=tau, gamma=gamma, lam=lam)
+    # Beyond the last token S = gamma * bootstrap + score, so a score acts as a bootstrap value of score / gamma.
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [7, 16, 40])
+def test_lambda_errors_carries_over_pieces(device: str, size: int) -> None:
+    """Reverse-time pieces with a carry give what one piece gives, wherever sequences are cut."""
+    lengths = CUTS["mixed"]
+    n = sum(lengths)
+    g = torch.Generator().manual_seed(3)
+    terms = ScanTerms(*torch.randn(4, n, generator=g).to(device), None)
+    tail = torch.randn(len(lengths), generator=g).to(device)
+    cu_seqlens = cut(lengths, device)
+    settings = {"tau": 0.3, "gamma": 1.0, "lam": 0.95}
+    scans = kernel_module("scans")
+    whole, pieces = nans(n, device), nans(n, device)
+    scans.lambda_errors(terms, tail, None, cu_seqlens, whole, **settings)
+    carry = torch.zeros(1, device=device)
+    for start in reversed(range(0, n, size)):
+        piece = slice(start, min(start + size, n))
+        scans.lambda_errors(
+            part(terms, piece), tail, None, cu_seqlens, pieces[piece], first_row=start, carry=carry, **settings
+        )
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_sequence_stays_alone(device: str) -> None:
+    """inf and NaN of one sequence reach neither neighbour (a cut is a choice, not a multiplication by 0)."""
+    cu_seqlens = cut([20, 20, 20], device)
+    delta = torch.randn(60, generator=torch.Generator().manual_seed(0)).to(device)
+    decay = torch.full((60,), 0.9, device=device)
+    clean, dirty = nans(60, device), nans(60, device)
+    scans = kernel_module("scans")
+    scans.reverse_scan(delta, decay, None, cu_seqlens, clean)
+    delta[25], delta[30], decay[22] = float("nan"), float("inf"), float("inf")
+    scans.reverse_scan(delta, decay, None, cu_seqlens, dirty)
+    assert torch.equal(clean[:20], dirty[:20])
+    assert torch.equal(clean[40:], dirty[40:])
+    assert not dirty[20:26].isfinite().all()
+
+
+def test_the_combine_is_associative(device: str) -> None:
+    """(x . y) . z = x . (y . z) exactly over small integers, closed stretches included: scans may split anywhere."""
+    if device == "cuda":
+        pytest.skip("algebra, proved once on the CPU")
+    in_torch = SimpleNamespace(where=torch.where, fma=lambda x, y, z: x * y + z)
+    body = FunctionType(kernel_module("scans").compose.fn.__code__, {"tl": in_torch, "__builtins__": builtins})
+    numbers = torch.cartesian_prod(*[torch.tensor([-2.0, 0.0, 1.0, 3.0])] * 6).T
+
+    def join(later: tuple[Tensor, Tensor], earlier: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return body(*later, *earlier)
+
+    x, y, z = ((numbers[2 * i], numbers[2 * i + 1]) for i in range(3))
+    left, right = join(z, join(y, x)), join(join(z, y), x)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    a, b = join(y, x)
+    assert not torch.equal(a, join(x, y)[0])  # and not commutative: the order of operands matters
+    assert torch.equal(b, x[1] * y[1])
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_fused_loss_on_these_kernels(device: str, on_policy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole pass, chunks cutting sequences, against the same pass in plain PyTorch."""
+    g = torch.Generator().manual_seed(0)
+    batch, length, width, vocab = 3, 9, 16, 131
+    hidden, weight = (torch.randn(*s, generator=g).to(device) for s in ((batch, length, width), (vocab, width)))
+    actions = torch.randint(vocab, (batch, length), generator=g).to(device)
+    values, ref = torch.randn(2, batch, length, generator=g).to(device)
+    rewards = torch.randn(batch, generator=g).to(device)
+    mask = (torch.rand(batch, length, generator=g) < 0.7).to(device)
+    given = {"ref_logprobs": ref, "rewards": rewards}
+    if not on_policy:
+        given = {"targets": klq_kernels.klq_targets(ref - 0.1, ref, values, rewards, mask=mask)}
+
+    def run(backend: str) -> list[Tensor]:
+        monkeypatch.setenv("KLQ_BACKEND", backend)
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, values)]
+        out = klq_kernels.fused_klq_loss(
+            leaves[0],
+            leaves[1],
+            actions,
+            leaves[2],
+            mask=mask,
+            workspace_bytes=4 * 192 * 5,
+            return_entropy=True,
+            **given,
+        )
+        return [out.loss, *torch.autograd.grad(out.loss, leaves), *out.metrics.values()]
+
+    for ours, plain in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,89 @@
+"""The compiled kernels stay within their recorded resources on every target, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import static_gate
+from bench.static_gate import Report
+
+ROOT = Path(__file__).parents[2]
+GOOD = Report(registers=64, stack=0, shared=1024, wide_accesses=8, issue_slots=6.0, special_functions=1.125)
+
+
+@pytest.mark.timeout(1200)
+def test_every_kernel_compiles_within_its_record() -> None:
+    """sm_80, sm_90, sm_100, gfx942: no stack, 16-byte accesses, within budget, nothing worse than recorded."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.static_gate", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 complaints" in done.stdout
+
+
+def test_the_record_covers_every_variant() -> None:
+    record = json.loads(static_gate.RECORD.read_text())
+    names = {variant.name for variant in static_gate.variants()}
+    assert set(record["targets"]) == set(static_gate.TARGETS)
+    assert all(set(rows) == names for rows in record["targets"].values())
+
+
+def variant(name: str) -> static_gate.Variant:
+    return next(v for v in static_gate.variants() if v.name == name)
+
+
+@pytest.mark.parametrize("kernel", ["reverse_scan", "lambda_errors"])
+@pytest.mark.parametrize("ones", ["batch=1", "batch=1+n=1"])
+def test_a_scan_over_one_sequence_compiles(kernel: str, ones: str) -> None:
+    """Triton's launcher makes constants of these ones, which a loop must not carry."""
+    static_gate.compile_for(variant(f"{kernel}[fp32+alone+full+{ones}]"), static_gate.TARGETS["sm_90"])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"stack": 8}, "stack"),
+        ({"wide_accesses": 0}, "16-byte"),
+        ({"issue_slots": 16.5}, "instructions per logit"),
+        ({"special_functions": 2.5}, "special functions"),
+    ],
+)
+def test_a_broken_rule_is_found(change: dict[str, float], complaint: str) -> None:
+    kernel = variant("row_stats[bf16]")
+    assert static_gate.broken_rules(kernel, "sm_90", GOOD) == []
+    [found] = static_gate.broken_rules(kernel, "sm_90", GOOD._replace(**change))
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    "change", [{"registers": 80}, {"stack": 8}, {"shared": 2048}, {"wide_accesses": 4}, {"issue_slots": 7.0}]
+)
+def test_a_regression_is_found(change: dict[str, float]) -> None:
+    recorded = GOOD._asdict()
+    assert static_gate.regressions("kernel", GOOD, recorded) == []
+    assert len(static_gate.regressions("kernel", GOOD._replace(**change), recorded)) == 1
+    assert static_gate.regressions("kernel", GOOD, None) != []
+
+
+def test_the_inner_loop_is_found_in_a_listing() -> None:
+    listing = """
+    /*0000*/ MOV R1, R2 ;
+.L_x_1:
+    /*0010*/ FADD R1, R1, R2 ;
+    /*0020*/ MUFU.EX2 R3, R1 ;
+    /*0030*/ @P0 BRA `(.L_x_1) ;
+    /*0040*/ @P1 BRA `(.L_x_2) ;
+.L_x_2:
+    /*0050*/ EXIT ;
+"""
+    loop = static_gate.longest_loop(listing)
+    assert len(loop) == 3
+    assert sum("MUFU" in line for line in loop) == 1

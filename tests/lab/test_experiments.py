@@ -1,0 +1,183 @@
+"""``klq experiment``: its statistics, its jobs, that it goes on where it stopped, and that its page says what is so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from klq_kernels.lab.experiments import NAMES, analysis, page, plots, pool, spec, walkthrough
+from klq_kernels.lab.experiments.equivalence import compare_gradients
+from klq_kernels.lab.experiments.job import result
+from klq_kernels.lab.experiments.statistics import Interval, interval, paired, t_975, win_share
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (30, 2.042), (40, 2.021), (120, 1.980)]
+)
+def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float):
+    assert t_975(degrees) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_intervals():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
+    assert interval([5.0]) == (5.0, None)
+    assert paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == (1.0, 0.0)
+    assert win_share([1.0, 1.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0]) == 0.625
+
+
+def test_an_interval_has_a_sign_only_where_it_leaves_0_out():
+    assert [Interval(*i).sign for i in [(1.0, 0.5), (-1.0, 0.5), (1.0, 1.0), (1.0, None)]] == [1, -1, 0, 0]
+    assert Interval(1.0, 0.25).text(2) == "1.00 ± 0.25"
+    assert Interval(1.0, None).text(2) == "1.00"
+
+
+# Jobs
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_experiment_has_its_jobs(name: str, quick: bool):
+    experiment = spec.load(name, quick=quick)
+    jobs = experiment.jobs({}) + experiment.sweep_jobs()
+    assert len({job.name for job in jobs}) == len(jobs)
+    seeds = {job.settings["seed"] for job in experiment.jobs({})}
+    assert seeds == set(range(experiment.seeds))
+    assert not seeds & {job.settings["seed"] for job in experiment.sweep_jobs()}
+
+
+def test_a_sweep_decides_for_its_group():
+    experiment = spec.load("klq-vs-ppo", seeds=1)
+    better = {"klq": 1e-4, "ppo": 1e-3}
+    jobs = [
+        {
+            "job": {"settings": job.settings},
+            "after": {"reward": float(job.settings["learning_rate"] == better[job.settings["algorithm"]]), "kl": 0.0},
+        }
+        for job in experiment.sweep_jobs()
+    ]
+    chosen = analysis.choose(experiment, jobs)
+    assert chosen == {f"algorithm={name}": {"learning_rate": rate} for name, rate in better.items()}
+    for job in experiment.jobs(chosen):
+        assert job.settings["learning_rate"] == better[job.settings["algorithm"]]
+
+
+def test_bad_arguments_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="name: must be one of constant"):
+        spec.load("nonsense")
+    with pytest.raises(ValueError, match="seeds"):
+        spec.load("constant", seeds=0)
+    with pytest.raises(ValueError, match="workers"):
+        walkthrough.run(["constant"], tmp_path, workers=0)
+
+
+def test_a_result_counts_only_for_the_very_job(tmp_path: Path):
+    job = spec.load("constant").jobs({})[0]
+    path = tmp_path / "r.json"
+    assert result(job, path) is None
+    path.write_text(json.dumps({"job": {"name": job.name, "kind": job.kind, "settings": job.settings}}))
+    assert result(job, path) is not None
+    assert result(replace(job, settings={**job.settings, "tau": 1.0}), path) is None
+    path.write_text('{"job": ')
+    assert result(job, path) is None
+
+
+def test_an_interrupted_experiment_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = spec.load("lambda", quick=True)
+    small = replace(real, grid={"lam": [0.5, 1.0]}, settings={**real.settings, "total_episodes": 16})
+    monkeypatch.setattr(walkthrough, "load", lambda name, **_: small)
+    out = tmp_path / "results"
+    walkthrough.run(["lambda"], out)
+    first, second = (out / "jobs" / "lambda" / f"{job.name}.json" for job in small.jobs({}))
+    kept, again = first.stat().st_mtime_ns, second.read_text()
+    second.unlink()
+    walkthrough.run(["lambda"], out)
+    assert first.stat().st_mtime_ns == kept
+    assert json.loads(second.read_text())["curves"] == json.loads(again)["curves"]  # the same seed, the same run
+    assert (out / "lambda.png").stat().st_size > 10_000
+    assert "λ = 0.5" in (tmp_path / "results.md").read_text()
+    assert not [*out.glob("jobs/lambda/*.log"), *out.glob("jobs/lambda/*.part")]
+
+
+def test_a_job_that_fails_says_why(tmp_path: Path):
+    job = spec.Job("bad", "train", {"task": "chess", "eval_size": 1})
+    with pytest.raises(RuntimeError, match=r"job bad failed: ValueError: task: must be one of"):
+        pool.run_all([job], tmp_path, tmp_path, 1, lambda: None)
+
+
+# Gradients
+
+
+def test_klq_is_ppo_with_a_penalty(tmp_path: Path):
+    trainer = tiny.trainer(tmp_path, {"value_model": tiny.model(seed=1)}, tau=0.1)
+    rows = list(tiny.prompts(8))
+    found = compare_gradients(trainer, rows, alphas=[0.3, 1.0])
+    for entry in found["alphas"]:
+        for name in ("rollout", "away", "expectation"):
+            assert entry[name]["relative_error"] < 1e-12
+        assert entry["rollout_fused"]["relative_error"] < 1e-4
+    partial, whole = found["alphas"]
+    assert partial["beta"] == pytest.approx(0.1 * 0.7 / 0.3)
+    for name in ("away_without_beta", "expectation_without_beta"):
+        assert partial[name]["relative_error"] > 1e-2
+        assert whole[name]["relative_error"] < 1e-12  # at alpha = 1 there is no penalty
+
+
+# The page
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    results = json.loads((DOCS / "experiments" / "results.json").read_text())
+    assert (DOCS / "experiments.md").read_text() == page.page(results, pictures="experiments")
+    for name, found in results.items():
+        assert (DOCS / "experiments" / f"{name}.png").exists()
+        full = spec.load(name)
+        assert (found["seeds"], found["settings"]) == (full.seeds, full.settings)
+
+
+def compared(objective: list[Any], wins: list[Any]) -> dict[str, Any]:
+    difference = {"objective": objective, "reward": [0.0, 0.1], "kl": [-1.0, 0.5]}
+    return {"variant": {"tau": 0.1}, "difference": difference, "win_rate": wins}
+
+
+@pytest.mark.parametrize(
+    ("objective", "wins", "tally", "line"),
+    [
+        (
+            [0.2, 0.1],
+            [0.6, 0.05],
+            "better than PPO at 1 of 1 values",
+            "its objective is higher; its KL is lower; the judge prefers KLQ; no clear difference in reward.",
+        ),
+        (
+            [-0.2, 0.1],
+            [0.4, 0.05],
+            "worse at 1; at 0",
+            "its objective is lower; its KL is lower; the judge prefers PPO",
+        ),
+        (
+            [-0.2, 0.3],
+            [0.5, 0.05],
+            "at 1 these seeds cannot tell",
+            "no clear difference in objective and reward and the judge's preference.",
+        ),
+    ],
+)
+def test_verdicts_follow_from_the_numbers(objective: list[Any], wins: list[Any], tally: str, line: str):
+    pair = compared(objective, wins)
+    assert tally in page.tally([pair]).replace("\n", " ")
+    assert line in page.verdict(pair)
+
+
+def test_names_of_variants():
+    assert plots.name_of({"algorithm": "klq", "tau": 0.1}) == "KLQ, τ = 0.1"
+    assert plots.name_of({"lam": 1.0}) == "λ = 1.0"
