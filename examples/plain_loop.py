@@ -2,7 +2,7 @@
 
 The model is random and tiny; a response earns 1/16 for every even token id, and is over at its EOS or after 16 tokens.
 Replace ``build_model``, ``prompts`` and ``reward`` with your own; the rest stays. For prompts of unequal length, and
-for responses that a limit cuts off before they are over, see ``klq_kernels/demo/train.py``.
+for responses that a limit cuts off before they are over, see ``klq_kernels/lab/demo/train.py``.
 """
 
 import copy

@@ -18,7 +18,7 @@ from .statistics import Interval
 
 HEAD = """# Experiments
 
-<!-- Written by `klq experiment`; edit klq_kernels/experiments instead. -->
+<!-- Written by `klq experiment`; edit klq_kernels/lab/experiments instead. -->
 
     klq experiment all --out docs/experiments
 
