@@ -91,9 +91,9 @@ def _native_bars(sections: dict[str, Any]) -> str:
         "",
         "Ratios of medians taken in turns. A line without a bar says what the machine, or PyTorch, needs for the same. "
         "The three GEMMs are the plain ones, `hidden @ W.T`, `dlogits @ W` and `dlogits.T @ hidden`, into buffers that "
-        "are reused; the loss runs them in strips of the vocabulary (`klq_kernels/vocabulary/vocabulary_major.py`), into memory "
-        "that it just got. On a processor without AVX512_BF16 or AMX, PyTorch emulates the bf16 products that the bars "
-        "compare with; a ratio far below 1 says there that the loss goes around the emulation.",
+        "are reused; the loss runs them in strips of the vocabulary (`klq_kernels/vocabulary/vocabulary_major.py`), "
+        "into memory that it just got. On a processor without AVX512_BF16 or AMX, PyTorch emulates the bf16 products "
+        "that the bars compare with; a ratio far below 1 says there that the loss goes around the emulation.",
         "",
     ]
     for section in sections.values():

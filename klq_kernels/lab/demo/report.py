@@ -150,9 +150,9 @@ def training_section(
 ![Reward, KL, entropy, length and explained variance over the steps](training.png)
 
 The task is to summarise a customer's letter: name the item bought and the problem, be polite, be brief, end properly
-(`klq_kernels/lab/demo/task.py`). The model was warm-started on writers of mixed quality, and then trained by the loop in
-`klq_kernels/lab/demo/train.py`. On letters that neither has seen (KL in nats per response, entropy in nats per token,
-tokens per response, share of responses cut off before they ended):
+(`klq_kernels/lab/demo/task.py`). The model was warm-started on writers of mixed quality, and then trained by the loop
+in `klq_kernels/lab/demo/train.py`. On letters that neither has seen (KL in nats per response, entropy in nats per
+token, tokens per response, share of responses cut off before they ended):
 
 {markdown_table(HELD_OUT_COLUMNS, held_out_rows(evaluations))}
 
