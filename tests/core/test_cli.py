@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import klq_kernels
+import klq_kernels.lab
 from klq_kernels import backends
 from klq_kernels.commands.cli import app
 
@@ -103,7 +103,7 @@ def test_demo_passes_on_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     stand_in = types.ModuleType("klq_kernels.lab.demo")
     stand_in.run = lambda out, steps, seed: calls.append((out, steps, seed))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "klq_kernels.lab.demo", stand_in)
-    monkeypatch.setattr(klq_kernels, "demo", stand_in, raising=False)
+    monkeypatch.setattr(klq_kernels.lab, "demo", stand_in, raising=False)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "3", "--seed", "7"])
     assert done.exit_code == 0, done.output
     assert calls == [(tmp_path, 3, 7)]

@@ -16,6 +16,7 @@ from cases import (
     Outcome,
     assert_as_precise_as,
     assert_same_bits,
+    assert_same_in_layouts,
     differentiate,
     make_case,
     plain_klq_loss,
@@ -158,7 +159,7 @@ def test_any_shape_in_all_layouts(
     for packed, kept in ((case.packed(), case.valid), (case.packed(holes=True), torch.ones_like(case.valid))):
         if on_policy and switches["scores"] and packed.actions.numel() == len(mask):
             continue  # as many tokens as sequences: scores would read as rewards per token
-        assert_same_bits(ours, fused(packed, on_policy=on_policy, rows=rows, **options), positions=kept)
+        assert_same_in_layouts(ours, fused(packed, on_policy=on_policy, rows=rows, **options), kept)
 
 
 @pytest.mark.parametrize("on_policy", MODES)
@@ -220,7 +221,7 @@ def test_klq_loss_matches_the_oracle(
 
     ours = run(klq_loss, case)
     assert_close(ours, run(reference.klq_loss, case.double()))
-    assert_same_bits(ours, run(klq_loss, case.packed()), positions=case.valid)
+    assert_same_in_layouts(ours, run(klq_loss, case.packed()), case.valid)
     packing = pack(mask=mask.to(device))
     direct = klq_loss(case.ref_logprobs, case.values, case.targets, packing=packing, **options)
     again = klq_loss(case.ref_logprobs, case.values, case.targets, mask=case.mask, **options)
@@ -237,7 +238,7 @@ def test_packing_gives_the_same_bits(device: torch.device, on_policy: bool, dtyp
     del inside["mask"], inside["cu_seqlens"]
     same = differentiate(fused_klq_loss, case, packing=packing, workspace_bytes=workspace_for(6, case), **inside)
     assert_same_bits(direct, same)
-    assert_same_bits(direct, fused(case.packed(), on_policy=on_policy, rows=6), positions=case.valid)
+    assert_same_in_layouts(direct, fused(case.packed(), on_policy=on_policy, rows=6), case.valid)
 
 
 @pytest.mark.parametrize("on_policy", MODES)

