@@ -26,7 +26,7 @@ from torch import Tensor
 
 from klq_kernels.reference import klq_residual_loss
 from klq_kernels.trainer import KLQConfig, KLQTrainer, objectives
-from klq_kernels.trainer import trainer as trainer_module
+from klq_kernels.trainer import cycle as cycle_module
 from klq_kernels.trainer.actor_critic import States
 from klq_kernels.trainer.objectives import Scored
 
@@ -201,7 +201,7 @@ def record_inner_phases(run: Profiled, recorder: Recorder, loss: str) -> None:
 
     objectives.OBJECTIVES["klq"] = objective
     if loss == "naive":
-        trainer_module.score = naive_score
+        cycle_module.score = naive_score  # type: ignore[assignment]
     backward = run.accelerator.backward
 
     def recorded(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,9 @@
 """A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
 
 config                       what a run can be told
-trainer                      the cycle: rollout, rewards, scoring, updates; checkpoints
+trainer                      the seams to transformers: updates, logs, optimiser
+cycle                        what a cycle does before its updates: rollout, rewards, scoring, targets
+checkpoints evaluation       saving and resuming; held-out prompts
 loading data rollout rewards models and datasets as users give them; prompts; completions; scores
 models actor_critic          what is known of a language model; the module that is trained
 batches experience           sequences as a model reads them; what a cycle has learnt of them
@@ -10,8 +12,6 @@ sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             what is logged, and true means of it
 processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
-arguments                    ``klq train``: what a user says, in a YAML file and flags
-run held_out plots           from there to a trained model, its held-out results and its picture
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ try:
 except ImportError as error:
     raise ImportError(f"the trainer needs {error.name}: pip install 'klq_kernels[train]'") from None
 
+from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
-from .trainer import KLQTrainer, last_complete_checkpoint
+from .trainer import KLQTrainer
 
 __all__ = [
     "Completions",

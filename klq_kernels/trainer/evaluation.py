@@ -1,4 +1,4 @@
-"""What a policy writes for held-out prompts."""
+"""Held-out prompts: the trainer's ``evaluate``, and the completions that a policy writes for them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,70 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers import Trainer
 
+from . import loading
+from .config import KLQConfig
+from .cycle import Cycle
+from .means import Means
+from .processes import Turn, turns
 from .seeds import Purpose, derived_seed
-from .trainer import KLQTrainer
+from .statistics import add_rewards, held_out_statistics
+
+
+class Evaluation(Cycle, Trainer):
+    """Rewards, KL and lengths of held-out prompts, sampled and scored as in a cycle."""
+
+    args: KLQConfig
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Samples completions for held-out prompts and scores them; random numbers are the same each time.
+
+        They are also the same on any number of processes, which take turns at batches of
+        ``rollout_forward_batch_size`` prompts.
+
+        Returns:
+            ``eval_reward``, ``eval_reward_std``, ``eval_kl`` (nats per completion), ``eval_length``,
+            ``eval_truncated`` and, of each reward function that scored anything, ``eval_rewards/NAME``.
+        """
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
+            return {name: value for part in parts for name, value in part.items()}
+        loading.check_dataset("eval_dataset", data)
+        means, mine = Means(), self.turns(len(data))
+        names = ["reward", "reward_square", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
+        means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one that keeps no turn
+        self.callback_handler.eval_dataloader = mine  # progress bars ask for its length
+        for turn in mine:
+            self._evaluate_turn(turn, [data[i] for i in turn.rows], means)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        found = means.drain(self.accelerator)
+        found["reward_std"] = max(found.pop("reward_square") - found["reward"] ** 2, 0.0) ** 0.5
+        metrics = {f"{metric_key_prefix}_{n}": found[n] for n in sorted(found)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def turns(self, number: int) -> list[Turn]:
+        """How this process shares in sampling completions for ``number`` held-out rows."""
+        process, processes = self.args.process_index, self.accelerator.num_processes
+        return turns(number, self.args.rollout_forward_batch_size, process=process, processes=processes)
+
+    def _evaluate_turn(self, turn: Turn, rows: list[dict[str, Any]], means: Means) -> None:
+        seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)  # 1, 2: the judge of ``klq train``
+        rollout = self.roll_out(rows, seed)
+        scored, ref_logprobs = self.score(rollout)
+        if turn.kept:
+            scores = self.reward(rows, rollout)
+            means.add(held_out_statistics(rollout, scores, scored.logprobs - ref_logprobs), len(rows))
+            add_rewards(means, scores, self.rewards.names)
 
 
 def answers(
-    trainer: KLQTrainer, rows: list[dict[str, Any]], sample: int, advance: Callable[[], None] | None = None
+    trainer: Evaluation, rows: list[dict[str, Any]], sample: int, advance: Callable[[], None] | None = None
 ) -> list[str]:
     """One sampled completion for each row, as text, the same on any number of processes; every process must call it.
 

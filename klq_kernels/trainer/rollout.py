@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,23 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..call.checks import require
 from .batches import Sequence
 
-if TYPE_CHECKING:
-    from .trainer import KLQTrainer
+
+class RolloutContext(Protocol):
+    """What a rollout function may read of the trainer that calls it."""
+
+    args: Any  # KLQConfig
+    tokenizer: Any
+    generation_config: GenerationConfig  # how the trainer itself would sample
+    accelerator: Any
+    state: Any  # transformers' TrainerState: ``global_step``, ``max_steps``
+
+    @property
+    def policy(self) -> Any:
+        """The language model that is trained."""
+
+    @property
+    def cycle(self) -> int:
+        """Cycles finished so far."""
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Completions:
     logprobs: list[list[float]] | None = None
 
 
-RolloutFunction = Callable[[list[Any], "KLQTrainer"], Completions]
+RolloutFunction = Callable[[list[Any], RolloutContext], Completions]
 
 
 @dataclass

@@ -38,8 +38,8 @@ def test_every_phase_of_a_tiny_run_is_booked(loss: str, monkeypatch: pytest.Monk
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
     monkeypatch.setattr(train_profile, "SMALL", small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    trainer, objectives = train_profile.trainer_module, train_profile.objectives
-    monkeypatch.setattr(trainer, "score", trainer.score)  # put back what the naive run replaces
+    cycle, objectives = train_profile.cycle_module, train_profile.objectives
+    monkeypatch.setattr(cycle, "score", cycle.score)  # put back what the naive run replaces
     monkeypatch.setitem(objectives.OBJECTIVES, "klq", objectives.klq)
     found = train_profile.profile(loss)
     assert found["cycles"] == train_profile.CYCLES - 1

@@ -61,7 +61,7 @@ def compare_gradients(trainer: KLQTrainer, rows: list[dict[str, Any]], alphas: I
     disturb(model, DRIFT, generator)
     rollout = trainer.roll_out(rows, seed=trainer.args.seed)
     scores = trainer.reward(rows, rollout).total.double()
-    inputs = trainer._collate(rollout.sequences)
+    inputs = trainer.collate(rollout.sequences)
     exact = exact_copy(model)
     old = look(exact, inputs)
     ref_logprobs = look_at_reference(trainer, inputs)

@@ -1,0 +1,115 @@
+"""Checkpoints: the policy as ``from_pretrained`` reads it, the value function, and the state of a cycle in progress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..call.checks import require
+from .config import KLQConfig
+from .cycle import Cycle
+from .experience import Experience
+
+VALUE_FILE = "value_function.safetensors"
+
+
+class Checkpoints(Cycle, Trainer):
+    """Saving and resuming, so that a resumed run repeats exactly what an uninterrupted one would have done."""
+
+    args: KLQConfig
+    experience: Experience | None  # of the cycle in progress
+    micro_step: int  # within the optimizer step
+    step_rows: Tensor  # trained tokens of each optimizer step of the cycle, over all processes; empty until counted
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(Path(folder))
+            require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
+        self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy as ``from_pretrained`` reads it, its tokenizer, and the value function in a file beside it."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.actor_critic.state_dict() if state_dict is None else state_dict
+        policy, value = (
+            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for prefix in ("policy.", "value.")
+        )
+        self.policy.save_pretrained(folder, state_dict=policy)
+        self.tokenizer.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / VALUE_FILE)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
+        self.actor_critic.value.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_FILE))
+
+    def _load_best_model(self) -> None:
+        """What ``load_best_model_at_end`` loads."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random state, what the next log will say, and the experience of a cycle that is not over yet."""
+        super()._save_rng_state(output_dir)
+        torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
+        if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
+            self.experience.save(self._file_of_process(output_dir, "experience"))
+        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        means = self._file_of_process(checkpoint, "means")
+        if means.exists():
+            self.means.load_state(torch.load(means, weights_only=True))
+        if self.state.global_step % self.args.steps_per_cycle:
+            file = self._file_of_process(checkpoint, "experience")
+            absent = torch.tensor(float(not file.exists()), device=self.args.device)
+            # all processes fail together: one that stopped alone would leave the others waiting for it
+            missing = int(self.accelerator.reduce(absent, reduction="sum"))
+            require(
+                missing == 0,
+                "resume_from_checkpoint",
+                f"experience_RANK.pt is missing for {missing} of {self.accelerator.num_processes} processes: the "
+                "checkpoint was not written to its end, or by a run with other processes, epochs or mini-batches; "
+                "resume that run, or from another checkpoint",
+            )
+            self.experience = Experience.load(file, self.args.device)
+
+    def _file_of_process(self, folder: str, name: str) -> Path:
+        return Path(folder) / f"{name}_{self.args.process_index}.pt"
+
+
+def last_complete_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that was written to its end (its state file comes last), or None."""
+    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(p).isdecimal()]
+    for folder in sorted(found, key=lambda p: int(step_of(p)), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
+
+
+def step_of(checkpoint: Path) -> str:
+    """What follows ``checkpoint-``: of those that transformers wrote, the step."""
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

@@ -1,0 +1,222 @@
+"""One cycle: prompts, rollout, rewards, scoring. ``KLQTrainer`` inherits it and adds transformers' loop.
+
+    rollout       a completion for each prompt, sampled from the policy (``rollout``)
+    rewards       a score for each completion (``rewards``)
+    scoring       one pass per sequence over policy and reference: old log-probs, reference log-probs, values
+                  (``objectives.score``)
+    targets       lambda-errors from them (``klq_targets``)
+
+The result is an ``Experience``, from which the updates of the cycle learn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.checks import require
+from ..returns import klq_targets
+from ..types import KLQTargets
+from .actor_critic import ActorCritic, Objective, States
+from .batches import Inputs, collate
+from .completions_log import CompletionsLog
+from .config import KLQConfig
+from .data import tokenize_prompt
+from .experience import Experience
+from .means import Means
+from .models import LanguageModel
+from .objectives import Scored, logprobs, score
+from .rewards import Rewards, Scores
+from .rollout import Completions, Rollout, RolloutFunction, check_completions, eos_ids, generate
+from .seeds import Purpose, derived_seed, seeded
+from .statistics import add_rewards, completion_statistics, token_statistics
+
+
+class Cycle:
+    """The parts of a cycle, as methods of the trainer; its attributes are those that the parts read."""
+
+    args: KLQConfig
+    accelerator: Any
+    state: Any  # of transformers' loop: ``global_step``, ``max_steps``
+    tokenizer: Any
+    reference: LanguageModel | None  # None: the policy without its adapters
+    rewards: Rewards
+    rollout_func: RolloutFunction | None
+    generation_config: Any
+    means: Means
+    completions_log: CompletionsLog | None
+    seconds: dict[str, float]  # that each part has taken since the last log
+
+    @property
+    def actor_critic(self) -> ActorCritic:
+        """The module that is trained, out of whatever wraps it."""
+        raise NotImplementedError
+
+    @property
+    def policy(self) -> Any:
+        """The language model that is trained (with its adapters, if it has any), a ``PreTrainedModel``."""
+        return self.actor_critic.policy
+
+    @property
+    def cycle(self) -> int:
+        """Cycles finished so far."""
+        return self.state.global_step // self.args.steps_per_cycle
+
+    @property
+    def lam(self) -> float:
+        """The trace decay of this cycle, annealed where ``lam_final`` is given."""
+        args = self.args
+        if args.lam_final is None:
+            return args.lam
+        progress = min(self.state.global_step / max(self.state.max_steps - args.steps_per_cycle, 1), 1.0)
+        return args.lam + (args.lam_final - args.lam) * progress
+
+    @torch.no_grad()
+    def collect(self, rows: list[dict[str, Any]]) -> Experience:
+        """Samples, rewards and scores a completion for each row of the dataset: the experience of a cycle."""
+        seed = derived_seed(self.args.seed, Purpose.ROLLOUT, self.cycle, self.args.process_index)
+        with self._timed("time/rollout"):
+            rollout = self.roll_out(rows, seed)
+        with self._timed("time/reward"):
+            scores = self.reward(rows, rollout)
+        with self._timed("time/score"):
+            scored, ref_logprobs = self.score(rollout)
+        targets = self._targets(rollout, scores, scored, ref_logprobs)
+        experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
+        statistics = completion_statistics(rollout, scores, scored, experience, self.args.tau)
+        self.means.add({**statistics, "lam": self.lam}, len(rollout.sequences))
+        add_rewards(self.means, scores, self.rewards.names)
+        self.means.add(token_statistics(rollout, scored), len(scored.logprobs))
+        if self.completions_log is not None:
+            self._log_completions(rows, rollout, scores)
+        return experience
+
+    def roll_out(self, rows: list[dict[str, Any]], seed: int) -> Rollout:
+        """Completions of the rows' prompts, sampled with the policy as it is."""
+        prompts = [self._tokenize(row["prompt"]) for row in rows]
+        with seeded(seed, self.args.device), self._inference() as model:
+            if self.rollout_func is None:
+                completions = generate(
+                    model, prompts, self.generation_config,
+                    batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
+                )  # fmt: skip
+            else:
+                completions = self.rollout_func([row["prompt"] for row in rows], self)
+                require(
+                    isinstance(completions, Completions),
+                    "rollout_func",
+                    f"must return Completions, got {type(completions).__name__}",
+                )
+        return check_completions(completions, prompts, eos_ids(self.generation_config))
+
+    @contextmanager
+    def _inference(self) -> Iterator[ActorCritic]:
+        """The module without dropout and gradients, computing (as does the reference) in the precision of training.
+
+        Rollout and scoring share it, so that samples and old log-probabilities are those of one policy.
+        """
+        model = self.actor_critic
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield model
+        finally:
+            model.train(was_training)
+
+    def _tokenize(self, prompt: Any) -> list[int]:
+        ids = tokenize_prompt(prompt, self.tokenizer)
+        return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
+
+    def reward(self, rows: list[dict[str, Any]], rollout: Rollout) -> Scores:
+        """What the reward functions say, with the penalty for completions that did not end."""
+        prompts = [row["prompt"] for row in rows]
+        ids = [s.completion.tolist() for s in rollout.sequences]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        chats = [isinstance(prompt, list) for prompt in prompts]
+        completions = [
+            [{"role": "assistant", "content": text}] if chat else text for chat, text in zip(chats, texts, strict=True)
+        ]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        scores = self.rewards(
+            prompts=prompts, completions=completions, completion_ids=ids, columns=columns, context=self.state
+        )
+        if self.args.missing_eos_penalty is not None:
+            scores = scores._replace(total=scores.total - self.args.missing_eos_penalty * rollout.truncated)
+        return scores
+
+    def score(self, rollout: Rollout) -> tuple[Scored, Tensor]:
+        """(what the policy and the value function say of a rollout, log-probs under the reference), packed."""
+        passes, references = [], []
+        size = self.args.rollout_forward_batch_size
+        with self._inference() as model:
+            for begin in range(0, len(rollout.sequences), size):
+                batch = self.collate(rollout.sequences[begin : begin + size])
+                passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
+                references.append(self._reference_logprobs(model, batch))
+        return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
+
+    def _reference_logprobs(self, model: ActorCritic, batch: Inputs) -> Tensor:
+        read: Objective = partial(logprobs, inputs=batch, config=self.args)
+        if self.reference is None:  # the policy without its adapters
+            with model.language_model.without_adapters():
+                return model(batch, read).logprobs
+        hidden = self.reference.hidden_states(batch).index_select(0, batch.rows)
+        nothing = hidden.new_zeros(0)
+        return read(States(hidden, self.reference.head(self.args.temperature), nothing, nothing)).logprobs
+
+    def collate(self, sequences: list[Any]) -> Inputs:
+        padding_free = self.args.padding_free
+        if padding_free is None:
+            attention = str(getattr(self.actor_critic.config, "_attn_implementation", ""))
+            padding_free = "flash" in attention
+        pad: Any = self.tokenizer.pad_token_id
+        return collate(sequences, pad_id=pad, padding_free=padding_free).to(self.args.device)
+
+    def _targets(self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor) -> KLQTargets:
+        """lambda-errors. A completion that was cut off earns V of its last state in place of a score."""
+        device = scored.logprobs.device
+        cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
+        total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), scores.total.to(device))
+        counts = torch.tensor([0, *(s.rows for s in rollout.sequences)])
+        return klq_targets(
+            scored.logprobs,
+            ref_logprobs,
+            scored.values,
+            total,
+            bootstrap_values=scored.last_values * cut,
+            tau=self.args.tau,
+            gamma=self.args.gamma,
+            lam=self.lam,
+            cu_seqlens=counts.cumsum(0).int().to(device),
+        )
+
+    def _weighted(self, advantages: Tensor) -> Tensor:
+        """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""
+        if self.args.algorithm != "ppo" or not self.args.whiten_advantages:
+            return advantages
+        moments = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
+        count, total, squares = self.accelerator.reduce(moments, reduction="sum")
+        mean = total / count.clamp(min=1)
+        deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        return ((advantages - mean) / (deviation + 1e-8)).float()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds a part of the cycle takes to the log (per cycle; on a GPU, of the host's waiting)."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def _log_completions(self, rows: list[dict[str, Any]], rollout: Rollout, scores: Scores) -> None:
+        assert self.completions_log is not None
+        texts = self.tokenizer.batch_decode([s.completion.tolist() for s in rollout.sequences])
+        self.completions_log.add(
+            self.state.global_step, [row["prompt"] for row in rows], texts, scores, self.rewards.names
+        )
