@@ -201,7 +201,7 @@ def record_inner_phases(run: Profiled, recorder: Recorder, loss: str) -> None:
 
     objectives.OBJECTIVES["klq"] = objective
     if loss == "naive":
-        cycle_module.score = naive_score  # type: ignore[assignment]
+        cycle_module.score = naive_score
     backward = run.accelerator.backward
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
