@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .call.head import check_head
 from .call.layout import Packing, layout_of
-from .ops.linear_logprobs import linear_logprobs as op
+from .ops import linear_logprobs as operator
 from .types import LinearLogprobs
 
 
@@ -61,7 +61,20 @@ def linear_logprobs(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
         return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
-    logp, lse, entropy, *_ = op(*inputs, *layout.row_args(), temperature, softcap, return_entropy, workspace_bytes)
+    found = operator.Results(
+        *operator.linear_logprobs(
+            *operator.Arguments(
+                **inputs._asdict(),
+                **layout.row_args(),
+                temperature=temperature,
+                softcap=softcap,
+                return_entropy=return_entropy,
+                workspace_bytes=workspace_bytes,
+            )
+        )
+    )
     return LinearLogprobs(
-        logp.reshape(layout.shape), lse.reshape(layout.shape), entropy.reshape(layout.shape) if return_entropy else None
+        found.logp.reshape(layout.shape),
+        found.lse.reshape(layout.shape),
+        found.entropy.reshape(layout.shape) if return_entropy else None,
     )

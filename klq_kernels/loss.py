@@ -11,8 +11,8 @@ from .call.checks import require, require_number, require_tensor
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
 from .call.transforms import needs_gradient, refuse_tangents
-from .ops.fused_loss import fused_klq_loss as fused_op
-from .ops.klq_loss import klq_loss as unfused_op
+from .ops import fused_loss
+from .ops import klq_loss as unfused_loss
 from .types import KLQLoss, KLQTargets
 from .vocabulary.metrics import metric_names
 
@@ -111,7 +111,7 @@ def fused_klq_loss(
         require_number("lam", lam, low=0.0, high=1.0)
         assert rewards is not None
         per_token, scores = layout.rewards(rewards)
-        old = (None, None, None)
+        old: dict[str, Any] = dict.fromkeys(("old_logp", "old_values", "advantages"))
     else:
         for name, given in (("rewards", rewards), ("bootstrap_values", bootstrap_values), ("trace", trace)):
             require(given is None, name, "is already in targets; give one or the other")
@@ -120,40 +120,44 @@ def fused_klq_loss(
     flat_values = layout.flat("values", values)
     _check_weights(weights)
     refuse_tangents(values=values)
-    loss, numbers, *_ = fused_op(
-        *inputs,
-        flat_values,
-        *old,
-        layout.flat_or_none("ref_logprobs", ref_logprobs),
-        per_token,
-        scores,
-        layout.per_sequence("bootstrap_values", bootstrap_values),
-        layout.flat_or_none("trace", trace),
-        layout.flat_or_none("weights", weights),
-        *layout.row_args(),
-        _denominator(denom, hidden.device),
-        gamma,
-        lam,
-        tau,
-        alpha,
-        loss_type,
-        huber_delta,
-        value_clip,
-        log_ratio_clip,
-        temperature,
-        softcap,
-        return_entropy,
-        workspace_bytes,
-        True,  # the gradients among the outputs are autograd's alone: they are dropped here
-        needs_gradient(inputs.hidden),
-        needs_gradient(weight),
-        bias is not None and needs_gradient(bias),
-        needs_gradient(flat_values),
+    found = fused_loss.Results(
+        *fused_loss.fused_klq_loss(
+            *fused_loss.Arguments(
+                **inputs._asdict(),
+                values=flat_values,
+                **old,
+                ref_logp=layout.flat_or_none("ref_logprobs", ref_logprobs),
+                rewards=per_token,
+                scores=scores,
+                bootstrap_values=layout.per_sequence("bootstrap_values", bootstrap_values),
+                trace=layout.flat_or_none("trace", trace),
+                weights=layout.flat_or_none("weights", weights),
+                **layout.row_args(),
+                denom=_denominator(denom, hidden.device),
+                gamma=gamma,
+                lam=lam,
+                tau=tau,
+                alpha=alpha,
+                loss_type=loss_type,
+                huber_delta=huber_delta,
+                value_clip=value_clip,
+                log_ratio_clip=log_ratio_clip,
+                temperature=temperature,
+                softcap=softcap,
+                return_entropy=return_entropy,
+                workspace_bytes=workspace_bytes,
+                own_gradients=True,  # the gradients among the results are autograd's alone: they are dropped here
+                need_hidden=needs_gradient(inputs.hidden),
+                need_weight=needs_gradient(weight),
+                need_bias=bias is not None and needs_gradient(bias),
+                need_values=needs_gradient(flat_values),
+            )
+        )
     )
     names = metric_names(
         on_policy=targets is None, reference=ref_logprobs is not None, loss_type=loss_type, entropy=return_entropy
     )
-    return KLQLoss(loss, dict(zip(names, numbers.detach().unbind(), strict=True)))
+    return KLQLoss(found.loss, dict(zip(names, found.metrics.detach().unbind(), strict=True)))
 
 
 def klq_loss(
@@ -195,24 +199,28 @@ def klq_loss(
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     _check_weights(weights)
-    flat = [layout.flat(name, tensor) for name, tensor in (("logprobs", logprobs), ("values", values))]
     refuse_tangents(logprobs=logprobs, values=values)
-    loss, numbers, *_ = unfused_op(
-        *flat,
-        *_flat_targets(layout, targets),
-        layout.flat_or_none("ref_logprobs", ref_logprobs),
-        layout.flat_or_none("weights", weights),
-        *layout.row_args(),
-        _denominator(denom, logprobs.device),
-        tau,
-        alpha,
-        loss_type,
-        huber_delta,
-        value_clip,
-        log_ratio_clip,
+    found = unfused_loss.Results(
+        *unfused_loss.klq_loss(
+            *unfused_loss.Arguments(
+                logp=layout.flat("logprobs", logprobs),
+                values=layout.flat("values", values),
+                **_flat_targets(layout, targets),
+                ref_logp=layout.flat_or_none("ref_logprobs", ref_logprobs),
+                weights=layout.flat_or_none("weights", weights),
+                **layout.row_args(),
+                denom=_denominator(denom, logprobs.device),
+                tau=tau,
+                alpha=alpha,
+                loss_type=loss_type,
+                huber_delta=huber_delta,
+                value_clip=value_clip,
+                log_ratio_clip=log_ratio_clip,
+            )
+        )
     )
     names = metric_names(on_policy=False, reference=ref_logprobs is not None, loss_type=loss_type, entropy=False)
-    return KLQLoss(loss, dict(zip(names, numbers.detach().unbind(), strict=True)))
+    return KLQLoss(found.loss, dict(zip(names, found.metrics.detach().unbind(), strict=True)))
 
 
 def _check_loss(
@@ -232,16 +240,18 @@ def _check_weights(weights: Tensor | None) -> None:
     require(not weights.requires_grad, "weights", "carry no gradient; pass weights.detach()")
 
 
-def _flat_targets(layout: Layout, targets: KLQTargets) -> tuple[Any, ...]:
+def _flat_targets(layout: Layout, targets: KLQTargets) -> dict[str, Any]:
+    """The targets as the operators name them."""
     require(
         isinstance(targets, tuple) and len(targets) == 3,
         "targets",
         "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns",
     )
-    return tuple(
-        layout.flat(f"targets.{name}", tensor).detach()
-        for name, tensor in zip(KLQTargets._fields, targets, strict=True)
-    )
+    names = {"old_logprobs": "old_logp", "old_values": "old_values", "advantages": "advantages"}
+    return {
+        inside: layout.flat(f"targets.{name}", tensor).detach()
+        for (name, inside), tensor in zip(names.items(), targets, strict=True)
+    }
 
 
 def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor | None:

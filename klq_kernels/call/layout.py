@@ -11,7 +11,7 @@ The number of valid rows decides sizes, so finding it under a mask costs one dev
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ class Layout(NamedTuple):
         """(mask, cu_seqlens) over flat positions, for the scans, which step over masked tokens by themselves."""
         return self.mask, self.cu_seqlens
 
-    def row_args(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """(mask, cu_seqlens, rows) for the ops that work on valid rows; ``valid_rows`` resolves them inside the op."""
+    def row_args(self) -> dict[str, Any]:
+        """mask, cu_seqlens and rows for operators that work on valid rows and find them by ``valid_rows``."""
         if self.packing is not None:
-            return None, self.packing.row_cu_seqlens, self.packing.rows
-        return self.mask, self.cu_seqlens, None
+            return {"mask": None, "cu_seqlens": self.packing.row_cu_seqlens, "rows": self.packing.rows}
+        return {"mask": self.mask, "cu_seqlens": self.cu_seqlens, "rows": None}
 
     def flat(self, name: str, tensor: Tensor) -> Tensor:
         """A per-token tensor as [M], or the ValueError that names it."""

@@ -5,7 +5,7 @@ The gradients are outputs of the forward; backward only multiplies them by the i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
 from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from .gradients import scaled_gradient
+from .operator import Parts, fields_of, operator
 from .scans import tail_values
 
 
@@ -66,149 +67,202 @@ def weight_gradient_dtype(
     )  # fmt: skip
 
 
-@torch.library.custom_op("klq_kernels::fused_klq_loss", mutates_args=())
-def fused_klq_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    values: Tensor,
-    old_logp: Tensor | None,
-    old_values: Tensor | None,
-    advantages: Tensor | None,
-    ref_logp: Tensor | None,
-    rewards: Tensor | None,
-    scores: Tensor | None,
-    bootstrap_values: Tensor | None,
-    trace: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    denom: Tensor | None,
-    gamma: float,
-    lam: float,
-    tau: float,
-    alpha: float,
-    loss_type: str,
-    huber_delta: float,
-    value_clip: float,
-    log_ratio_clip: float,
-    temperature: float,
-    softcap: float | None,
-    return_entropy: bool,
-    workspace_bytes: int | None,
-    own_gradients: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, d_hidden, d_weight, d_bias, d_values, unit); gradients nobody needs are empty.
+class Arguments(NamedTuple):
+    """Flat tensors of M positions, cut into B sequences; ``layout.valid_rows`` finds the valid ones."""
 
-    ``own_gradients`` is the caller's word that it drops the gradients among the outputs, so that backward may scale
-    them in place instead of allocating them a second time.
-    """
-    positions = actions.numel()
-    index, row_cu_seqlens = layout.valid_rows(mask, cu_seqlens, rows, positions)
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    actions: Tensor  # int64 [M]
+    values: Tensor  # [M]
+    # targets of a rollout, all None on-policy
+    old_logp: Tensor | None
+    old_values: Tensor | None
+    advantages: Tensor | None
+    # what the on-policy pass makes its targets of; with targets the reference only adds metrics
+    ref_logp: Tensor | None
+    rewards: Tensor | None  # [M]
+    scores: Tensor | None  # [B]
+    bootstrap_values: Tensor | None  # [B]
+    trace: Tensor | None
+    weights: Tensor | None
+    # ``Layout.row_args``
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    rows: Tensor | None
+    denom: Tensor | None  # 0-d
+    gamma: float
+    lam: float
+    # ``LossShape``
+    tau: float
+    alpha: float
+    loss_type: str
+    huber_delta: float
+    value_clip: float
+    log_ratio_clip: float
+    temperature: float
+    softcap: float | None
+    return_entropy: bool
+    workspace_bytes: int | None
+    # the caller's word that it drops the gradients among the results, so that backward may scale them in place
+    own_gradients: bool
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    need_values: bool
 
-    def take(tensor: Tensor | None) -> Any:
-        return layout.fp32_rows(tensor, index)
+    @property
+    def on_policy(self) -> bool:
+        return self.advantages is None
 
-    taken = layout.take_rows(actions, index)
-    assert taken is not None
-    layout.check_actions(taken, weight.shape[0])
-    n = taken.numel()
-    row_values = take(values)
-    ref_rows = take(ref_logp)
-    errors = torch.empty_like(row_values) if advantages is None else take(advantages)
-    terms = Terms(torch.empty_like(row_values), row_values, take(old_logp), take(old_values), errors, take(weights))
-    scan = decay_next = None
-    if advantages is None:
-        tail = tail_values(row_cu_seqlens, bootstrap_values, scores, gamma)
-        factors = take(trace)
-        scan_terms = ScanTerms(terms.logp, ref_rows, row_values, take(rewards), factors)
-        scan = ScanInputs(scan_terms, tail, row_cu_seqlens, gamma, lam)
-        decay = torch.full_like(row_values, gamma * lam) if factors is None else gamma * lam * factors.roll(-1)
-        decay_next = decay.masked_fill(layout.sequence_ends(row_cu_seqlens, n), 0.0)
-    shape = LossShape(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
-    scale = GradientScale(denom, n, hidden.dtype, hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        result = klq_pass(
-            backend_for(hidden.device),
-            Rows(hidden.detach(), index, taken),
-            make_head(
-                hidden, weight, bias, temperature, softcap, weight_gradient_dtype(hidden, weight, workspace_bytes)
-            ),
-            Needs(need_hidden, need_weight, need_bias),
-            terms,
-            scan,
-            shape,
-            grad_scale=scale.grad_scale,
-            entropy=return_entropy,
-            workspace_bytes=workspace_bytes,
-        )
-    loss = scale.mean(result.losses)
-    metrics = klq_metrics(loss, terms, shape, ref_logp=ref_rows, entropy=result.entropy, decay_next=decay_next)
-    d_values = layout.put_rows(result.d_values, index, positions) if need_values else loss.new_empty(0)
-
-    def given(gradient: Tensor | None) -> Tensor:
-        return loss.new_empty(0) if gradient is None else gradient
-
-    return (
-        loss,
-        metrics,
-        given(result.d_hidden),
-        given(result.d_weight),
-        given(result.d_bias),
-        d_values,
-        scale.unit,
-    )
+    @property
+    def needs(self) -> dict[str, bool]:
+        """Which inputs want a gradient, in the order of the gradients among ``Results``."""
+        return {
+            "hidden": self.need_hidden,
+            "weight": self.need_weight,
+            "bias": self.need_bias,
+            "values": self.need_values,
+        }
 
 
-@fused_klq_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    (ref_logp, loss_type, return_entropy, workspace_bytes) = args[4], args[18], args[24], args[25]
-    need_hidden, need_weight, need_bias, need_values = args[-4:]
+class Results(NamedTuple):
+    """The loss, and everything that backward needs of it; gradients that nobody needs are empty."""
+
+    loss: Tensor
+    metrics: Tensor  # in the order of ``metric_names``
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    d_values: Tensor
+    unit: Tensor  # of ``GradientScale``
+
+
+def _fake(given: Arguments) -> Results:
     names = metric_names(
-        on_policy=args[1] is None, reference=ref_logp is not None, loss_type=loss_type, entropy=return_entropy
+        on_policy=given.on_policy,
+        reference=given.ref_logp is not None,
+        loss_type=given.loss_type,
+        entropy=given.return_entropy,
     )
+    hidden, weight = given.hidden, given.weight
     scalar = hidden.new_empty((), dtype=torch.float32)
 
     def shaped(needed: bool, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if needed else scalar.new_empty(0)
 
-    return (
-        scalar,
-        scalar.new_empty(len(names)),
-        shaped(need_hidden, *hidden.shape, dtype=hidden.dtype),
-        shaped(need_weight, *weight.shape, dtype=weight_gradient_dtype(hidden, weight, workspace_bytes)),
-        shaped(need_bias, weight.shape[0]),
-        shaped(need_values, actions.shape[0]),
-        scalar.new_empty(()),
+    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes)
+    return Results(
+        loss=scalar,
+        metrics=scalar.new_empty(len(names)),
+        d_hidden=shaped(given.need_hidden, *hidden.shape, dtype=hidden.dtype),
+        d_weight=shaped(given.need_weight, *weight.shape, dtype=weight_dtype),
+        d_bias=shaped(given.need_bias, weight.shape[0]),
+        d_values=shaped(given.need_values, given.actions.shape[0]),
+        unit=scalar.new_empty(()),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, metrics, *gradients, unit = output
+def _setup(ctx: Any, given: Arguments, found: Results) -> None:
+    _, metrics, *gradients, unit = found
     ctx.mark_non_differentiable(metrics, *gradients, unit)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients, unit)
-    ctx.own_gradients, *ctx.needs = inputs[-5:]
-    hidden, weight, bias, _, values = inputs[:5]
-    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, values)]
-    ctx.inputs = len(inputs)
+    ctx.own_gradients = given.own_gradients
+    ctx.dtypes = {name: getattr(given, name).dtype for name, needed in given.needs.items() if needed}
+    ctx.names = tuple(given.needs)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    out: list[Tensor | None] = [None] * ctx.inputs
-    if d_loss is not None:
-        *saved, unit = ctx.saved_tensors
-        scale = d_loss.float() * unit
-        for slot, gradient, needed, dtype in zip((0, 1, 2, 4), saved, ctx.needs, ctx.dtypes, strict=True):
-            if needed:
-                out[slot] = scaled_gradient(gradient, scale, dtype, owned=ctx.own_gradients)
-    return tuple(out)
+def _backward(ctx: Any, by: Results, _: dict[str, bool]) -> dict[str, Tensor | None]:
+    if by.loss is None:
+        return {}
+    *saved, unit = ctx.saved_tensors
+    scale = by.loss.float() * unit
+    return {
+        name: scaled_gradient(gradient, scale, ctx.dtypes[name], owned=ctx.own_gradients)
+        for name, gradient in zip(ctx.names, saved, strict=True)
+        if name in ctx.dtypes
+    }
 
 
-fused_klq_loss.register_autograd(_backward, setup_context=_setup_context)
+def _forward(given: Arguments) -> Results:
+    """The loss, its metrics and its gradients, from rollout targets or on-policy."""
+    positions = given.actions.numel()
+    index, row_cu_seqlens = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
+    taken = layout.take_rows(given.actions, index)
+    assert taken is not None
+    layout.check_actions(taken, given.weight.shape[0])
+    rows = Rows(given.hidden.detach(), index, taken)
+    terms = _terms(given, index)
+    ref_logp = layout.fp32_rows(given.ref_logp, index)
+    scan = _scan_inputs(given, terms, ref_logp, index, row_cu_seqlens) if given.on_policy else None
+    shape: LossShape = fields_of(LossShape, given)
+    scale = GradientScale(given.denom, taken.numel(), given.hidden.dtype, given.hidden.device)
+    weight_dtype = weight_gradient_dtype(given.hidden, given.weight, given.workspace_bytes)
+    with torch.autocast(given.hidden.device.type, enabled=False):
+        found = klq_pass(
+            backend_for(given.hidden.device),
+            rows,
+            make_head(given.hidden, given.weight, given.bias, given.temperature, given.softcap, weight_dtype),
+            Needs(given.need_hidden, given.need_weight, given.need_bias),
+            terms,
+            scan,
+            shape,
+            grad_scale=scale.grad_scale,
+            entropy=given.return_entropy,
+            workspace_bytes=given.workspace_bytes,
+        )
+    loss = scale.mean(found.losses)
+    decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
+    metrics = klq_metrics(loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
+    d_values = layout.put_rows(found.d_values, index, positions) if given.need_values else None
+
+    def given_or_empty(gradient: Tensor | None) -> Tensor:
+        return loss.new_empty(0) if gradient is None else gradient
+
+    return Results(
+        loss=loss,
+        metrics=metrics,
+        d_hidden=given_or_empty(found.d_hidden),
+        d_weight=given_or_empty(found.d_weight),
+        d_bias=given_or_empty(found.d_bias),
+        d_values=given_or_empty(d_values),
+        unit=scale.unit,
+    )
+
+
+def _terms(given: Arguments, index: Tensor | None) -> Terms:
+    """The rows of the loss's terms, with room for log-probabilities and, on-policy, for the lambda-errors."""
+
+    def take(tensor: Tensor | None) -> Any:
+        return layout.fp32_rows(tensor, index)
+
+    values = take(given.values)
+    return Terms(
+        logp=torch.empty_like(values),
+        values=values,
+        old_logp=take(given.old_logp),
+        old_values=take(given.old_values),
+        advantages=torch.empty_like(values) if given.on_policy else take(given.advantages),
+        weights=take(given.weights),
+    )
+
+
+def _scan_inputs(
+    given: Arguments, terms: Terms, ref_logp: Tensor | None, index: Tensor | None, cu_seqlens: Tensor
+) -> ScanInputs:
+    tail = tail_values(cu_seqlens, given.bootstrap_values, given.scores, given.gamma)
+    rewards, trace = layout.fp32_rows(given.rewards, index), layout.fp32_rows(given.trace, index)
+    scan_terms = ScanTerms(terms.logp, ref_logp, terms.values, rewards, trace)
+    return ScanInputs(scan_terms, tail, cu_seqlens, given.gamma, given.lam)
+
+
+def _decay_to_next(given: Arguments, scan: ScanInputs, n: int) -> Tensor:
+    """fp32 [n]: how much of the next row's lambda-error enters a row's; 0 at the end of a sequence."""
+    factors, decay = scan.terms.trace, given.gamma * given.lam
+    constant = torch.full_like(scan.terms.values, decay) if factors is None else decay * factors.roll(-1)
+    return constant.masked_fill(layout.sequence_ends(scan.cu_seqlens, n), 0.0)
+
+
+PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)
+fused_klq_loss = operator("klq_kernels::fused_klq_loss", PARTS)

@@ -6,7 +6,7 @@ does with the outputs, so, unlike in ``fused_loss``, it cannot be formed ahead o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,147 +16,189 @@ from ..call import layout
 from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from .fused_loss import make_head, weight_gradient_dtype
+from .operator import Parts, operator
 
 
-@torch.library.custom_op("klq_kernels::linear_logprobs", mutates_args=())
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    return_entropy: bool,
-    workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, lse, entropy, top, log_total), fp32 [M], 0 at masked positions; entropy is empty unless asked for.
+class BackwardArguments(NamedTuple):
+    """The inputs and outputs of the forward, and the gradients by its outputs, flat; None where there is none."""
 
-    ``top`` and ``log_total`` are for backward: lse in the two parts of ``portable.row_stats``.
-    """
-    index, _ = layout.valid_rows(mask, cu_seqlens, rows, actions.numel())
-    taken = layout.take_rows(actions, index)
-    assert taken is not None
-    layout.check_actions(taken, weight.shape[0])
-    head = make_head(hidden, weight, bias, temperature, softcap, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        top, log_total, logp, entropy = logprobs_pass(
-            backend_for(hidden.device),
-            Rows(hidden.detach(), index, taken),
-            head,
-            entropy=return_entropy,
-            workspace_bytes=workspace_bytes,
-        )
-    lse = torch.add(log_total, top, alpha=head.scale)
-
-    def put(vector: Tensor | None) -> Tensor:
-        return logp.new_empty(0) if vector is None else layout.put_rows(vector, index, actions.numel())
-
-    return put(logp), put(lse), put(entropy), put(top), put(log_total)
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    actions: Tensor  # int64 [M]
+    # ``Layout.row_args``
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    rows: Tensor | None
+    # fp32 [M], from the forward
+    top: Tensor
+    log_total: Tensor
+    entropy: Tensor | None
+    # fp32 [M]
+    d_logp: Tensor | None
+    d_lse: Tensor | None
+    d_entropy: Tensor | None
+    temperature: float
+    softcap: float | None
+    workspace_bytes: int | None
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
 
 
-@linear_logprobs.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    logp = hidden.new_empty(actions.shape[0], dtype=torch.float32)
-    entropy = torch.empty_like(logp) if args[5] else logp.new_empty(0)
-    return logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp)
+class Gradients(NamedTuple):
+    """In the dtypes of hidden, weight and bias; those that nobody needs are empty."""
+
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
 
 
-@torch.library.custom_op("klq_kernels::linear_logprobs_backward", mutates_args=())
-def linear_logprobs_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    actions: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    rows: Tensor | None,
-    top: Tensor,
-    log_total: Tensor,
-    entropy: Tensor | None,
-    d_logp: Tensor | None,
-    d_lse: Tensor | None,
-    d_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    workspace_bytes: int | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias) in the dtypes of hidden, weight and bias; gradients nobody needs are empty."""
-    index, _ = layout.valid_rows(mask, cu_seqlens, rows, actions.numel())
+def _fake_gradients(given: BackwardArguments) -> Gradients:
+    def shaped(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None or not needed:
+            return given.hidden.new_empty(0)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    return Gradients(
+        shaped(given.hidden, given.need_hidden),
+        shaped(given.weight, given.need_weight),
+        shaped(given.bias, given.need_bias),
+    )
+
+
+def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
+    raise RuntimeError("linear_logprobs: there is no second derivative; use klq_kernels.reference")
+
+
+def _gradients(given: BackwardArguments) -> Gradients:
+    """Recomputes the logits chunk by chunk, and from them the gradients of the head's inputs."""
+    hidden, weight, bias = given.hidden, given.weight, given.bias
+    index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, given.actions.numel())
 
     def take(tensor: Tensor | None) -> Any:
         return layout.fp32_rows(tensor, index)
 
-    taken = layout.take_rows(actions, index)
+    taken = layout.take_rows(given.actions, index)
     assert taken is not None
-    normaliser = take(top), take(log_total)
-    by_logp = torch.zeros_like(normaliser[0]) if d_logp is None else take(d_logp)
-    by_lse = -by_logp if d_lse is None else take(d_lse) - by_logp
+    top, log_total = take(given.top), take(given.log_total)
+    by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
+    by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
+    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes, keep=False)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
             Rows(hidden.detach(), index, taken),
-            make_head(
-                hidden,
-                weight,
-                bias,
-                temperature,
-                softcap,
-                weight_gradient_dtype(hidden, weight, workspace_bytes, keep=False),
-            ),
-            Needs(need_hidden, need_weight, need_bias),
-            Pull(*normaliser, by_logp, by_lse, take(d_entropy), take(entropy)),
-            workspace_bytes=workspace_bytes,
+            make_head(hidden, weight, bias, given.temperature, given.softcap, weight_dtype),
+            Needs(given.need_hidden, given.need_weight, given.need_bias),
+            Pull(top, log_total, by_logp, by_lse, take(given.d_entropy), take(given.entropy)),
+            workspace_bytes=given.workspace_bytes,
         )
 
-    def given(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+    def needed(gradient: Tensor | None, like: Tensor | None) -> Tensor:
         if gradient is None or like is None:
             return hidden.new_empty(0)
         return gradient.to(like.dtype)
 
-    return given(gradients.hidden, hidden), given(gradients.weight, weight), given(gradients.bias, bias)
+    return Gradients(needed(gradients.hidden, hidden), needed(gradients.weight, weight), needed(gradients.bias, bias))
 
 
-@linear_logprobs_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    empty = hidden.new_empty(0)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed and t is not None else empty.new_empty(0)
-        for t, needed in zip((hidden, weight, bias), args[-3:], strict=True)
-    )
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, _fake_gradients, lambda *_: None, _second_derivative)
+linear_logprobs_backward = operator("klq_kernels::linear_logprobs_backward", BACKWARD_PARTS)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, actions, mask, cu_seqlens, rows, *ctx.settings = inputs
-    _, _, entropy, top, log_total = output
-    ctx.mark_non_differentiable(top, log_total)
+class Arguments(NamedTuple):
+    """Flat tensors of M positions; ``layout.valid_rows`` finds the valid ones."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    actions: Tensor  # int64 [M]
+    # ``Layout.row_args``
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    rows: Tensor | None
+    temperature: float
+    softcap: float | None
+    return_entropy: bool
+    workspace_bytes: int | None
+
+
+class Results(NamedTuple):
+    """fp32 [M], 0 at masked positions; ``entropy`` is empty unless asked for.
+
+    ``top`` and ``log_total`` are for backward: lse in the two parts of ``portable.row_stats``.
+    """
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    top: Tensor
+    log_total: Tensor
+
+
+def _fake(given: Arguments) -> Results:
+    logp = given.hidden.new_empty(given.actions.shape[0], dtype=torch.float32)
+    entropy = torch.empty_like(logp) if given.return_entropy else logp.new_empty(0)
+    return Results(logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp))
+
+
+SAVED = ("hidden", "weight", "bias", "actions", "mask", "cu_seqlens", "rows")
+
+
+def _setup(ctx: Any, given: Arguments, found: Results) -> None:
+    ctx.mark_non_differentiable(found.top, found.log_total)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, actions, mask, cu_seqlens, rows, top, log_total, entropy)
+    ctx.save_for_backward(*(getattr(given, name) for name in SAVED), found.top, found.log_total, found.entropy)
+    ctx.settings = {name: getattr(given, name) for name in ("temperature", "softcap", "workspace_bytes")}
+    ctx.return_entropy = given.return_entropy
 
 
-def _backward(
-    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    *inputs, entropy = ctx.saved_tensors
-    temperature, softcap, return_entropy, workspace_bytes = ctx.settings
-    needs = ctx.needs_input_grad[:3]
-    gradients = linear_logprobs_backward(
-        *inputs, entropy if return_entropy else None, d_logp, d_lse, d_entropy if return_entropy else None,
-        temperature, softcap, workspace_bytes, *needs,
-    )  # fmt: skip
-    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8)
+def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor | None]:
+    *inputs, top, log_total, entropy = ctx.saved_tensors
+    gradients = Gradients(
+        *linear_logprobs_backward(
+            *BackwardArguments(
+                **dict(zip(SAVED, inputs, strict=True)),
+                top=top,
+                log_total=log_total,
+                entropy=entropy if ctx.return_entropy else None,
+                d_logp=by.logp,
+                d_lse=by.lse,
+                d_entropy=by.entropy if ctx.return_entropy else None,
+                **ctx.settings,
+                need_hidden=needs["hidden"],
+                need_weight=needs["weight"],
+                need_bias=needs["bias"],
+            )
+        )
+    )
+    return {name: getattr(gradients, f"d_{name}") for name in ("hidden", "weight", "bias") if needs[name]}
 
 
-linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
+def _forward(given: Arguments) -> Results:
+    """Log-probability, log-normaliser and entropy of each position's token."""
+    positions = given.actions.numel()
+    index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
+    taken = layout.take_rows(given.actions, index)
+    assert taken is not None
+    layout.check_actions(taken, given.weight.shape[0])
+    head = make_head(given.hidden, given.weight, given.bias, given.temperature, given.softcap, torch.float32)
+    with torch.autocast(given.hidden.device.type, enabled=False):
+        found = logprobs_pass(
+            backend_for(given.hidden.device),
+            Rows(given.hidden.detach(), index, taken),
+            head,
+            entropy=given.return_entropy,
+            workspace_bytes=given.workspace_bytes,
+        )
+
+    def put(vector: Tensor | None) -> Tensor:
+        return found.logp.new_empty(0) if vector is None else layout.put_rows(vector, index, positions)
+
+    lse = torch.add(found.log_total, found.top, alpha=head.scale)
+    return Results(put(found.logp), put(lse), put(found.entropy), put(found.top), put(found.log_total))
 
 
-def _second_derivative(*_: Any) -> None:
-    raise RuntimeError("linear_logprobs: there is no second derivative; use klq_kernels.reference")
-
-
-linear_logprobs_backward.register_autograd(_second_derivative)
+PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)
+linear_logprobs = operator("klq_kernels::linear_logprobs", PARTS)

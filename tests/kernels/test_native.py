@@ -378,9 +378,9 @@ def test_unknown_instruction_sets_are_refused() -> None:
 )
 def test_settings_that_cannot_be_met_leave_the_backend_out_and_say_why(setting: str, value: str, says: str) -> None:
     script = """
-        from klq_kernels.ops import dispatch
+        from klq_kernels import backends
         import torch
-        print(dispatch.backend_name(torch.device("cpu")), dispatch.why_unavailable("native"))
+        print(backends.backend_name(torch.device("cpu")), backends.why_unavailable("native"))
     """
     answer = run_python(script, **{setting: value})
     assert answer.startswith("torch ")

@@ -1,0 +1,81 @@
+"""Operators name their arguments once: no part of one knows where an argument stands."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs
+from klq_kernels.ops.operator import Parts, operator
+
+N, H, V = 6, 4, 11
+NUMBERS = {
+    "gamma": 0.9, "lam": 0.9, "tau": 0.1, "alpha": 0.9, "huber_delta": 1.0, "value_clip": 0.2, "log_ratio_clip": 0.2,
+    "temperature": 0.7,
+}  # fmt: skip
+OPERATORS = {
+    "fused_klq_loss": (fused_loss.fused_klq_loss, fused_loss.PARTS),
+    "klq_loss": (klq_loss.klq_loss, klq_loss.PARTS),
+    "linear_logprobs": (linear_logprobs.linear_logprobs, linear_logprobs.PARTS),
+    "linear_logprobs_backward": (linear_logprobs.linear_logprobs_backward, linear_logprobs.BACKWARD_PARTS),
+}
+
+
+def some(name: str, hint: Any) -> Any:
+    """An argument of the operators, by its name and type."""
+    generator = torch.Generator().manual_seed(len(name))
+    shapes = {"hidden": (N, H), "weight": (V, H), "bias": (V,), "scores": (2,), "bootstrap_values": (2,), "denom": ()}
+    special: dict[str, Any] = {
+        "actions": torch.arange(N), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
+        "mask": torch.tensor([True, True, False, True, True, True]), "loss_type": "l2", "softcap": 5.0,
+        "workspace_bytes": None, "own_gradients": False, **NUMBERS,
+    }  # fmt: skip
+    if name in special:
+        return special[name]
+    if hint is bool:
+        return True
+    return 1.0 + torch.rand(shapes.get(name, (N,)), generator=generator)
+
+
+def longer(parts: Parts) -> Parts:
+    """The same operator with one more argument, a number amid the tensors."""
+    fields = list(typing.get_type_hints(parts.arguments).items())
+    fields.insert(3, ("dummy", float))
+    arguments = NamedTuple("Longer", fields)  # type: ignore[misc]
+    for name, attribute in vars(parts.arguments).items():
+        if isinstance(attribute, property):
+            setattr(arguments, name, attribute)
+    return parts._replace(arguments=arguments)
+
+
+def outcome(op: Any, given: Any, differentiable: bool) -> list[Tensor]:
+    """Results, and the gradients by all floating-point arguments that have one."""
+    leaves = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_(differentiable)
+    results = op(*given)
+    if not differentiable:
+        return list(results)
+    total = sum(result.sum() for result in results if result.requires_grad)
+    assert isinstance(total, Tensor)
+    return [*results, *(g for g in torch.autograd.grad(total, leaves, allow_unused=True) if g is not None)]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_argument_in_the_middle_moves_nothing(name: str) -> None:
+    op, parts = OPERATORS[name]
+    again = longer(parts)
+    known = {field: some(field, hint) for field, hint in typing.get_type_hints(parts.arguments).items()}
+    differentiable = name != "linear_logprobs_backward"
+    before = outcome(op, parts.arguments(**known), differentiable)
+    with_dummy = operator(f"klq_tests::{name}", again)
+    after = outcome(with_dummy, again.arguments(**known, dummy=0.5), differentiable)
+    assert len(before) == len(after) > len(parts.results._fields) * differentiable
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+    checks = torch.library.opcheck(with_dummy, tuple(again.arguments(**known, dummy=0.5)))
+    assert set(checks.values()) == {"SUCCESS"}
