@@ -57,8 +57,8 @@ def test_a_packing_is_searched_for_once() -> None:
     tokens = torch.zeros(2, 2)
     with Watch() as watch:
         found = layout.layout_of(tokens, mask=None, cu_seqlens=None, packing=made)
-        layout.valid_rows(*found.row_args(), 4)
+        layout.valid_rows(**found.row_args(), positions=4)
     assert not any("nonzero" in call for call in watch.calls)
     with Watch() as watch:
-        layout.valid_rows(*layout.layout_of(tokens, mask=mask, cu_seqlens=None).row_args(), 4)
+        layout.valid_rows(**layout.layout_of(tokens, mask=mask, cu_seqlens=None).row_args(), positions=4)
     assert any("nonzero" in call for call in watch.calls)
