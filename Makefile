@@ -26,10 +26,11 @@ demo: $(READY)  ## train a small model with the fused loss, compare with naive; 
 test: $(READY)  ## run the tests (ARGS="-k scan" picks some)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the layers of imports
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 bench: $(READY)  ## measure the fused loss against its peers, side by side
 	@$(BIN)/klq bench loss --preset quick $(ARGS)
