@@ -5,14 +5,15 @@
     python -m bench.static_gate --check            compare with the record; exit 1 where anything got worse
 
 Each variant of each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 as the launcher would on aligned tensors.
-Triton's launcher makes a constant of an integer that is 1, so a kernel over one sequence or one token is another one.
-For NVIDIA the machine code is read back with the disassembler that ships with Triton. Rules that hold whatever the
-record: no stack (a stack frame is a register spill), and 16-byte accesses where bulk data moves.
+Triton's launcher makes a constant of an integer that is 1, so ``klq_residual`` over one token is another kernel; the
+scans take their counts as they are (``scans.COUNTS``). For NVIDIA the machine code is read back with the disassembler
+that ships with Triton. Rules that hold whatever the record: no stack (a stack frame is a register spill), and 16-byte
+accesses where bulk data moves.
 
 The budget of the row kernels comes from bandwidth. A Hopper SM moves about 8 bf16 logits per clock from memory, issues
 4 warp instructions (128 lanes) and evaluates 16 special functions. So 16 issue slots and 2 special functions per logit
-keep up with memory; the inner loops have to stay below. A soft cap costs two special functions and about nine slots
-more, so those variants have 1.5 times the budget: they run at about two thirds of the memory rate.
+keep up with memory; the inner loops have to stay below. A soft cap costs one special function and about twelve
+slots more, so those variants have 1.75 times the budget: they run at more than half of the memory rate.
 """
 
 from __future__ import annotations
@@ -131,11 +132,9 @@ def variants() -> Iterator[Variant]:
                     errors | dict.fromkeys(lambdas, f"*{dtype}"),
                     dict.fromkeys([*absent, "rewards", "trace"]) | {"SUMMARISE": summarise}, launch.SCAN,
                 )  # fmt: skip
-    full: list[tuple[str, str, dict[str, int]]] = [("bf16", "scan", {}), ("fp16", "scan", {})]
-    full += [("fp32", stage, ones) for ones in ({}, {"batch": 1}) for stage in STAGES]
-    for dtype, stage, ones in [*full, ("fp32", "alone", {"batch": 1, "n": 1})]:
-        marks = "+".join([dtype, stage, "full", *(f"{name}=1" for name in ones)])
-        fixed = ones | dict.fromkeys(["pairs_a", "pairs_b"] if stage == "alone" else [])
+    for dtype, stage in [("bf16", "scan"), ("fp16", "scan"), *(("fp32", stage) for stage in STAGES)]:
+        marks = f"{dtype}+{stage}+full"
+        fixed: dict[str, Any] = dict.fromkeys(["pairs_a", "pairs_b"] if stage == "alone" else [])
         fixed |= {"SUMMARISE": STAGES[stage]}
         yield Variant(
             f"reverse_scan[{marks}]", "scans", "reverse_scan_kernel",
@@ -160,7 +159,7 @@ def compile_for(variant: Variant, target: GPUTarget) -> Any:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=target, options={"num_warps": variant.config.num_warps})
+    return triton.compile(source, target=target, options=variant.config.options)
 
 
 def inspect(variant: Variant, target: GPUTarget) -> Report:
@@ -227,7 +226,7 @@ def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
         out.append(f"uses {report.stack} bytes of stack")
     if variant.wide and report.wide_accesses == 0 and target.startswith("sm_"):
         out.append("has no 16-byte access")
-    allowance = 1.5 if "softcap" in variant.name else 1.0
+    allowance = 1.75 if "softcap" in variant.name else 1.0
     if (report.issue_slots or 0) > allowance * ISSUE_SLOTS_PER_LOGIT:
         out.append(f"issues {report.issue_slots} instructions per logit")
     if (report.special_functions or 0) > allowance * SPECIAL_FUNCTIONS_PER_LOGIT + SPECIAL_SLACK:

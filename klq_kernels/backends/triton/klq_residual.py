@@ -20,6 +20,12 @@ def _clip(x, bound):
 
 
 @triton.jit
+def _residual(change, alpha, advantage):
+    """change - alpha * advantage as one fma, so that equal changes give equal residuals wherever this is inlined."""
+    return tl.fma(-alpha, advantage, change)
+
+
+@triton.jit
 def klq_residual_kernel(
     logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
     n, tau, alpha, huber_delta, value_clip, log_ratio_clip,
@@ -32,9 +38,9 @@ def klq_residual_kernel(
     if old_logp is not None:
         d = tl.load(logp + i, mask=inside) - tl.load(old_logp + i, mask=inside)
         v = tl.load(values + i, mask=inside) - tl.load(old_values + i, mask=inside)
-    target = alpha * tl.load(advantages + i, mask=inside)
+    advantage = tl.load(advantages + i, mask=inside)
     change = tl.fma(d, tau, v)
-    e = change - target
+    e = _residual(change, alpha, advantage)
     if LOSS_TYPE == "huber":
         size = tl.abs(e)
         loss = tl.where(size <= huber_delta, 0.5 * e * e, huber_delta * (size - 0.5 * huber_delta))
@@ -44,13 +50,13 @@ def klq_residual_kernel(
         by_value = 2.0 * e
     by_logp = tau * by_value
     if LOSS_TYPE == "value_clipped" or LOSS_TYPE == "double_clipped":
-        clipped = _clip(change, value_clip) - target
+        clipped = _residual(_clip(change, value_clip), alpha, advantage)
         wins = clipped * clipped > loss
         loss = tl.where(wins, clipped * clipped, loss)
         by_value = tl.where(wins, 0.0, by_value)
         by_logp = tl.where(wins, 0.0, by_logp)
     if LOSS_TYPE == "ratio_clipped" or LOSS_TYPE == "double_clipped":
-        clipped = tl.fma(_clip(d, log_ratio_clip), tau, v) - target
+        clipped = _residual(tl.fma(_clip(d, log_ratio_clip), tau, v), alpha, advantage)
         wins = clipped * clipped > loss
         loss = tl.where(wins, clipped * clipped, loss)
         by_value = tl.where(wins, 2.0 * clipped, by_value)
@@ -75,5 +81,5 @@ def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: Los
         klq_residual_kernel[(triton.cdiv(n, KLQ_RESIDUAL.sizes["BLOCK"]),)](
             *terms, *out, grad_scale, n, shape.tau, shape.alpha, shape.huber_delta, shape.value_clip,
             shape.log_ratio_clip, LOSS_TYPE=shape.loss_type,
-            **KLQ_RESIDUAL.sizes, num_warps=KLQ_RESIDUAL.num_warps,
+            **KLQ_RESIDUAL.sizes, **KLQ_RESIDUAL.options,
         )  # fmt: skip

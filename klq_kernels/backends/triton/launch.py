@@ -15,6 +15,11 @@ class Config(NamedTuple):
     sizes: dict[str, int]
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Of the launch. Contraction of products and sums is asked for: the default depends on Triton's version."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
 
 # A row program streams tiles of GROUPS x LANES logits; each thread owns 8 neighbouring lanes (16 bytes of bf16) in each
 # of the GROUPS, so maxima and sums stay in its registers until the end of the row. By bytes per logit.

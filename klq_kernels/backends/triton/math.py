@@ -11,7 +11,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def soft_cap(x, cap):
-    """(cap * tanh(x / cap), tanh(x / cap)), through one exp2 and one division."""
-    doubled = tl.exp2(x * (2.0 * LOG2E / cap))
-    tanh = 1.0 - 2.0 / (doubled + 1.0)
-    return cap * tanh, tanh
+    """(cap * tanh(x / cap), its derivative 1 - tanh^2), through one exp2 and one division.
+
+    With rest = 1 - tanh = 2 / (e^(2x/cap) + 1), the value is cap - cap rest and the slope rest (2 - rest), which loses
+    nothing to cancellation. The value does where x is small beside the cap: there it is x + x q, with q the odd series
+    of tanh in z = (x / cap)^2 (a Chebyshev fit on [-1/2, 1/2], relative error 6e-8).
+
+    Both forms end in an explicit fma, so the compiler cannot contract a product of theirs into a caller's difference,
+    which would leave one side of the difference unrounded.
+    """
+    y = x * (1.0 / cap)
+    rest = 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
+    z = y * y
+    q = tl.fma(z, 0.017999219, -0.053391054)
+    q = tl.fma(z, q, 0.13330513)
+    q = z * tl.fma(z, q, -0.3333331)
+    capped = tl.where(tl.abs(y) < 0.5, tl.fma(x, q, x), tl.fma(-cap, rest, cap + tl.zeros_like(x)))
+    return capped, rest * (2.0 - rest)

@@ -3,7 +3,7 @@
 Everything of vocabulary size in the KLQ gradient is a row scalar times a softmax row. With k = log2(e) / temperature
 and p = 2^(k (x - top) - log_total log2(e)), each logit x becomes
 
-    (d_action [v = action] + d_softmax p - d_entropy p (log p + entropy)) * scale * (1 - tanh^2 of the soft cap):
+    (d_action [v = action] + d_softmax p - d_entropy p (log p + entropy)) * scale * (slope of the soft cap):
 
 one read, one exp2, one write per logit. Programs are (row, block of columns); only the block that holds the taken token
 compares columns with it.
@@ -32,7 +32,7 @@ def row_grad_kernel(
     cells = logits + row * stride + cols
     x = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
     if softcap is not None:
-        x, tanh = soft_cap(x, softcap)
+        x, slope = soft_cap(x, softcap)
     log2_p = tl.fma(x - tl.load(top + row), scale * LOG2E, -tl.load(log_total + row) * LOG2E)
     p = tl.exp2(log2_p)
     factor = tl.load(d_softmax + row) * scale
@@ -46,7 +46,7 @@ def row_grad_kernel(
     if (action >= start) & (action < start + BLOCK):
         d += tl.where(cols == action, tl.load(d_action + row) * scale, 0.0)
     if softcap is not None:
-        d *= 1.0 - tanh * tanh
+        d *= slope
     tl.store(cells, d.to(logits.dtype.element_ty), mask=inside)
 
 
@@ -56,5 +56,5 @@ def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, soft
     with on_device(logits):
         row_grad_kernel[(n, triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
             logits, actions, *pull, logits.stride(0), scale, softcap,
-            **ROW_GRAD.sizes, num_warps=ROW_GRAD.num_warps,
+            **ROW_GRAD.sizes, **ROW_GRAD.options,
         )  # fmt: skip

@@ -63,7 +63,7 @@ def row_stats_kernel(
     for start in range(0, whole, TILE):
         x = tl.load(base + start + tile).to(tl.float32)
         m, s, t = _absorb(x, m, s, t, k, softcap, ENTROPY)
-    if whole < vocab:  # the last tile loads into the row's padding and looks away from it
+    if whole < vocab:  # the last tile also loads the row's padding, and ignores it
         cols = whole + tile
         x = tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32)
         x = tl.where(cols < vocab, x, float("-inf"))
@@ -97,5 +97,5 @@ def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float,
     with on_device(logits):
         row_stats_kernel[(n,)](
             logits, actions, *out, logits.stride(0), vocab, scale, softcap,
-            **config.sizes, num_warps=config.num_warps,
+            **config.sizes, **config.options,
         )  # fmt: skip

@@ -28,6 +28,10 @@ from torch import Tensor
 from ...vocabulary.chunks import ScanTerms
 from .launch import SCAN, on_device
 
+# Triton makes a constant of an integer that is 1. A batch of one sequence would be one, and Triton 3.6 cannot compile
+# the bisection then. One kernel for all counts is also compiled once.
+COUNTS = ("n", "batch", "first_row")
+
 
 @triton.jit
 def compose(later_a, later_b, a, b):
@@ -78,7 +82,7 @@ def _sequence_of(first, n, lane, cu_seqlens, batch, TILE: tl.constexpr):
     takes no step at all inside a long sequence.
     """
     zero = first * 0
-    final = zero + (batch - 1)  # never a constant, which a batch of 1 is to the compiler, and a loop cannot carry
+    final = zero + (batch - 1)
     last = tl.minimum(first + TILE, n) - 1
     lowest = _bisect(first, zero, final, final, cu_seqlens)
     highest = _bisect(last, zero, final, final, cu_seqlens)
@@ -141,7 +145,7 @@ def _lambda_pairs(
     return a, tl.where(ends, 0.0, b), u, keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reverse_scan_kernel(
     delta, decay, mask, cu_seqlens, out, pairs_a, pairs_b, n, batch,
     ONE_DECAY: tl.constexpr, SUMMARISE: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr,
@@ -174,7 +178,7 @@ def reverse_scan_kernel(
             tl.store(out + i, s, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def lambda_errors_kernel(
     logp, ref_logp, values, rewards, trace, tail, mask, cu_seqlens, out, carry, pairs_a, pairs_b,
     n, batch, first_row, tau, gamma, lam,
@@ -243,7 +247,7 @@ def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: 
             reverse_scan_kernel[(tiles,)](
                 delta, decay, mask, cu_seqlens, out, pairs_a, pairs_b, n, batch,
                 ONE_DECAY=decay.numel() == 1 != n, SUMMARISE=summarise,
-                **SCAN.sizes, num_warps=SCAN.num_warps,
+                **SCAN.sizes, **SCAN.options,
             )  # fmt: skip
 
 
@@ -272,7 +276,7 @@ def lambda_errors(
             lambda_errors_kernel[(tiles,)](
                 *terms, tail, mask, cu_seqlens, out, carry, pairs_a, pairs_b,
                 n, batch, first_row, tau, gamma, lam,
-                SUMMARISE=summarise, **SCAN.sizes, num_warps=SCAN.num_warps,
+                SUMMARISE=summarise, **SCAN.sizes, **SCAN.options,
             )  # fmt: skip
     for source, kept in ((terms.logp, kept_logp), (terms.values, kept_values)):
         if source is not None and kept is not None:
