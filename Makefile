@@ -47,7 +47,7 @@ sanitize: $(READY)  ## build the CPU extension with ASan and UBSan and run its t
 	@PYTHON=$(BIN)/python sh csrc/sanitize.sh $(ARGS)
 
 clean:  ## remove what was built and cached; .venv stays
-	@rm -rf build dist *.egg-info klq_kernels/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	@rm -rf build dist *.egg-info klq_kernels/backends/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks $(READY)
 	@find klq_kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
