@@ -56,7 +56,7 @@ def linear_logprobs(
         NotImplementedError: where ``process_group`` is given.
         RuntimeError: for a second derivative, and in forward mode.
     """
-    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
+    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
         return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,

@@ -79,8 +79,9 @@ def fused_klq_loss(
         mask: bool, the shape of actions, True at trained tokens. What masked tokens hold changes nothing.
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
-        denom: what the sum of losses is divided by; by default the number of valid tokens of this call. Trainers pass
-            the count over all micro-batches and ranks, as a number or a 0-d tensor.
+        denom: what the sum of losses is divided by, > 0; by default the number of valid tokens of this call. Trainers
+            pass the count over all micro-batches and ranks, as a number or a 0-d tensor. The value of a tensor on a GPU
+            is checked under ``KLQ_CHECK=1`` alone, since reading it would synchronise.
         bias, temperature, softcap: of the head, as in ``linear_logprobs``.
         return_entropy: also the mean entropy in the metrics.
         workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. The
@@ -98,7 +99,7 @@ def fused_klq_loss(
         NotImplementedError: where ``process_group`` is given.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
-    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing)
+    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
         return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
@@ -226,11 +227,11 @@ def klq_loss(
 def _check_loss(
     tau: float, alpha: float, loss_type: str, huber_delta: float, value_clip: float, log_ratio_clip: float
 ) -> None:
-    require_number("tau", tau, low=0.0, open_low=True)
-    require_number("alpha", alpha, low=0.0, high=1.0, open_low=True)
+    require_number("tau", tau, positive=True)
+    require_number("alpha", alpha, high=1.0, positive=True)
     require(loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
     for name, value in (("huber_delta", huber_delta), ("value_clip", value_clip), ("log_ratio_clip", log_ratio_clip)):
-        require_number(name, value, low=0.0, open_low=True)
+        require_number(name, value, positive=True)
 
 
 def _check_weights(weights: Tensor | None) -> None:
@@ -264,7 +265,7 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
         require(here, "denom", f"must be on {device} or the CPU, got {denom.device}")
         require(not denom.is_complex(), "denom", f"must be a real number, got {denom.dtype}")
         return denom.detach().reshape(())
-    require_number("denom", denom, low=0.0, open_low=True)
+    require_number("denom", denom, positive=True)
     one = torch.ones((), dtype=torch.float32, device=device)
     # torch.compile traces a product with a float that changes from call to call
     return one * (denom if isinstance(denom, float) else float(denom))

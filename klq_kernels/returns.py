@@ -170,7 +170,7 @@ def _scan_inputs(
 ) -> tuple[Any, ...]:
     """The checked arguments of ``scans.lambda_errors`` and ``scans.klq_targets``, without their gradients."""
     if logprobs is not None:
-        require_number("tau", tau, low=0.0, open_low=True)
+        require_number("tau", tau, positive=True)
     require_number("gamma", gamma, low=0.0, high=1.0)
     require_number("lam", lam, low=0.0, high=1.0)
     per_token, scores = layout.rewards(rewards)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = (*DTYPES, torch.float64)
+# Numbers whose products, and whose inverse, are far from the ends of fp32, in which they are used.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
 def require(condition: bool, name: str, message: str) -> None:
@@ -19,9 +22,17 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises the ValueError that names the argument unless it is a dense tensor."""
+    """Raises the ValueError that names the argument unless it is a dense tensor.
+
+    A subclass that answers PyTorch's operators itself (DTensor, MaskedTensor ...) is refused: the operators here read
+    memory, and would take it for what it is not. PyTorch's own stand-ins for tracing are let through.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: must be a tensor, got {type(value).__name__}")
+    if not torch.compiler.is_compiling():
+        own = getattr(type(value), "__torch_dispatch__", None)
+        if own is not Tensor.__torch_dispatch__ and not isinstance(value, (FakeTensor, FunctionalTensor)):
+            raise ValueError(f"{name}: must be a plain tensor, got a {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{name}: must be a dense tensor, got {kind}")
@@ -39,15 +50,17 @@ def require_flag(name: str, value: object) -> None:
 
 
 def require_number(
-    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+    name: str, value: float, *, low: float = -LARGEST, high: float = LARGEST, positive: bool = False
 ) -> None:
-    """Checks that a hyperparameter is a finite number within [low, high] (or (low, high] with ``open_low``)."""
+    """Checks that a hyperparameter is a number within [low, high], or [``SMALLEST``, high] where it is ``positive``."""
+    if positive:
+        low = SMALLEST
     # comparisons alone, which torch.compile can trace for numbers that change from call to call (an annealed lam)
-    ok = isinstance(value, (int, float)) and -math.inf < value < math.inf
-    ok = ok and value <= high and (value > low if open_low else value >= low)
-    if not ok:
-        bounds = f"{'(' if open_low else '['}{low}, {high}]"
-        raise ValueError(f"{name}: must be a finite int or float in {bounds}, got {value!r}")
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high):
+        found = (
+            f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
+        )
+        raise ValueError(f"{name}: must be an int or float in [{low:g}, {high:g}], got {found}")
 
 
 def checks_on_device() -> bool:

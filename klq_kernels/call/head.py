@@ -12,6 +12,14 @@ from .checks import DTYPES, require, require_flag, require_number, require_tenso
 from .layout import Layout
 from .transforms import refuse_tangents
 
+# A sharded parameter has the shape of the whole one, so it has to be refused by its kind. ``full_tensor()`` alone takes
+# the gradients of all ranks for equal ones and keeps its own share of its own.
+WHOLE = (
+    "is a DTensor; pass {name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), with Partial from "
+    "torch.distributed.tensor, which adds up the gradients of all ranks (each with other tokens); or call inside the "
+    "module that owns it"
+)
+
 
 class HeadInputs(NamedTuple):
     """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]."""
@@ -38,8 +46,9 @@ def check_head(
     """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them."""
     if process_group is not None:
         raise NotImplementedError("process_group: a head split over processes is not supported; pass the whole weight")
-    require_tensor("hidden", hidden)
-    require_tensor("weight", weight)
+    for name, given in (("hidden", hidden), ("weight", weight)):
+        require(not hasattr(given, "full_tensor"), name, WHOLE.format(name=name))
+        require_tensor(name, given)
     if bias is not None:
         require_tensor("bias", bias)
     require(
@@ -56,9 +65,6 @@ def check_head(
         f"must be [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}",
     )
     device = hidden.device
-    for name, given in (("hidden", hidden), ("weight", weight)):  # a sharded parameter has the shape of the whole one
-        whole = not hasattr(given, "full_tensor")
-        require(whole, name, "is a DTensor; pass the whole tensor (gather it, or call inside the module that owns it)")
     for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
         require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
     autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -74,9 +80,9 @@ def check_head(
         require(tuple(bias.shape) == (vocab,), "bias", f"must be [{vocab}], got {list(bias.shape)}")
         require(bias.dtype in DTYPES, "bias", f"must be float32, bfloat16 or float16, got {bias.dtype}")
     require(actions.dtype in (torch.int64, torch.int32), "actions", f"must be int64 or int32, got {actions.dtype}")
-    require_number("temperature", temperature, low=0.0, open_low=True)
+    require_number("temperature", temperature, positive=True)
     if softcap is not None:
-        require_number("softcap", softcap, low=0.0, open_low=True)
+        require_number("softcap", softcap, positive=True)
     require_flag("return_entropy", return_entropy)
     require(
         workspace_bytes is None or isinstance(workspace_bytes, int),

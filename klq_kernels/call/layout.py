@@ -11,6 +11,7 @@ The number of valid rows decides sizes, so finding it under a mask costs one dev
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -104,17 +105,24 @@ def layout_of(
     cu_seqlens: Tensor | None,
     packing: Packing | None = None,
     name: str = "actions",
+    states: Tensor | None = None,
 ) -> Layout:
-    """The layout of a call, from one of its per-token tensors. Raises ValueError on an inconsistent description."""
+    """The layout of a call, from one of its per-token tensors. Raises ValueError on an inconsistent description.
+
+    ``states``, [..., H], help to name the argument at fault: where they agree with the mask, it is ``tokens``.
+    """
     require_tensor(name, tokens)
     shape = tuple(tokens.shape)
+    if isinstance(states, Tensor) and isinstance(mask, Tensor):
+        wrong = mask.shape == states.shape[:-1] != tokens.shape
+        require(not wrong, name, f"must have the shape of hidden and mask, {list(mask.shape)}; got {list(shape)}")
     if packing is not None:
         require(isinstance(packing, Packing), "packing", f"must come from pack, got {type(packing).__name__}")
         require(mask is None and cu_seqlens is None, "packing", "already holds mask and cu_seqlens; pass it alone")
         require(
             packing.shape == shape, "packing", f"was built for shape {list(packing.shape)}, {name} has {list(shape)}"
         )
-        require(packing.cu_seqlens.device == tokens.device, "packing", f"must be on {tokens.device}")
+        _check_packing(packing, tokens.device)
         return Layout(name, shape, packing.mask, packing.cu_seqlens, packing)
     if cu_seqlens is None:
         require(len(shape) == 2, name, f"must be [B, T], or [N] with cu_seqlens; got {list(shape)}")
@@ -134,11 +142,52 @@ def layout_of(
     if mask is not None:
         require_tensor("mask", mask)
         require(mask.dtype == torch.bool, "mask", f"must be a bool tensor, got {mask.dtype}")
-        require(tuple(mask.shape) == shape, "mask", f"must have shape {list(shape)}, got {list(mask.shape)}")
+        require(
+            tuple(mask.shape) == shape,
+            "mask",
+            f"must have the shape of {name}, {list(shape)}; got {list(mask.shape)}",
+        )
         require(mask.device == tokens.device, "mask", f"must be on {tokens.device}, got {mask.device}")
         mask = mask.reshape(-1).contiguous()
     require(tokens.numel() < 2**31, name, "must hold fewer than 2**31 tokens")
     return Layout(name, shape, mask, cu_seqlens.contiguous(), None)
+
+
+def _check_packing(packing: Packing, device: torch.device) -> None:
+    """What can be told of a packing that somebody has edited by hand, without waiting for a GPU."""
+    require(isinstance(packing.cu_seqlens, Tensor), "packing", "cu_seqlens must be a tensor; build it with pack")
+    positions, sequences = math.prod(packing.shape), packing.cu_seqlens.shape
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {
+        "mask": (torch.bool, (positions,)),
+        "cu_seqlens": (torch.int32, sequences),
+        "rows": (torch.int64, None),
+        "row_cu_seqlens": (torch.int32, sequences),
+    }
+    for name, (dtype, shape) in wanted.items():
+        tensor = getattr(packing, name)
+        fits = isinstance(tensor, Tensor) and tensor.dtype == dtype
+        fits = fits and (tensor.dim() == 1 if shape is None else tuple(tensor.shape) == tuple(shape))
+        require(fits, "packing", f"{name} is not {dtype} of the right shape; build the packing with pack")
+        require(tensor.device == device, "packing", f"must be on {device}, got {tensor.device}")
+
+
+def _check_rows(rows: Tensor, cu_seqlens: Tensor, positions: int) -> None:
+    """Values of a packing's rows: checked on the CPU, on a GPU only under ``KLQ_CHECK=1``."""
+    if rows.device.type != "cpu" and not checks_on_device():
+        return
+    count = int(cu_seqlens[-1])
+    require(count == rows.numel(), "packing", f"has {rows.numel()} rows, and sequences that end at {count}")
+    if count:
+        low, high = (int(x) for x in rows.aminmax())
+        require(0 <= low <= high < positions, "packing", f"rows must lie in [0, {positions}), found {low} .. {high}")
+
+
+def check_denom(denom: Tensor | None) -> None:
+    """The value of ``denom``: checked on the CPU, on a GPU only under ``KLQ_CHECK=1`` (it would synchronise)."""
+    if denom is None or (denom.device.type != "cpu" and not checks_on_device()):
+        return
+    value = float(denom)
+    require(0 < value < math.inf, "denom", f"must be a positive number, got {value}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
@@ -164,6 +213,7 @@ def valid_rows(
 ) -> tuple[Tensor | None, Tensor]:
     """(rows, cu_seqlens in rows) from the arguments that ``Layout.row_args`` made. Synchronises if there is a mask."""
     if rows is not None:
+        _check_rows(rows, cu_seqlens, positions)
         return rows, cu_seqlens
     check_cu_seqlens(cu_seqlens, positions)
     if mask is None:
@@ -193,7 +243,8 @@ def pack(mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Packing:
     rows, row_cu_seqlens = valid_rows(layout.mask, layout.cu_seqlens, None, mask.numel())
     assert layout.mask is not None
     assert rows is not None
-    return Packing(layout.shape, layout.mask, layout.cu_seqlens, rows, row_cu_seqlens)
+    # copies: the caller may write to his own again
+    return Packing(layout.shape, layout.mask.clone(), layout.cu_seqlens.clone(), rows, row_cu_seqlens)
 
 
 def take_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:

@@ -98,7 +98,7 @@ def plan(
     if dtype not in dtypes:
         raise ValueError(f"dtype: must be one of {', '.join(dtypes)}; got {dtype!r}")
     if tflops is not None:
-        require_number("tflops", tflops, low=0.0, open_low=True)
+        require_number("tflops", tflops, positive=True)
     model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
     if config is not None:
         model = planning.from_config(config)

@@ -192,6 +192,7 @@ def _forward(given: Arguments) -> Results:
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
     layout.check_actions(taken, given.weight.shape[0])
+    layout.check_denom(given.denom)
     rows = Rows(given.hidden.detach(), index, taken)
     terms = _terms(given, index)
     ref_logp = layout.fp32_rows(given.ref_logp, index)

@@ -83,6 +83,7 @@ def _forward(given: Arguments) -> Results:
     """The loss, its metrics and its gradients by log-probabilities and values."""
     positions = given.logp.numel()
     index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
+    layout.check_denom(given.denom)
     terms: Terms = each(fields_of(Terms, given), lambda vector: layout.fp32_rows(vector, index))  # type: ignore[arg-type, return-value]
     shape: LossShape = fields_of(LossShape, given)
     scale = GradientScale(given.denom, terms.logp.numel(), given.logp.dtype, given.logp.device)

@@ -155,8 +155,8 @@ class KLQConfig(TrainingArguments):
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
         for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
-            require_number(name, getattr(self, name), low=0.0, open_low=True)
-        require_number("alpha", self.alpha, low=0.0, high=1.0, open_low=True)
+            require_number(name, getattr(self, name), positive=True)
+        require_number("alpha", self.alpha, high=1.0, positive=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
         for name in ("gamma", "lam", "lam_final", "value_gradient"):
             if getattr(self, name) is not None:

@@ -57,10 +57,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
     """total (+)= left @ right, in memory where total has their dtype, else rounded to theirs before it is added.
 
     Not so in fp16: a sum over many tokens may lie beyond it where their mean, which the caller sees, does not.
+    A product of one column is a matrix times a vector, which some libraries add up one term after the other: over a
+    large vocabulary that loses digits, which a row sum keeps.
     """
     if left.dtype == torch.float16 and total.dtype == torch.float32:
         left, right = left.float(), right.float()
-    if total.dtype == left.dtype:
+    if right.shape[1] == 1 and left.dtype == torch.float32:
+        product = (left * right.T).sum(1, keepdim=True)
+        total.copy_(product) if first else total.add_(product)
+    elif total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(torch.mm(left, right))
