@@ -337,7 +337,7 @@ def test_runs_on_as_many_threads_as_torch_is_told_to(count: int) -> None:
     script = f"""
         import os, torch
         torch.set_num_threads({count})
-        from klq_kernels import native
+        from klq_kernels.backends import native
         before = len(os.listdir("/proc/self/task"))
         delta, out = torch.zeros(200_000), torch.empty(200_000)
         ends = torch.arange(0, 200_001, 1000, dtype=torch.int32)
@@ -353,7 +353,7 @@ def test_works_in_a_forked_child() -> None:
     script = """
         import os, signal, numpy, torch
         torch.set_num_threads(2)
-        from klq_kernels import native
+        from klq_kernels.backends import native
         delta, ours, theirs = torch.ones(200_000), torch.zeros(200_000), torch.zeros(200_000)
         ends = torch.arange(0, 200_001, 1000, dtype=torch.int32)
         native.reverse_scan(delta, torch.ones(1), None, ends, ours)
