@@ -49,6 +49,7 @@ class Cycle:
     rewards: Rewards
     rollout_func: RolloutFunction | None
     generation_config: Any
+    padding_free: bool  # concatenates sequences instead of padding them
     means: Means
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
@@ -172,12 +173,8 @@ class Cycle:
         return read(States(hidden, self.reference.head(self.args.temperature), nothing, nothing)).logprobs
 
     def collate(self, sequences: list[Any]) -> Inputs:
-        padding_free = self.args.padding_free
-        if padding_free is None:
-            attention = str(getattr(self.actor_critic.config, "_attn_implementation", ""))
-            padding_free = "flash" in attention
         pad: Any = self.tokenizer.pad_token_id
-        return collate(sequences, pad_id=pad, padding_free=padding_free).to(self.args.device)
+        return collate(sequences, pad_id=pad, padding_free=self.padding_free).to(self.args.device)
 
     def _targets(self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor) -> KLQTargets:
         """lambda-errors. A completion that was cut off earns V of its last state in place of a score."""

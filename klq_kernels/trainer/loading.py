@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..call.checks import require
 from .config import KLQConfig
@@ -31,8 +31,30 @@ def value_model(model: str | nn.Module | None, config: KLQConfig, others: Iterab
     """
     if isinstance(model, str):
         return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **init_kwargs(config))
+    require(
+        model is None or isinstance(model, PreTrainedModel),
+        "value_model",
+        f"must be a transformers model, as it reads tokens itself; got {type(model).__name__}",
+    )
     shared = model is not None and any(shares_parameters(model, o) for o in others if isinstance(o, nn.Module))
     return copy.deepcopy(model) if shared else model
+
+
+def with_adapters(policy: Any, peft_config: Any) -> nn.Module:
+    """The policy as a PEFT model."""
+    from peft import PeftConfig, get_peft_model
+
+    require(
+        isinstance(peft_config, PeftConfig),
+        "peft_config",
+        f"must be a PEFT configuration such as LoraConfig(...), got {type(peft_config).__name__}",
+    )
+    return get_peft_model(policy, peft_config)
+
+
+def check_vocabulary(name: str, size: int, policy_size: int) -> None:
+    """Raises a ValueError where a model does not know every token of the policy."""
+    require(size >= policy_size, name, f"has {size} tokens in its vocabulary, and the policy {policy_size}")
 
 
 def shares_parameters(one: nn.Module, other: nn.Module, *, trained: bool = False) -> bool:

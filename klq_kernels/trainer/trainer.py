@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..call.checks import require
-from . import loading
+from . import loading, probe
 from .actor_critic import ActorCritic, ValueFunction
 from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
@@ -33,7 +34,7 @@ from .config import KLQConfig
 from .evaluation import Evaluation
 from .experience import Experience, Plan
 from .means import Means
-from .models import LanguageModel, disable_dropout
+from .models import LanguageModel
 from .objectives import OBJECTIVES
 from .rewards import RewardFunction, Rewards, as_list
 from .rollout import RolloutFunction, sampling_config
@@ -105,12 +106,16 @@ class KLQTrainer(Evaluation, Checkpoints):
         tokenizer = loading.tokenizer(processing_class, policy)
         reward_funcs = as_list(reward_funcs)
         critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
         language_model = LanguageModel(policy)
-        language_model.prove()
+        probe.prove_head(language_model)
+        given = None
+        if peft_config is not None:
+            given = probe.logits_of(language_model) if ref_model is None else None
+            policy = loading.with_adapters(policy, peft_config)
+            language_model = LanguageModel(policy)
+        elif ref_model is None:
+            probe.check_initialisation(policy)
+        probe.prove_adapters(language_model, given)
         loading.warn_of_16_bit("model", policy)
         loading.warn_of_16_bit("value_model", critic)
         if ref_model is not None:
@@ -124,8 +129,17 @@ class KLQTrainer(Evaluation, Checkpoints):
             reference = None if language_model.is_peft else copy.deepcopy(policy)
         value = ValueFunction(language_model.config.hidden_size, critic)
         actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
+        backbones = {"model": language_model.backbone}
+        if value.backbone is not None:
+            backbones["value_model"] = value.backbone
+            embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
+            loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
+        for name, backbone in backbones.items():
+            probe.prove_padding(name, backbone, language_model)
         if args.disable_dropout:
-            disable_dropout(actor_critic)
+            probe.silence(actor_critic, backbones, language_model)
+        else:
+            probe.check_head_dropout(language_model)
         super().__init__(
             model=actor_critic,
             args=args,
@@ -144,7 +158,10 @@ class KLQTrainer(Evaluation, Checkpoints):
         if reference is not None:
             reference.requires_grad_(False).eval().to(args.device)
             self.reference = LanguageModel(reference)
-            self.reference.prove()
+            loading.check_vocabulary("ref_model", self.reference.vocab_size, language_model.vocab_size)
+            probe.prove_head(self.reference)
+            backbones["ref_model"] = self.reference.backbone
+        self.padding_free = self._padding_free(backbones, language_model)
         self.rewards = Rewards(
             reward_funcs,
             weights=args.reward_weights,
@@ -172,6 +189,20 @@ class KLQTrainer(Evaluation, Checkpoints):
     @property
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
+
+    def _padding_free(self, backbones: dict[str, nn.Module], language_model: LanguageModel) -> bool:
+        """Whether to concatenate sequences: where wanted, or with FlashAttention, if every backbone reads them so."""
+        wanted = self.args.padding_free
+        if wanted is None:
+            wanted = "flash" in str(getattr(language_model.config, "_attn_implementation", ""))
+        failing = [n for n, b in backbones.items() if wanted and not probe.keeps_sequences_apart(b, language_model)]
+        if failing:
+            warnings.warn(
+                f"padding_free: {', '.join(failing)} mixes sequences that are concatenated (a probe shows it), so they "
+                "are padded",
+                stacklevel=3,
+            )
+        return wanted and not failing
 
     def _check_launch(self) -> None:
         args = self.args

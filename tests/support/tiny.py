@@ -54,7 +54,7 @@ def config(family: str = "llama", **changes: Any) -> Any:
         sizes["logit_scale"] = 0.25
     if family == "granite":
         sizes["logits_scaling"] = 4.0
-    return AutoConfig.for_model(family, **sizes, **changes)
+    return AutoConfig.for_model(family, **(sizes | changes))
 
 
 def model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -11,7 +11,8 @@ from torch import nn
 from klq_kernels import linear_logprobs
 from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
 from klq_kernels.trainer.batches import Inputs, Sequence, collate
-from klq_kernels.trainer.models import LanguageModel, disable_dropout
+from klq_kernels.trainer.models import LanguageModel
+from klq_kernels.trainer.probe import prove_head, silence
 
 
 def sequences(seed: int = 0, trained: float = 1.0) -> list[Sequence]:
@@ -47,7 +48,7 @@ def ours(model: LanguageModel, batch: Inputs) -> torch.Tensor:
 def test_rows_of_a_batch_are_those_of_each_sequence_alone(family: str, padding_free: bool) -> None:
     model = tiny.model(family).eval()
     language_model = LanguageModel(model)
-    language_model.prove()
+    prove_head(language_model)
     with torch.no_grad():
         batch = collate(sequences(trained=0.6), pad_id=tiny.PAD, padding_free=padding_free)
         got = ours(language_model, batch)
@@ -62,14 +63,14 @@ def test_a_head_that_is_taken_wrongly_is_noticed(family: str, monkeypatch: pytes
     monkeypatch.setattr(language_model, "_softcap", None)
     monkeypatch.setattr(language_model, "_scale", 1.0)
     with pytest.raises(ValueError, match="not supported"):
-        language_model.prove()
+        prove_head(language_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_rounding_is_no_reason_to_refuse_a_model(family: str, dtype: torch.dtype) -> None:
     for seed in range(4):
-        LanguageModel(tiny.model(family, seed).to(dtype)).prove()
+        prove_head(LanguageModel(tiny.model(family, seed).to(dtype)))
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.02), (torch.float16, 1.02), (torch.bfloat16, 1.1)])
@@ -86,7 +87,7 @@ def test_a_scale_that_is_not_known_is_noticed(
 
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(ValueError, match="not supported"):
-        LanguageModel(model).prove()
+        prove_head(LanguageModel(model))
 
 
 def test_models_without_a_linear_head_are_refused() -> None:
@@ -111,7 +112,7 @@ def test_adapters_on_the_head_count(target: object) -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
         language_model = LanguageModel(model)
-        language_model.prove()
+        prove_head(language_model)
         adapted = ours(language_model, batch)
         expected = torch.cat([plain_logprobs(model, s) for s in sequences()])
         torch.testing.assert_close(adapted.double(), expected, rtol=0, atol=5e-5)
@@ -134,7 +135,7 @@ def test_adapters_that_are_no_sum_of_matrices_are_refused() -> None:
 def test_dropout_is_off_in_training_mode() -> None:
     model = tiny.model("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5)
     model.add_module("more", nn.Dropout(0.5))
-    disable_dropout(model)
+    silence(model, {"model": model.base_model}, LanguageModel(model))
     ids = torch.arange(2, 12).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)

@@ -1,0 +1,272 @@
+"""Probes: a few tokens show whether a model does what the trainer takes it to do, whatever its family.
+
+``KLQTrainer`` runs them at construction. A model that fails is refused with a ValueError that names the argument, or
+is run in another way that is right; no list of families decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..call.checks import require
+from ..logprobs import linear_logprobs
+from .batches import Sequence, collate
+from .models import LanguageModel, backbone_states
+
+LENGTH = 6  # tokens of a probe
+# How modules and configs call the rates at which training mode changes something at random.
+RANDOM_RATE = re.compile(r"drop|jitter|noise", re.IGNORECASE)
+# PEFT initialisations that take the adapter's first value out of the base weights.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def probe_ids(language_model: LanguageModel, number: int = LENGTH, first: int = 3) -> Tensor:
+    """Token ids [number] within the vocabulary, all but for tiny vocabularies different."""
+    vocab, device = language_model.vocab_size, next(language_model.model.parameters()).device
+    return torch.arange(first, first + number, device=device).mul_(7).remainder_(vocab)
+
+
+@contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the module is in training or evaluation mode; no gradient, and no trace in the random numbers."""
+    before = {m: m.training for m in module.modules()}
+    devices = sorted({p.device.index for p in module.parameters() if p.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        module.train(training)
+        try:
+            yield
+        finally:
+            for m, was in before.items():
+                m.training = was
+
+
+def logits_of(language_model: LanguageModel) -> Tensor:
+    """The model's own logits of the probe, fp32 [1, LENGTH, V], in evaluation mode."""
+    with mode(language_model.model, training=False):
+        ids = probe_ids(language_model).unsqueeze(0)
+        return language_model.model(input_ids=ids, use_cache=False).logits.float()
+
+
+def prove_head(language_model: LanguageModel) -> None:
+    """Holds softcap(lm_head(hidden) * scale), as the trainer computes it, against the model's own logits.
+
+    Raises:
+        ValueError: where the log-probabilities differ, because the model does something else with its logits.
+    """
+    logits = logits_of(language_model)
+    unlikely = logits.argmin(-1)  # farthest from the normaliser: another scale or cap shows most there
+    with mode(language_model.model, training=False):
+        ids = probe_ids(language_model).unsqueeze(0)
+        hidden = language_model.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        head = language_model.head()
+        require(
+            hidden.shape[-1] == head.weight.shape[1],
+            "model",
+            f"{type(language_model.model).__name__} is not supported: its states have {hidden.shape[-1]} elements, its "
+            f"lm_head reads {head.weight.shape[1]}",
+        )
+        ours = linear_logprobs(hidden, **head._asdict(), actions=unlikely).logprobs
+    theirs = logits.log_softmax(-1).gather(-1, unlikely.unsqueeze(-1)).squeeze(-1)
+    tolerance = max(1e-3, 4 * torch.finfo(head.weight.dtype).eps)  # in 16 bits every step rounds the logits
+    error = (ours - theirs).abs().max().item()
+    require(
+        error <= 1e-3 + tolerance * logits.abs().max().item(),
+        "model",
+        f"{type(language_model.model).__name__} is not supported: its log-probabilities are not those of "
+        f"softcap(lm_head(hidden) * scale); they differ by {error:.3g} on a probe",
+    )
+
+
+def prove_adapters(language_model: LanguageModel, given: Tensor | None) -> None:
+    """Holds a PEFT model's head against its logits for adapters of any value, and its base against ``given``.
+
+    Args:
+        language_model: with adapters.
+        given: ``logits_of`` the model before it got them; None where nobody knows, or nobody needs its base.
+
+    Raises:
+        ValueError: where an adapter on the lm_head does something that the trainer does not, or where the model with
+            its adapters switched off is not the model that was given.
+    """
+    if not language_model.is_peft:
+        return
+    with perturbed(language_model.model):
+        try:
+            prove_head(language_model)
+        except ValueError as error:
+            kinds = ", ".join(sorted(type(c).__name__ for c in language_model.model.peft_config.values()))  # type: ignore[operator]
+            raise ValueError(
+                f"peft_config: {kinds} on this model is not supported: {error}. Leave the lm_head out of "
+                "target_modules, or use plain LoRA there"
+            ) from error
+    if given is not None:
+        with language_model.without_adapters():
+            change = _difference(logits_of(language_model), given)
+        require(
+            change <= _tolerance(language_model.head().weight.dtype),
+            "peft_config",
+            f"changes the base model: without adapters its logits differ from the given model's by {change:.3g}, so it "
+            "is not the reference. Use init_lora_weights=True, or give the reference as ref_model",
+        )
+
+
+def check_initialisation(model: Any) -> None:
+    """Refuses a PEFT model whose base was changed before it came here, where no probe can tell."""
+    for name, settings in getattr(model, "peft_config", {}).items():
+        kind = str(getattr(settings, "init_lora_weights", "")).lower()
+        require(
+            not kind.startswith(CHANGE_THE_BASE),
+            "model",
+            f"adapter {name!r} was initialised by {kind}, which changes the base model: without adapters it is not the "
+            "reference. Give the reference as ref_model",
+        )
+
+
+@contextmanager
+def perturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, every trained parameter has another value, so that adapters that begin at zero do something."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(sorted({p.device.index for p in trained if p.is_cuda})):
+            for at, parameter in enumerate(trained):
+                torch.manual_seed(at)
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
+
+
+def silence(module: nn.Module, backbones: dict[str, nn.Module], language_model: LanguageModel) -> None:
+    """Sets every rate of dropout and its relatives to 0, and proves that training mode is evaluation mode.
+
+    Rates are numbers on modules or, where a family reads them at each call, in its config: whatever is called drop,
+    jitter or noise.
+
+    Args:
+        module: everything that is trained.
+        backbones: by the argument that brought them; each maps ids to ``last_hidden_state``.
+        language_model: the policy.
+
+    Raises:
+        ValueError: naming the argument whose model still computes something else in training mode.
+    """
+    for part in module.modules():
+        _zero_rates(part, vars(part))
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+    if all(_changes_in_training(b, language_model) == 0 for b in backbones.values()):
+        return
+    for config in {id(c): c for p in module.modules() if (c := getattr(p, "config", None)) is not None}.values():
+        _zero_rates(config, vars(config))
+    for name, backbone in backbones.items():
+        error = _changes_in_training(backbone, language_model)
+        require(
+            error == 0,
+            name,
+            f"{type(backbone).__name__} computes something else in training mode than in evaluation mode (states "
+            f"differ by {error:.3g}), so the policy that learns is not the one that sampled. Set its dropout, jitter "
+            "or noise to 0 in its config before it is built; disable_dropout=False trains it as it is",
+        )
+
+
+def check_head_dropout(language_model: LanguageModel) -> None:
+    """Refuses a lm_head that drops something in training mode, which the loss would not see."""
+    dropped = [m for m in language_model.lm_head.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    require(
+        not dropped,
+        "disable_dropout",
+        "must be True where an adapter on the lm_head has dropout: the loss computes with the merged weight",
+    )
+
+
+def _zero_rates(owner: Any, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, float) and RANDOM_RATE.search(name):
+            setattr(owner, name, 0.0)
+
+
+def _changes_in_training(backbone: nn.Module, language_model: LanguageModel) -> float:
+    """How far states in training mode are from those in evaluation mode, over a few draws; 0 where it is rounding."""
+    ids = probe_ids(language_model).unsqueeze(0)
+
+    def states() -> Tensor:
+        return backbone(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    with mode(backbone, training=False):
+        calm = states()
+    worst = 0.0
+    for seed in range(4):  # a whole layer may be dropped, or not
+        with mode(backbone, training=True):
+            torch.manual_seed(seed)
+            worst = max(worst, _difference(states(), calm))
+    return worst if worst > _tolerance(next(backbone.parameters()).dtype) else 0.0
+
+
+def prove_padding(name: str, backbone: nn.Module, language_model: LanguageModel) -> None:
+    """Holds the states of a sequence in a batch padded on the right against those of the sequence alone.
+
+    Raises:
+        ValueError: naming the argument whose model lets the padding in.
+    """
+    long, short = _probe_sequence(language_model, 3), _probe_sequence(language_model, 5, LENGTH - 2)
+    device = next(backbone.parameters()).device
+
+    def states(*sequences: Sequence) -> Tensor:
+        batch = collate(sequences, pad_id=0, padding_free=False).to(device)
+        return backbone_states(backbone, batch)[batch.rows[-(LENGTH - 3) :]].float()
+
+    with mode(backbone, training=False):
+        error = _difference(states(long, short), states(short))
+    require(
+        error <= _tolerance(next(backbone.parameters()).dtype),
+        name,
+        f"{type(backbone).__name__} is not supported: padding on the right changes its states (by {error:.3g})",
+    )
+
+
+def keeps_sequences_apart(backbone: nn.Module, language_model: LanguageModel) -> bool:
+    """Whether a backbone reads concatenated sequences, told apart by their positions, as if each were alone.
+
+    Two packs differ in their first sequence alone; then the states of the second must be the same in both, and those of
+    the second by itself.
+    """
+    first, other, second = (_probe_sequence(language_model, at) for at in (3, 11, 5))
+    device = next(backbone.parameters()).device
+
+    def states(*sequences: Sequence) -> Tensor:
+        batch = collate(sequences, pad_id=0, padding_free=True).to(device)
+        return backbone_states(backbone, batch)[-LENGTH:].float()
+
+    with mode(backbone, training=False):
+        try:
+            packed, after_other, alone = states(first, second), states(other, second), states(second)
+        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+            return False  # takes no positions, or no batch without a mask
+    if _difference(packed, after_other) > _tolerance(torch.float32):
+        return False
+    return _difference(packed, alone) <= _tolerance(next(backbone.parameters()).dtype)
+
+
+def _probe_sequence(language_model: LanguageModel, first: int, length: int = LENGTH) -> Sequence:
+    ids = probe_ids(language_model, length, first).cpu()
+    return Sequence(ids[:1], ids[1:], torch.ones(length - 1, dtype=torch.bool))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, over the largest element; infinite where something is not a number."""
+    found = ((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item()
+    return found if found == found else float("inf")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """What rounding may make of the same computation done in another order."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 16 * torch.finfo(dtype).eps

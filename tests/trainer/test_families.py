@@ -1,0 +1,113 @@
+"""Architectures as transformers builds them: each is run right, or refused by name. No list of families decides."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from klq_kernels import linear_logprobs
+from klq_kernels.trainer.batches import Sequence, collate
+from klq_kernels.trainer.models import LanguageModel
+from klq_kernels.trainer.probe import keeps_sequences_apart, prove_head, prove_padding, silence
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES = [name for name in families.FAMILIES if families.known(name)]
+
+
+def sequences() -> list[Sequence]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Sequence(
+            torch.randint(2, families.VOCAB, (p,), generator=g),
+            torch.randint(2, families.VOCAB, (t,), generator=g),
+            torch.ones(t, dtype=torch.bool),
+        )
+        for p, t in ((3, 5), (1, 4), (6, 2))
+    ]
+
+
+def plain_logprobs(model: nn.Module, sequence: Sequence) -> torch.Tensor:
+    """Through the model's own logits, one sequence at a time."""
+    logits = model(input_ids=sequence.ids.unsqueeze(0)).logits[0, :-1].double()
+    return logits.log_softmax(-1).gather(-1, sequence.ids[1:, None]).squeeze(-1)[len(sequence.prompt) - 1 :]
+
+
+def ours(model: LanguageModel, padding_free: bool) -> torch.Tensor:
+    batch = collate(sequences(), pad_id=0, padding_free=padding_free)
+    hidden = model.hidden_states(batch).index_select(0, batch.rows)
+    head = model.head()._asdict()
+    return linear_logprobs(hidden, **head, actions=batch.actions, cu_seqlens=batch.cu_seqlens).logprobs
+
+
+def test_there_are_many() -> None:
+    assert len(FAMILIES) >= 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_right_in_training_mode_or_refused_by_name(family: str) -> None:
+    """With dropout in its config, under whatever names: log-probabilities in training mode are the model's own."""
+    model = families.with_dropout(family, 0.3)
+    language_model = prepared(model)
+    if language_model is None:
+        pytest.skip("refused")
+    layouts = [False, True] if keeps_sequences_apart(language_model.backbone, language_model) else [False]
+    with torch.no_grad():
+        expected = torch.cat([plain_logprobs(model.eval(), s) for s in sequences()])
+        model.train()
+        for padding_free in layouts:
+            torch.testing.assert_close(ours(language_model, padding_free).double(), expected, rtol=0, atol=5e-3)
+
+
+def prepared(model: nn.Module) -> LanguageModel | None:
+    """What ``KLQTrainer`` makes of a model at construction; None where it refuses it."""
+    try:
+        language_model = LanguageModel(model)
+        prove_head(language_model)
+        prove_padding("model", language_model.backbone, language_model)
+        silence(model, {"model": language_model.backbone}, language_model)
+    except ValueError as error:
+        if not str(error).startswith("model:"):
+            raise
+        return None
+    return language_model
+
+
+def test_most_are_supported() -> None:
+    """So that a probe that refuses everything would be seen."""
+    some = "llama qwen3 gpt2 gpt_neox mistral phi gemma2 starcoder2 seed_oss mixtral".split()
+    assert all(prepared(families.with_dropout(name, 0.3)) for name in some)
+
+
+def test_dropout_that_no_probe_can_silence_is_refused() -> None:
+    model = families.build(families.config("llama"))
+    forward = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: nn.functional.dropout(forward(x), 0.1, training=model.training)
+    language_model = LanguageModel(model)
+    with pytest.raises(ValueError, match=r"^model: LlamaModel computes something else in training mode"):
+        silence(model, {"model": language_model.backbone}, language_model)
+
+
+@pytest.mark.parametrize("family", ["mamba", "opt", "bloom"])
+def test_a_state_that_crosses_packed_sequences_is_noticed(family: str) -> None:
+    language_model = LanguageModel(families.build(families.config(family)))
+    assert not keeps_sequences_apart(language_model.backbone, language_model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma2"])
+def test_models_that_tell_sequences_apart_by_positions_may_pack(family: str) -> None:
+    language_model = LanguageModel(families.build(families.config(family)))
+    assert keeps_sequences_apart(language_model.backbone, language_model)
+
+
+def test_router_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model: .*output_router_logits = False"):
+        LanguageModel(families.build(families.config("mixtral", output_router_logits=True)))
+
+
+def test_encoder_decoders_are_refused() -> None:
+    model = families.build(families.config("llama"))
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match=r"^model: .*encoder-decoder"):
+        LanguageModel(model)
