@@ -23,6 +23,8 @@ from ..loss import LOSS_TYPES
 ALGORITHMS = ("klq", "ppo")
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
     "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
+    "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
+    "label_smoothing_factor": "the losses of reinforcement learning have no labels",
     "per_device_eval_batch_size": "evaluation takes its batches from rollout_forward_batch_size",
 }
 

@@ -33,7 +33,7 @@ from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
 from .rewards import Rewards, Scores
-from .rollout import Completions, Rollout, RolloutFunction, check_completions, eos_ids, generate
+from .rollout import Completions, Rollout, RolloutFunction, check_completions, check_ids, eos_ids, generate
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_rewards, completion_statistics, token_statistics
 
@@ -58,6 +58,10 @@ class Cycle:
     def actor_critic(self) -> ActorCritic:
         """The module that is trained, out of whatever wraps it."""
         raise NotImplementedError
+
+    @property
+    def language_model(self) -> LanguageModel:
+        return self.actor_critic.language_model
 
     @property
     def policy(self) -> Any:
@@ -114,7 +118,7 @@ class Cycle:
                     "rollout_func",
                     f"must return Completions, got {type(completions).__name__}",
                 )
-        return check_completions(completions, prompts, eos_ids(self.generation_config))
+        return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
 
     @contextmanager
     def _inference(self) -> Iterator[ActorCritic]:
@@ -133,6 +137,7 @@ class Cycle:
 
     def _tokenize(self, prompt: Any) -> list[int]:
         ids = tokenize_prompt(prompt, self.tokenizer)
+        check_ids("processing_class", ids, self.language_model.vocab_size)
         return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
 
     def reward(self, rows: list[dict[str, Any]], rollout: Rollout) -> Scores:

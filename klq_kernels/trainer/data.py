@@ -72,6 +72,8 @@ def read_file(place: Path, split: str, name: str | None) -> Dataset:
     if place.suffix not in READERS:
         raise ValueError(f"path: a file must be one of {', '.join(READERS)}, got {place.name}")
     refuse_name(name, f"the file {place.name}")
+    if place.stat().st_size == 0:
+        raise ValueError(f"path: {place} is empty")
     if split.split("[")[0] != "train":
         raise ValueError(f"split: a single file has only 'train', got {split!r}; a folder can have a file for each")
     try:

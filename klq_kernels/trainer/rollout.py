@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -139,6 +140,11 @@ def sampling_config(
         "generation_kwargs",
         "must not hold the temperature; set the option temperature, which the trained policy has as well",
     )
+    require(
+        extra.get("num_return_sequences", 1) == 1,
+        "generation_kwargs",
+        "num_return_sequences must be 1: a prompt gets one completion in a cycle",
+    )
     own = getattr(model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos
@@ -150,16 +156,24 @@ def sampling_config(
     return GenerationConfig(**{**settings, **extra})
 
 
-def check_completions(completions: Completions, prompts: list[list[int]], ends: set[int]) -> Rollout:
+def check_ids(name: str, ids: Any, vocab: int) -> None:
+    """Raises a ValueError unless they are token ids, ints below ``vocab``."""
+    for token in ids:
+        whole = isinstance(token, Integral) and not isinstance(token, bool)
+        require(whole and 0 <= token < vocab, name, f"must hold ints in [0, {vocab}), the policy's ids; got {token!r}")
+
+
+def check_completions(completions: Completions, prompts: list[list[int]], ends: set[int], vocab: int) -> Rollout:
     """Completions as sequences.
 
     Args:
         completions: what a rollout function returned.
         prompts: token ids of the prompts it was given.
         ends: EOS ids.
+        vocab: the policy's number of tokens.
 
     Raises:
-        ValueError: where numbers or lengths do not fit.
+        ValueError: where numbers or lengths do not fit, or an id is none of the policy's.
     """
     ids, number = completions.completion_ids, len(prompts)
     prompt_ids = prompts if completions.prompt_ids is None else completions.prompt_ids
@@ -183,6 +197,9 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
                 len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
             )
     require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
+    for name, column in (("prompt_ids", prompt_ids), ("completion_ids", ids)):
+        for row, entry in enumerate(column):
+            check_ids(f"rollout_func: {name}[{row}]", entry, vocab)
     sequences = [
         Sequence(torch.tensor(p), torch.tensor(c, dtype=torch.long), torch.tensor(t, dtype=torch.bool))
         for p, c, t in zip(prompt_ids, ids, trained, strict=True)

@@ -37,7 +37,7 @@ from .means import Means
 from .models import LanguageModel
 from .objectives import OBJECTIVES
 from .rewards import RewardFunction, Rewards, as_list
-from .rollout import RolloutFunction, sampling_config
+from .rollout import RolloutFunction, check_ids, sampling_config
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
 
@@ -108,6 +108,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
         language_model = LanguageModel(policy)
         probe.prove_head(language_model)
+        check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
         given = None
         if peft_config is not None:
             given = probe.logits_of(language_model) if ref_model is None else None

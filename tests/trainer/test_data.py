@@ -291,3 +291,9 @@ def test_long_prompts_are_left_out_and_counted(tokenizer: PreTrainedTokenizerFas
         keep_short(dataset, tokenizer, 1)
     with pytest.raises(ValueError, match="max_prompt_length"):
         keep_short(dataset, tokenizer, 0)
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^path: .*none.jsonl is empty"):
+        load_prompts(str(tmp_path / "none.jsonl"))

@@ -697,16 +697,45 @@ def test_trainer_errors_name_the_argument(given: dict[str, Any], message: str, t
         (Completions([[1], [2]], logprobs=[[0.0], []]), r"logprobs\[1\]: must have 1 entries"),
         (Completions([[1], [2]], trained=[[True, True], [True]]), r"trained\[0\]"),
         (Completions([[1], [2]], prompt_ids=[[], [1]]), "prompt_ids: must not be empty"),
+        (Completions([[1], [9]]), r"completion_ids\[1\]: must hold ints in \[0, 9\)"),
+        (Completions([[-1], [2]]), r"completion_ids\[0\]: must hold ints"),
+        (Completions([[1.5], [2]]), r"completion_ids\[0\]: must hold ints"),
+        (Completions([[1], [2]], prompt_ids=[[1], [10]]), r"prompt_ids\[1\]: must hold ints"),
     ],
 )
 def test_rollout_functions_are_checked(completions: Completions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_completions(completions, [[1], [2]], {1})
+        check_completions(completions, [[1], [2]], {1}, 9)
 
 
 def test_the_temperature_is_not_a_matter_of_sampling_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^generation_kwargs: .* set the option temperature"):
         tiny.trainer(tmp_path, generation_kwargs={"temperature": 0.7})
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    small = tiny.model(vocab_size=100)
+    with pytest.raises(ValueError, match=r"^processing_class: must hold ints in \[0, 40\)"):
+        tiny.trainer(tmp_path, {"model": tiny.model(vocab_size=40)}).train()  # its tokenizer has 258
+    padded = tiny.tokenizer()
+    padded.add_special_tokens({"pad_token": "<other>"})
+    with pytest.raises(ValueError, match=r"^processing_class: pad_token_id"):
+        tiny.trainer(tmp_path, {"model": small, "processing_class": padded})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}),
+        ("label_smoothing_factor", {"label_smoothing_factor": 0.1}),
+        ("generation_kwargs", {"generation_kwargs": {"num_return_sequences": 2}}),
+    ],
+)
+def test_settings_that_would_change_what_is_learnt_are_refused(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        tiny.trainer(tmp_path, **changes)
 
 
 def test_a_rollout_function_must_return_completions(tmp_path: Path) -> None:
