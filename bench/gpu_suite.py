@@ -39,7 +39,7 @@ MOST_STEPS = 10_000  # of a Python loop over time, each of them several launches
 TEST_FILES = (
     "kernels/test_gpu.py", "kernels/test_kernels.py", "core/test_returns.py", "core/test_logprobs.py",
     "core/test_loss.py", "core/test_compile.py", "core/test_bad_input.py", "core/test_complaints.py",
-    "core/test_planner.py",
+    "core/test_planner.py", "core/test_silent_input.py",
 )  # fmt: skip
 Outcome = dict[str, Any]
 

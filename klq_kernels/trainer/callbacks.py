@@ -52,6 +52,18 @@ def not_a_number(seen: Window) -> str | None:
     return ", ".join(bad) or None
 
 
+def unscaled_scores(seen: Window) -> str | None:
+    """Scores so large that the squared loss is, and the price of KL is nothing beside them."""
+    size = max(abs(seen.recent[-1].get(f"objective/{name}", 0.0)) for name in ("scores", "scores_std"))
+    return f"scores of {size:.3g}" if size > 100 else None
+
+
+def everything_truncated(seen: Window) -> str | None:
+    """No completion of a cycle has ended, and what does not end bootstraps from V instead of being scored."""
+    cut = seen.recent[-1].get("completions/truncated", 0.0)
+    return "no completion ended" if seen.config.bootstrap_truncated and cut == 1.0 else None
+
+
 def kl_explosion(seen: Window) -> str | None:
     """KL costs more than twice what scores differ by, and still rises."""
     kl, spread = seen.mean("objective/kl"), seen.mean("objective/scores_std")
@@ -94,7 +106,8 @@ def entropy_collapse(seen: Window) -> str | None:
 def reward_hacking(seen: Window) -> str | None:
     """A hint only: scores have risen while completions went to an extreme of length."""
     began, length = seen.first["completions/mean_length"], seen.mean("completions/mean_length")
-    extreme = length > 0.98 * seen.config.max_completion_length > began or length < 2 < began
+    cap = 0.98 * seen.config.max_completion_length
+    extreme = (length > cap and began < 0.9 * cap) or length < 2 < began
     return f"scores rose while completions became {length:.1f} tokens long" if extreme and seen.score_gain > 1 else None
 
 
@@ -109,6 +122,15 @@ class Failure(NamedTuple):
 FAILURES = {
     "not a number": Failure(
         not_a_number, "Lower the learning rate; check the reward functions; use bf16 rather than fp16", at_once=True
+    ),
+    "scores out of scale": Failure(
+        unscaled_scores, "Scale the rewards to about 1 (reward_weights), since tau prices KL in units of reward", True
+    ),
+    "everything is truncated": Failure(
+        everything_truncated,
+        "Raise max_completion_length, or set bootstrap_truncated to False or missing_eos_penalty: nothing is learnt of "
+        "scores now",
+        True,
     ),
     "KL explosion": Failure(kl_explosion, "Lower the learning rate or num_update_epochs, or raise tau"),
     "KL collapse": Failure(kl_collapse, "Raise the learning rate, or lower tau"),
@@ -139,13 +161,17 @@ class FailureWatch(TrainerCallback):
         logs: Logs | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "objective/kl" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        self._first = self._first or logs
-        self._recent.append(logs)
-        window = Window(list(self._recent), self._first, self._config)
+        of_cycle = "objective/kl" in logs  # logs between the rollouts of a run that logs every step have only losses
+        if of_cycle:
+            self._first = self._first or logs
+            self._recent.append(logs)
+        recent = list(self._recent) if of_cycle else [*self._recent, logs]
+        window = Window(recent, self._first or logs, self._config)
         for name, failure in FAILURES.items():
-            if name in self.warned or not (failure.at_once or len(self._recent) == WINDOW):
+            full = of_cycle and len(self._recent) == WINDOW
+            if name in self.warned or not (failure.at_once or full):
                 continue
             seen = failure.ask(window)
             if seen is not None:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..call.checks import require
 from .config import KLQConfig
 from .cycle import Cycle
-from .experience import Experience
+from .experience import Experience, conditions
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -70,7 +70,7 @@ class Checkpoints(Cycle, Trainer):
         super()._save_rng_state(output_dir)
         torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
-            self.experience.save(self._file_of_process(output_dir, "experience"))
+            self.experience.save(self._file_of_process(output_dir, "experience"), self._conditions)
         self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -80,19 +80,24 @@ class Checkpoints(Cycle, Trainer):
         means = self._file_of_process(checkpoint, "means")
         if means.exists():
             self.means.load_state(torch.load(means, weights_only=True))
-        if self.state.global_step % self.args.steps_per_cycle:
-            file = self._file_of_process(checkpoint, "experience")
-            absent = torch.tensor(float(not file.exists()), device=self.args.device)
-            # all processes fail together: one that stopped alone would leave the others waiting for it
-            missing = int(self.accelerator.reduce(absent, reduction="sum"))
-            require(
-                missing == 0,
-                "resume_from_checkpoint",
-                f"experience_RANK.pt is missing for {missing} of {self.accelerator.num_processes} processes: the "
-                "checkpoint was not written to its end, or by a run with other processes, epochs or mini-batches; "
-                "resume that run, or from another checkpoint",
-            )
-            self.experience = Experience.load(file, self.args.device)
+        file = self._file_of_process(checkpoint, "experience")
+        present = torch.tensor(float(file.exists()), device=self.args.device)
+        # all processes fail together: one that stopped alone would leave the others waiting for it
+        found, processes = int(self.accelerator.reduce(present, reduction="sum")), self.accelerator.num_processes
+        if found == 0 and self.state.global_step % self.args.steps_per_cycle == 0:
+            return
+        require(
+            found == processes,
+            "resume_from_checkpoint",
+            f"experience_RANK.pt is missing for {processes - found} of {processes} processes: the checkpoint was not "
+            "written to its end, or by a run with other processes, epochs or mini-batches; resume that run, or from "
+            "another checkpoint",
+        )
+        self.experience = Experience.load(file, self.args.device, self._conditions)
+
+    @property
+    def _conditions(self) -> dict[str, Any]:
+        return conditions(self.args, self.accelerator.num_processes)
 
     def _file_of_process(self, folder: str, name: str) -> Path:
         return Path(folder) / f"{name}_{self.args.process_index}.pt"

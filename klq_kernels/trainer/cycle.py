@@ -35,7 +35,7 @@ from .objectives import Scored, logprobs, score
 from .rewards import Rewards, Scores
 from .rollout import Completions, Rollout, RolloutFunction, check_completions, check_ids, eos_ids, generate
 from .seeds import Purpose, derived_seed, seeded
-from .statistics import add_rewards, completion_statistics, token_statistics
+from .statistics import add_cycle, add_rewards, add_sampler
 
 
 class Cycle:
@@ -90,14 +90,15 @@ class Cycle:
             rollout = self.roll_out(rows, seed)
         with self._timed("time/reward"):
             scores = self.reward(rows, rollout)
+        rollout = rollout.without(~scores.scored)
         with self._timed("time/score"):
             scored, ref_logprobs = self.score(rollout)
         targets = self._targets(rollout, scores, scored, ref_logprobs)
         experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
-        statistics = completion_statistics(rollout, scores, scored, experience, self.args.tau)
-        self.means.add({**statistics, "lam": self.lam}, len(rollout.sequences))
+        add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
+        add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
-        self.means.add(token_statistics(rollout, scored), len(scored.logprobs))
+        self.means.add({"lam": self.lam}, len(rollout.sequences))
         if self.completions_log is not None:
             self._log_completions(rows, rollout, scores)
         return experience

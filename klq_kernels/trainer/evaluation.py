@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
@@ -14,7 +15,7 @@ from .cycle import Cycle
 from .means import Means
 from .processes import Turn, turns
 from .seeds import Purpose, derived_seed
-from .statistics import add_rewards, held_out_statistics
+from .statistics import add_held_out, add_rewards
 
 
 class Evaluation(Cycle, Trainer):
@@ -40,14 +41,14 @@ class Evaluation(Cycle, Trainer):
             return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
         means, mine = Means(), self.turns(len(data))
-        names = ["reward", "reward_square", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
+        names = ["reward", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
         means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one that keeps no turn
+        means.add_deviation("reward_std", torch.zeros(0))
         self.callback_handler.eval_dataloader = mine  # progress bars ask for its length
         for turn in mine:
             self._evaluate_turn(turn, [data[i] for i in turn.rows], means)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         found = means.drain(self.accelerator)
-        found["reward_std"] = max(found.pop("reward_square") - found["reward"] ** 2, 0.0) ** 0.5
         metrics = {f"{metric_key_prefix}_{n}": found[n] for n in sorted(found)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -64,7 +65,7 @@ class Evaluation(Cycle, Trainer):
         scored, ref_logprobs = self.score(rollout)
         if turn.kept:
             scores = self.reward(rows, rollout)
-            means.add(held_out_statistics(rollout, scores, scored.logprobs - ref_logprobs), len(rows))
+            add_held_out(means, rollout, scores, scored.logprobs - ref_logprobs)
             add_rewards(means, scores, self.rewards.names)
 
 

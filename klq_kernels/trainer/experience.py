@@ -7,14 +7,18 @@ samples.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..call.checks import require
 from ..types import KLQTargets
 from .batches import Sequence
+from .config import KLQConfig
 
 
 @dataclass
@@ -41,16 +45,51 @@ class Experience:
             self.advantages[at],
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, made_under: dict[str, Any]) -> None:
+        """``made_under``: ``conditions`` of the run."""
         columns = [*self.targets, self.ref_logprobs, self.advantages]
         content = {"sequences": [list(s) for s in self.sequences], "columns": [c.cpu() for c in columns]}
-        torch.save(content, path)
+        torch.save({**content, "made_under": made_under}, path)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> Experience:
+    def load(cls, path: Path, device: torch.device, now: dict[str, Any]) -> Experience | None:
+        """The experience of a checkpoint; None, with a warning, where it was made under other conditions than ``now``.
+
+        Raises:
+            ValueError: where a cycle has another number of steps now, so that the run is at no step of it.
+        """
         content = torch.load(path, weights_only=True)
+        then = content.get("made_under", {})
+        changed = [f"{name}={then.get(name)!r} (now {now[name]!r})" for name in now if then.get(name) != now[name]]
+        require(
+            then.get("steps_per_cycle") == now["steps_per_cycle"],
+            "resume_from_checkpoint",
+            f"was written in the middle of a cycle of {then.get('steps_per_cycle')} steps, and a cycle has "
+            f"{now['steps_per_cycle']} now; resume with {', '.join(changed)} as they were, or from the end of a cycle",
+        )
+        if changed:
+            warnings.warn(
+                "resume_from_checkpoint: the experience in it was made with "
+                f"{', '.join(changed)}; it is dropped, and the rest of the cycle learns from new rollouts",
+                stacklevel=3,
+            )
+            return None
         *targets, ref_logprobs, advantages = (c.to(device) for c in content["columns"])
         return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*targets), ref_logprobs, advantages)
+
+
+# Arguments of which the samples of a cycle, their targets, or their division into steps are made.
+CONDITIONS = (
+    "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "seed", "whiten_advantages", "bootstrap_truncated",
+    "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length", "generation_kwargs",
+    "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def conditions(config: KLQConfig, processes: int) -> dict[str, Any]:
+    """What the experience of a cycle depends on, by the names of the arguments."""
+    return {**{name: getattr(config, name) for name in CONDITIONS}, "processes": processes}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class Scores(NamedTuple):
     total: Tensor  # fp32 [B], the weighted sum of what was scored
     each: Tensor  # fp32 [B, F], unweighted; NaN where a function skipped the sample
 
+    @property
+    def scored(self) -> Tensor:
+        """bool [B]: whether any function scored the sample. One that none scored has a total of 0 and is not learnt."""
+        return ~self.each.isnan().all(1)
+
 
 class Rewards:
     """Several reward functions as one."""

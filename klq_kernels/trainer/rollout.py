@@ -70,6 +70,19 @@ class Rollout:
     truncated: Tensor  # bool [S]
     sampler_logprobs: Tensor | None  # fp32 [N], at the trained tokens
 
+    def without(self, skipped: Tensor) -> Rollout:
+        """The rollout with no trained token in the ``skipped`` sequences, bool [S]."""
+        if not skipped.any():
+            return self
+        rows = torch.tensor([s.rows for s in self.sequences])
+        kept = (~skipped).repeat_interleave(rows)
+        sequences = [
+            s._replace(trained=torch.zeros_like(s.trained)) if skip else s
+            for s, skip in zip(self.sequences, skipped.tolist(), strict=True)
+        ]
+        sampled = None if self.sampler_logprobs is None else self.sampler_logprobs[kept]
+        return Rollout(sequences, self.truncated, sampled)
+
 
 @torch.no_grad()
 def generate(

@@ -54,6 +54,7 @@ LOGGED = {
     "ratio": "val/ratio",
     "value_mean": "val/value_mean",
 }
+RMS = {"residual_rms"}  # those that are root mean squares
 
 
 class KLQTrainer(Evaluation, Checkpoints):
@@ -262,9 +263,11 @@ class KLQTrainer(Evaluation, Checkpoints):
             OBJECTIVES[self.args.algorithm], inputs=batch, experience=experience, denom=denom, config=self.args
         )
         loss, metrics = model(batch, objective)
-        self.means.add(
-            {LOGGED[name]: value for name, value in metrics.items() if name in LOGGED}, batch.actions.numel()
-        )
+        tokens = batch.actions.numel()
+        logged = {name: value for name, value in metrics.items() if name in LOGGED}
+        self.means.add({LOGGED[name]: value for name, value in logged.items() if name not in RMS}, tokens)
+        for name in RMS & logged.keys():
+            self.means.add_rms(LOGGED[name], logged[name], tokens)
         return (loss, metrics) if return_outputs else loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -202,6 +202,36 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tau": 0.1},
+        {"temperature": 0.8},
+        {"seed": 4},
+        {"algorithm": "ppo"},
+        {"per_device_train_batch_size": 4},
+        {"gradient_accumulation_steps": 2},
+        {"num_mini_batches": 4, "num_update_epochs": 2},
+    ],
+    ids=str,
+)
+def test_experience_made_under_other_arguments_is_made_anew(changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, **SAVING | {"max_steps": 5}).train()
+    resumed = tiny.trainer(tmp_path, **SAVING | {"max_steps": 8, **changes})
+    name = next(iter(changes))
+    with pytest.warns(UserWarning, match=rf"resume_from_checkpoint: .*{name}=.* \(now "):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert len(series(resumed, "objective/kl")) == 2  # of the run before, and of the new rollouts
+
+
+@pytest.mark.parametrize("changes", [{"num_mini_batches": 1}, {"num_update_epochs": 3}], ids=str)
+def test_a_cycle_of_another_length_cannot_be_resumed_in_its_middle(changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, **SAVING | {"max_steps": 5}).train()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: was written in the middle of a cycle of 8 steps"):
+        tiny.trainer(tmp_path, **SAVING | changes).train(resume_from_checkpoint=True)
+
+
 def test_the_log_of_a_cycle_that_was_interrupted_is_whole(tmp_path: Path) -> None:
     """One log per cycle of eight steps: what came before the checkpoint at step 5 counts as well."""
     settings = {**SAVING, "logging_steps": 8, "max_steps": 8}
