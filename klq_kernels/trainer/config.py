@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,11 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
     "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
     "label_smoothing_factor": "the losses of reinforcement learning have no labels",
     "per_device_eval_batch_size": "evaluation takes its batches from rollout_forward_batch_size",
+}
+# Arguments that only the other algorithm reads.
+IGNORED = {
+    "klq": ("cliprange", "vf_coef", "whiten_advantages"),
+    "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip"),
 }
 
 
@@ -156,6 +162,11 @@ class KLQConfig(TrainingArguments):
         for name, instead in UNUSED.items():
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
+        for name in IGNORED[self.algorithm]:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                warnings.warn(f"{name}: has no effect on algorithm={self.algorithm!r}", stacklevel=4)
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "reward", True
         for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
             require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)
@@ -163,6 +174,10 @@ class KLQConfig(TrainingArguments):
         for name in ("gamma", "lam", "lam_final", "value_gradient"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), low=0.0, high=1.0)
+        if self.value_learning_rate is not None:
+            require_number("value_learning_rate", self.value_learning_rate, low=0.0)
+        if self.missing_eos_penalty is not None:
+            require_number("missing_eos_penalty", self.missing_eos_penalty)
         counts = (
             "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
             "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",

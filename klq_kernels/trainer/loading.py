@@ -57,6 +57,33 @@ def check_vocabulary(name: str, size: int, policy_size: int) -> None:
     require(size >= policy_size, name, f"has {size} tokens in its vocabulary, and the policy {policy_size}")
 
 
+def check_trainable(policy: nn.Module, adapters: bool) -> None:
+    """Raises a ValueError where no parameter of the policy is trained, or only those that quantisation has left."""
+    require(any(p.requires_grad for p in policy.parameters()), "model", "is frozen: none of its parameters is trained")
+    quantised = bool(getattr(policy, "is_quantized", False)) or any(
+        not p.is_floating_point() for p in policy.parameters()
+    )
+    require(
+        adapters or not quantised,
+        "model",
+        "is quantised, so that only its norms and embeddings would be trained; give a peft_config",
+    )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, value: nn.Module) -> None:
+    """Raises a ValueError where an optimiser from outside leaves the value function out."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in value.named_parameters() if p.requires_grad and id(p) not in held]
+    require(
+        not missing,
+        "optimizers",
+        f"holds no {', '.join(missing)} of the value function, which would stay as it is; leave optimizers out and set "
+        "optim, learning_rate and value_learning_rate, or add trainer.actor_critic.value.parameters() to it",
+    )
+
+
 def shares_parameters(one: nn.Module, other: nn.Module, *, trained: bool = False) -> bool:
     """Whether two modules have a parameter in common; ``trained``: one that requires a gradient."""
     theirs = {id(p) for p in other.parameters()}

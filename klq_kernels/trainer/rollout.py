@@ -158,6 +158,8 @@ def sampling_config(
         "generation_kwargs",
         "num_return_sequences must be 1: a prompt gets one completion in a cycle",
     )
+    unknown = [name for name in extra if not hasattr(GenerationConfig(), name)]
+    require(not unknown, "generation_kwargs", f"GenerationConfig has no {', '.join(unknown)}")
     own = getattr(model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
     eos = tokenizer.eos_token_id if eos is None else eos

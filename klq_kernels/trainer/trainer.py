@@ -118,6 +118,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         elif ref_model is None:
             probe.check_initialisation(policy)
         probe.prove_adapters(language_model, given)
+        loading.check_trainable(policy, language_model.is_peft)
         loading.warn_of_16_bit("model", policy)
         loading.warn_of_16_bit("value_model", critic)
         if ref_model is not None:
@@ -130,6 +131,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         else:
             reference = None if language_model.is_peft else copy.deepcopy(policy)
         value = ValueFunction(language_model.config.hidden_size, critic)
+        loading.check_optimizer(optimizers[0], value)
         actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
         backbones = {"model": language_model.backbone}
         if value.backbone is not None:

@@ -768,6 +768,57 @@ def test_settings_that_would_change_what_is_learnt_are_refused(
         tiny.trainer(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("value_learning_rate", float("nan")),
+        ("value_learning_rate", -1e-3),
+        ("missing_eos_penalty", float("nan")),
+        ("generation_kwargs", {"top_kk": 5}),
+    ],
+)
+def test_numbers_that_are_none_and_misspelt_names_are_refused(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        tiny.trainer(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value"),
+    [
+        ("klq", "cliprange", 0.1),
+        ("klq", "whiten_advantages", False),
+        ("ppo", "loss_type", "huber"),
+        ("ppo", "alpha", 0.5),
+    ],
+)
+def test_arguments_of_the_other_algorithm_are_warned_of(algorithm: str, name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=f"{name}: has no effect on algorithm='{algorithm}'"):
+        tiny.arguments(tmp_path, algorithm=algorithm, **{name: value})
+
+
+def test_the_best_model_is_the_one_with_the_highest_reward(tmp_path: Path) -> None:
+    best = tiny.arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=4, save_steps=4
+    )
+    assert (best.metric_for_best_model, best.greater_is_better) == ("reward", True)
+
+
+def test_a_policy_that_nothing_trains_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model: is frozen"):
+        tiny.trainer(tmp_path, {"model": tiny.model().requires_grad_(False)})
+    quantised = tiny.model()
+    quantised.is_quantized = True
+    with pytest.raises(ValueError, match=r"^model: is quantised"):
+        tiny.trainer(tmp_path, {"model": quantised})
+
+
+def test_an_optimiser_without_the_value_function_is_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"^optimizers: holds no head.weight"):
+        tiny.trainer(tmp_path, {"model": model, "optimizers": (optimizer, None)})
+
+
 def test_a_rollout_function_must_return_completions(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, {"rollout_func": lambda prompts, trainer: ["text"] * len(prompts)})
     with pytest.raises(ValueError, match="rollout_func: must return Completions, got list"):
