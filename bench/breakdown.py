@@ -29,7 +29,7 @@ def _columns(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
 def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
     weight = inputs.weight
     vocab, n, device = weight.shape[0], inputs.tokens, weight.device
-    rows = chunking.chunk_rows(n, vocab, weight.dtype, device, None)
+    rows = loss_memory.Problem(n, weight.shape[1], vocab, weight.dtype, device).rows
     backend = backend_for(device)
     buffer = torch.zeros(rows, chunking.row_stride(vocab), dtype=weight.dtype, device=device)[:, :vocab]
     actions, top, log_total, d_logp = _columns(inputs)
@@ -45,7 +45,7 @@ def _on_rows(inputs: HeadInputs) -> dict[str, Call]:
 
     def gradient() -> Outputs:
         for c in chunks:
-            backend.row_grad_(buffer[: c.stop - c.start], actions[c], part(pull, c), **head)
+            backend.row_grad(buffer[: c.stop - c.start], actions[c], part(pull, c), buffer[: c.stop - c.start], **head)
         return {}
 
     return {"statistics": statistics, "gradient": gradient}

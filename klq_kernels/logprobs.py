@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .call.head import check_head
@@ -18,6 +19,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
@@ -38,6 +40,10 @@ def linear_logprobs(
         bias: [V].
         temperature: divides the logits, > 0.
         softcap: z -> softcap * tanh(z / softcap) before the temperature (Gemma).
+        logits_dtype: torch.float32 leaves the logits of 16-bit hidden states unrounded: log-probabilities are then
+            accurate to about 1e-5 where 16-bit logits give 3e-2. On an NVIDIA GPU the products stay in 16 bits and
+            a chunk of logits takes twice the memory; elsewhere products run on fp32 copies of hidden and weight. By
+            default logits have the dtype of hidden.
         mask: bool, the shape of actions, True at valid tokens. What masked tokens hold changes nothing.
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
@@ -59,7 +65,8 @@ def linear_logprobs(
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
+        logits_dtype=logits_dtype, return_entropy=return_entropy, workspace_bytes=workspace_bytes,
+        process_group=process_group,
     )  # fmt: skip
     found = operator.Results(
         *operator.linear_logprobs(

@@ -46,6 +46,7 @@ def fused_klq_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     process_group: object | None = None,
@@ -82,11 +83,12 @@ def fused_klq_loss(
         denom: what the sum of losses is divided by, > 0; by default the number of valid tokens of this call. Trainers
             pass the count over all micro-batches and ranks, as a number or a 0-d tensor. The value of a tensor on a GPU
             is checked under ``KLQ_CHECK=1`` alone, since reading it would synchronise.
-        bias, temperature, softcap: of the head, as in ``linear_logprobs``.
+        bias, temperature, softcap, logits_dtype: of the head, as in ``linear_logprobs``.
         return_entropy: also the mean entropy in the metrics.
-        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. The
-            native CPU backend needs none for up to H tokens, whose logits lie where the weight's gradient is going to
-            be, and in bf16 takes more for up to 2H, in place of the accumulator that several chunks would need.
+        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. In
+            bf16 the logits of up to 2H tokens make one chunk, in place of the fp32 accumulator of the weight's
+            gradient that several chunks would need. The native CPU backend needs no memory for up to H tokens, whose
+            logits lie where the weight's gradient is going to be.
         process_group: reserved; must be None.
 
     Returns:
@@ -102,7 +104,8 @@ def fused_klq_loss(
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        return_entropy=return_entropy, workspace_bytes=workspace_bytes, process_group=process_group,
+        logits_dtype=logits_dtype, return_entropy=return_entropy, workspace_bytes=workspace_bytes,
+        process_group=process_group,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:

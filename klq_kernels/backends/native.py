@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Terms
+from .portable import scale as scale
 
 NAME = "native"
 VOCABULARY_MAJOR = True
@@ -95,11 +96,11 @@ def strip_grad(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Writes the gradient by a strip of logits: the formula of ``portable.row_grad_``, tokens being columns here.
+    """Writes the gradient by a strip of logits: the formula of ``portable.row_grad``, tokens being columns here.
 
     Args:
         logits, first: as in ``strip_stats``.
-        actions, pull: [n], as in ``portable.row_grad_``.
+        actions, pull: [n], as in ``portable.row_grad``.
         out: [entries, n] contiguous, in the dtype of logits (it may be logits) or fp32.
         turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
     """

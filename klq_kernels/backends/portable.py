@@ -1,6 +1,6 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the five functions below; ``kernels`` holds the same five in Triton, and ``native`` has
+A backend is a module with the six functions below; ``triton`` holds the same six as kernels, and ``native`` has
 functions on strips of logits in place of the first two, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
 rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous
 fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..vocabulary.chunking import STRIP_ROWS
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
 
 NAME = "torch"
@@ -79,8 +80,12 @@ def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float,
     logp.masked_fill_(known != actions, torch.nan)
 
 
-def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, softcap: float | None) -> None:
-    """Replaces each row of logits by the gradient with respect to it, in place.
+def row_grad(
+    logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None
+) -> None:
+    """Writes the gradient by each row of logits over the row itself.
+
+    ``out`` is [n, V] in memory of the logits, a row where a row is: ``logits`` itself, or a view in a narrower dtype.
 
     With p = softmax(z) the row becomes
 
@@ -108,7 +113,7 @@ def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, soft
             x.mul_(scale)
         if tanh is not None:
             x.mul_(tanh.square_().neg_().add_(1.0))
-        logits[rows] = x
+        out[rows] = x
 
 
 def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:
@@ -266,3 +271,22 @@ def _write(result: Tensor, keep: Tensor | None, out: Tensor) -> None:
     else:
         out.zero_()
         out[keep] = result
+
+
+def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = source * factor, rounded once. Nothing is done where the factor is 1 and ``out`` is ``source``.
+
+    Args:
+        source: contiguous, any shape and floating dtype.
+        factor: fp32, 0-d, on the same device.
+        out: written; as ``source``, or like it in another floating dtype.
+    """
+    if source.device.type != "cpu":  # as a one-element tensor the factor stays fp32, and the kernel rounds as it writes
+        torch.mul(source, factor.reshape(1), out=out)
+    elif source.dtype == out.dtype:
+        known = type(factor) is Tensor  # one that is traced has no number
+        if out is not source or not known or factor.item() != 1.0:
+            torch.mul(source, factor, out=out)
+    else:  # the product stays in cache: one pass over memory
+        for part, into in zip(source.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
+            into.copy_(part * factor)

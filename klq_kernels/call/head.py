@@ -22,12 +22,15 @@ WHOLE = (
 
 
 class HeadInputs(NamedTuple):
-    """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]."""
+    """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]; and whether 16-bit
+    products are to leave logits in fp32.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     actions: Tensor
+    fp32_logits: bool
 
 
 def check_head(
@@ -39,6 +42,7 @@ def check_head(
     *,
     temperature: float,
     softcap: float | None,
+    logits_dtype: torch.dtype | None,
     return_entropy: bool,
     workspace_bytes: int | None,
     process_group: object | None,
@@ -85,10 +89,17 @@ def check_head(
         require_number("softcap", softcap, positive=True)
     require_flag("return_entropy", return_entropy)
     require(
+        logits_dtype in (None, hidden.dtype, torch.float32),
+        "logits_dtype",
+        f"must be torch.float32, or None for the dtype of hidden, {hidden.dtype}; got {logits_dtype!r}",
+    )
+    fp32_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float32
+    require(
         workspace_bytes is None or isinstance(workspace_bytes, int),
         "workspace_bytes",
         f"must be an int or None, got {workspace_bytes!r}",
     )
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
-    chunking.chunk_rows(1, vocab, hidden.dtype, device, workspace_bytes)
-    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous())
+    stored = chunking.head_dtypes(hidden.dtype, device, fp32_logits=fp32_logits).logits
+    chunking.chunk_rows(1, vocab, stored, device, workspace_bytes)
+    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous(), fp32_logits)

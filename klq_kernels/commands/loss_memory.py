@@ -24,6 +24,12 @@ class Problem(NamedTuple):
     hidden_gradient: bool = True
     weight_gradient: bool = True
     workspace_bytes: int | None = None
+    fp32_logits: bool = False
+
+    @property
+    def dtypes(self) -> chunking.HeadDtypes:
+        """Of the products, and of the logits."""
+        return chunking.head_dtypes(self.dtype, self.device, fp32_logits=self.fp32_logits)
 
     @property
     def vocabulary_major(self) -> bool:
@@ -39,9 +45,11 @@ class Problem(NamedTuple):
     def rows(self) -> int:
         """Rows of logits held at a time."""
         if not self.vocabulary_major:
-            return chunking.chunk_rows(self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes)
+            return chunking.chunk_rows(
+                self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, room=self._room
+            )
         return chunking.strip_chunk_rows(
-            self.tokens, self.vocab, self.dtype, self.device, self.workspace_bytes, keep=self.keeps_logits,
+            self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, keep=self.keeps_logits,
             room=self._room,
         )  # fmt: skip
 
@@ -50,21 +58,26 @@ class Problem(NamedTuple):
         """Entries of the vocabulary worked on at a time: all, unless they come in strips."""
         if not self.vocabulary_major:
             return self.vocab
-        computed = torch.float32 if chunking.widens(self.dtype, self.device) else self.dtype
+        products = self.dtypes.products
+        computed = torch.float32 if chunking.widens(products, self.device) else products
         return chunking.strip_entries(self.rows, self.vocab, computed, self.workspace_bytes)
 
     @property
     def _room(self) -> int:
         if not self.weight_gradient:
             return 0
-        return chunking.rows_in_one_chunk(self.hidden, self.dtype, self.weight_gradient_dtype, self.workspace_bytes)
+        if not self.vocabulary_major:
+            return chunking.rows_for_accumulator(self.hidden, self.dtypes.logits, self.weight_gradient_dtype)
+        return chunking.rows_in_one_chunk(
+            self.hidden, self.dtypes.logits, self.weight_gradient_dtype, self.workspace_bytes
+        )
 
     @property
     def in_gradient(self) -> bool:
         """Whether the logits lie in the memory that becomes the weight's gradient."""
         if not (self.weight_gradient and self.vocabulary_major):
             return False
-        return self.tokens <= chunking.rows_in_gradient(self.hidden, self.dtype, self.weight_gradient_dtype)
+        return self.tokens <= chunking.rows_in_gradient(self.hidden, self.dtypes.logits, self.weight_gradient_dtype)
 
     @property
     def chunks(self) -> int:
@@ -76,7 +89,7 @@ class Problem(NamedTuple):
         positions = self.tokens if self.positions is None else self.positions
         weight_dtype = self.weight_dtype or self.dtype
         return chunking.weight_gradient_dtype(
-            positions, self.vocab, self.hidden, self.dtype, weight_dtype, self.device, self.workspace_bytes,
+            positions, self.vocab, self.hidden, self.dtypes, weight_dtype, self.device, self.workspace_bytes,
             vocabulary_major=self.vocabulary_major,
         )  # fmt: skip
 
@@ -124,21 +137,26 @@ def fused_memory(p: Problem) -> Memory:
     """
     d_hidden, d_weight = _head_gradients(p)
     masked = p.positions is not None and p.positions != p.tokens
-    row_bytes = p.hidden * p.dtype.itemsize
+    positions = p.tokens if p.positions is None else p.positions
+    products = p.dtypes.products
+    row_bytes = p.hidden * products.itemsize
+    widened = products != p.dtype  # fp32 copies of what comes in, and an fp32 gradient of hidden
     added_up_as_it_is = p.weight_gradient_dtype == (p.weight_dtype or p.dtype)
     accumulator = 0 if added_up_as_it_is else 4 * p.vocab * p.hidden * p.weight_gradient
     forward = _nonzero(
         weight_gradient_fp32=accumulator,
         weight_gradient=d_weight * added_up_as_it_is,
-        hidden_gradient=d_hidden,
+        hidden_gradient=positions * row_bytes * p.hidden_gradient,
+        hidden_cast=positions * row_bytes * widened,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
-        weight_cast=p.vocab * row_bytes if p.weight_dtype not in (None, p.dtype) else 0,
+        weight_cast=p.vocab * row_bytes if (p.weight_dtype or p.dtype) != products else 0,
         **(_strip_buffers(p) if p.vocabulary_major else _chunk_buffers(p)),
     )
     backward = _nonzero(
         weight_gradient_fp32=accumulator,
         weight_gradient=d_weight,
         hidden_gradient=d_hidden,
+        hidden_gradient_fp32=positions * row_bytes * p.hidden_gradient * widened,
     )
     return Memory(forward, backward)
 
@@ -147,31 +165,33 @@ def _chunk_buffers(p: Problem) -> dict[str, int]:
     """What ``token_major`` holds. On a CPU a 16-bit accumulation in fp32 goes through an extra strip of products; one
     without 16-bit products chunking.widens strips instead, of which the allocator keeps as much again for the next.
     """
-    wide = chunking.widens(p.dtype, p.device)
-    strips = p.weight_gradient and p.device.type == "cpu" and p.dtype != p.weight_gradient_dtype and not wide
+    products, logits = p.dtypes
+    wide = chunking.widens(products, p.device)
+    strips = p.weight_gradient and p.device.type == "cpu" and products != p.weight_gradient_dtype and not wide
     return {
-        "logits_chunk": p.rows * chunking.row_stride(p.vocab) * p.dtype.itemsize,
-        "hidden_gradient_chunk": p.rows * p.hidden * p.dtype.itemsize * p.hidden_gradient,
-        "product_strip": min(chunking.STRIP_ROWS, p.vocab) * p.hidden * p.dtype.itemsize * strips,
+        "logits_chunk": p.rows * chunking.row_stride(p.vocab) * logits.itemsize,
+        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient,
+        "product_strip": min(chunking.STRIP_ROWS, p.vocab) * p.hidden * products.itemsize * strips,
         "widened_strips": 8 * (min(chunking.WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
     }
 
 
 def _strip_buffers(p: Problem) -> dict[str, int]:
     """What ``vocabulary_major`` holds."""
-    wide = chunking.widens(p.dtype, p.device)
-    computed = torch.float32 if wide else p.dtype
+    products, logits = p.dtypes
+    wide = chunking.widens(products, p.device)
+    computed = torch.float32 if wide else products
     entries = p.strip_entries
-    own = 0 if p.in_gradient else p.vocab * p.rows * p.dtype.itemsize
+    own = 0 if p.in_gradient else p.vocab * p.rows * logits.itemsize
     strip = entries * p.rows * computed.itemsize
     narrow = computed != torch.float32
     rounded = p.weight_gradient and p.weight_gradient_dtype != computed
     return {
         "logits_chunk": own * p.keeps_logits,
         "logits_strip": strip * (not own or wide or not p.keeps_logits),
-        "rounded_strip": entries * p.rows * p.dtype.itemsize * (wide and not p.keeps_logits),
+        "rounded_strip": entries * p.rows * products.itemsize * (wide and not p.keeps_logits),
         "turned_strip": strip * narrow * p.hidden_gradient,
-        "hidden_gradient_chunk": p.rows * p.hidden * (4 + p.dtype.itemsize * narrow) * p.hidden_gradient,
+        "hidden_gradient_chunk": p.rows * p.hidden * (4 + products.itemsize * narrow) * p.hidden_gradient,
         "product_strip": entries * p.hidden * computed.itemsize * rounded,
         "widened_weight_strip": 4 * entries * p.hidden * wide,
         "widened_hidden_chunk": 4 * p.rows * p.hidden * wide,
@@ -201,11 +221,13 @@ def naive_memory(p: Problem) -> Memory:
 
 def why_chunks(p: Problem) -> str:
     """The chunk size that ``chunk_rows`` chose and the reason for it, in a sentence."""
-    row_bytes = chunking.row_stride(p.vocab) * p.dtype.itemsize
+    row_bytes = chunking.row_stride(p.vocab) * p.dtypes.logits.itemsize
     size = f"{p.rows:,} rows of logits at a time, {p.rows * row_bytes / chunking.MIB:,.0f} MiB"
     if p.in_gradient:
         return f"all {size}, in the memory that becomes the weight's gradient: no workspace, one chunk"
     if p.chunks <= 1:
+        if p.rows * row_bytes > chunking.GPU_WORKSPACE and p.workspace_bytes is None:
+            return f"all {size}: no more than the fp32 accumulator that several chunks need, so there is one chunk"
         return f"all {size}: they fit the workspace, so there is one chunk and no chunking overhead"
     if p.workspace_bytes is not None:
         limit = f"the {p.workspace_bytes / chunking.MIB:,.0f} MiB of workspace_bytes"

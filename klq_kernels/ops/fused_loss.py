@@ -16,6 +16,7 @@ from ..vocabulary import chunking
 from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
 from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
+from ..vocabulary.precision import own_settings
 from .gradients import scaled_gradient
 from .operator import Parts, fields_of, operator
 from .scans import tail_values
@@ -50,19 +51,23 @@ def make_head(
     temperature: float,
     softcap: float | None,
     gradient_dtype: torch.dtype,
+    *,
+    fp32_logits: bool,
 ) -> Head:
-    """The head in the dtype of ``hidden``: products run in it, an fp32 master weight is cast for them."""
-    weight = weight.detach().to(hidden.dtype)
-    bias = None if bias is None else bias.detach().to(hidden.dtype)
-    return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype)
+    """The head in the dtype of its products (``chunking.head_dtypes``): an fp32 master weight is cast for them."""
+    dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
+    weight = weight.detach().to(dtypes.products)
+    bias = None if bias is None else bias.detach().to(dtypes.products)
+    return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype, dtypes.logits)
 
 
 def weight_gradient_dtype(
-    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, keep: bool = True
+    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, fp32_logits: bool, keep: bool = True
 ) -> torch.dtype:
     """``chunking.weight_gradient_dtype`` of these inputs."""
+    dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
     return chunking.weight_gradient_dtype(
-        hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, weight.dtype, hidden.device, workspace_bytes,
+        hidden.shape[0], weight.shape[0], weight.shape[1], dtypes, weight.dtype, hidden.device, workspace_bytes,
         vocabulary_major=vocabulary_major(hidden.device), keep=keep,
     )  # fmt: skip
 
@@ -102,6 +107,7 @@ class Arguments(NamedTuple):
     log_ratio_clip: float
     temperature: float
     softcap: float | None
+    fp32_logits: bool
     return_entropy: bool
     workspace_bytes: int | None
     # the caller's word that it drops the gradients among the results, so that backward may scale them in place
@@ -151,11 +157,12 @@ def _fake(given: Arguments) -> Results:
     def shaped(needed: bool, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if needed else scalar.new_empty(0)
 
-    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes)
+    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits)
+    products = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=given.fp32_logits).products
     return Results(
         loss=scalar,
         metrics=scalar.new_empty(len(names)),
-        d_hidden=shaped(given.need_hidden, *hidden.shape, dtype=hidden.dtype),
+        d_hidden=shaped(given.need_hidden, *hidden.shape, dtype=products),
         d_weight=shaped(given.need_weight, *weight.shape, dtype=weight_dtype),
         d_bias=shaped(given.need_bias, weight.shape[0]),
         d_values=shaped(given.need_values, given.actions.shape[0]),
@@ -193,18 +200,24 @@ def _forward(given: Arguments) -> Results:
     assert taken is not None
     layout.check_actions(taken, given.weight.shape[0])
     layout.check_denom(given.denom)
-    rows = Rows(given.hidden.detach(), index, taken)
+    weight_dtype = weight_gradient_dtype(
+        given.hidden, given.weight, given.workspace_bytes, fp32_logits=given.fp32_logits
+    )
+    head = make_head(
+        given.hidden, given.weight, given.bias, given.temperature, given.softcap, weight_dtype,
+        fp32_logits=given.fp32_logits,
+    )  # fmt: skip
+    rows = Rows(given.hidden.detach().to(head.weight.dtype), index, taken)
     terms = _terms(given, index)
     ref_logp = layout.fp32_rows(given.ref_logp, index)
     scan = _scan_inputs(given, terms, ref_logp, index, row_cu_seqlens) if given.on_policy else None
     shape: LossShape = fields_of(LossShape, given)
     scale = GradientScale(given.denom, taken.numel(), given.hidden.dtype, given.hidden.device)
-    weight_dtype = weight_gradient_dtype(given.hidden, given.weight, given.workspace_bytes)
-    with torch.autocast(given.hidden.device.type, enabled=False):
+    with own_settings(given.hidden.device):
         found = klq_pass(
             backend_for(given.hidden.device),
             rows,
-            make_head(given.hidden, given.weight, given.bias, given.temperature, given.softcap, weight_dtype),
+            head,
             Needs(given.need_hidden, given.need_weight, given.need_bias),
             terms,
             scan,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import backend_for, portable
 from ..call.transforms import is_batched
-from ..vocabulary.chunking import STRIP_ROWS
 
 try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
     from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
@@ -33,16 +33,8 @@ def scaled_gradient(saved: Tensor, scale: Tensor, dtype: torch.dtype, *, owned: 
         )
     if is_batched(scale):
         return (saved.float() * scale).to(dtype)
-    reuse = owned and not _graph_is_kept()
-    if saved.is_cuda:  # as a one-element tensor the scale stays fp32, and the kernel rounds on its way out
-        out = saved if reuse and saved.dtype == dtype else torch.empty_like(saved, dtype=dtype)
-        return torch.mul(saved, scale.reshape(1), out=out)
-    if saved.dtype == dtype:
-        if not reuse:
-            return saved * scale
-        known = type(scale) is Tensor and not scale.is_meta  # one that is traced has no number
-        return saved if known and scale.item() == 1.0 else saved.mul_(scale)
-    out = torch.empty_like(saved, dtype=dtype)
-    for part, into in zip(saved.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
-        into.copy_(part * scale)  # the product stays in cache: one pass over memory
+    reuse = owned and saved.dtype == dtype and not _graph_is_kept()
+    out = saved if reuse else torch.empty_like(saved, dtype=dtype)
+    backend = backend_for(saved.device) if type(scale) is Tensor else portable  # a compiler traces plain PyTorch alone
+    backend.scale(saved, scale, out)
     return out

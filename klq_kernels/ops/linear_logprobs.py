@@ -15,6 +15,7 @@ from ..backends import backend_for
 from ..call import layout
 from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
+from ..vocabulary.precision import own_settings
 from .fused_loss import make_head, weight_gradient_dtype
 from .operator import Parts, operator
 
@@ -40,6 +41,7 @@ class BackwardArguments(NamedTuple):
     d_entropy: Tensor | None
     temperature: float
     softcap: float | None
+    fp32_logits: bool
     workspace_bytes: int | None
     need_hidden: bool
     need_weight: bool
@@ -84,12 +86,17 @@ def _gradients(given: BackwardArguments) -> Gradients:
     top, log_total = take(given.top), take(given.log_total)
     by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
     by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
-    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes, keep=False)
-    with torch.autocast(hidden.device.type, enabled=False):
+    weight_dtype = weight_gradient_dtype(
+        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, keep=False
+    )
+    head = make_head(
+        hidden, weight, bias, given.temperature, given.softcap, weight_dtype, fp32_logits=given.fp32_logits
+    )
+    with own_settings(hidden.device):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
-            Rows(hidden.detach(), index, taken),
-            make_head(hidden, weight, bias, given.temperature, given.softcap, weight_dtype),
+            Rows(hidden.detach().to(head.weight.dtype), index, taken),
+            head,
             Needs(given.need_hidden, given.need_weight, given.need_bias),
             Pull(top, log_total, by_logp, by_lse, take(given.d_entropy), take(given.entropy)),
             workspace_bytes=given.workspace_bytes,
@@ -120,6 +127,7 @@ class Arguments(NamedTuple):
     rows: Tensor | None
     temperature: float
     softcap: float | None
+    fp32_logits: bool
     return_entropy: bool
     workspace_bytes: int | None
 
@@ -143,6 +151,7 @@ def _fake(given: Arguments) -> Results:
     return Results(logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp))
 
 
+SETTINGS = ("temperature", "softcap", "fp32_logits", "workspace_bytes")
 SAVED = ("hidden", "weight", "bias", "actions", "mask", "cu_seqlens", "rows")
 
 
@@ -150,7 +159,7 @@ def _setup(ctx: Any, given: Arguments, found: Results) -> None:
     ctx.mark_non_differentiable(found.top, found.log_total)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(getattr(given, name) for name in SAVED), found.top, found.log_total, found.entropy)
-    ctx.settings = {name: getattr(given, name) for name in ("temperature", "softcap", "workspace_bytes")}
+    ctx.settings = {name: getattr(given, name) for name in SETTINGS}
     ctx.return_entropy = given.return_entropy
 
 
@@ -183,11 +192,14 @@ def _forward(given: Arguments) -> Results:
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
     layout.check_actions(taken, given.weight.shape[0])
-    head = make_head(given.hidden, given.weight, given.bias, given.temperature, given.softcap, torch.float32)
-    with torch.autocast(given.hidden.device.type, enabled=False):
+    head = make_head(
+        given.hidden, given.weight, given.bias, given.temperature, given.softcap, torch.float32,
+        fp32_logits=given.fp32_logits,
+    )  # fmt: skip
+    with own_settings(given.hidden.device):
         found = logprobs_pass(
             backend_for(given.hidden.device),
-            Rows(given.hidden.detach(), index, taken),
+            Rows(given.hidden.detach().to(head.weight.dtype), index, taken),
             head,
             entropy=given.return_entropy,
             workspace_bytes=given.workspace_bytes,

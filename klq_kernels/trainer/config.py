@@ -16,6 +16,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..call.checks import require, require_number
@@ -100,6 +101,11 @@ class KLQConfig(TrainingArguments):
     padding_free: bool | None = option(
         None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
     )
+    fp32_head: bool = option(
+        False,
+        "Logits in fp32 where the model runs in 16 bits, as samplers with an fp32 head have them (logits_dtype of "
+        "fused_klq_loss).",
+    )
     workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
@@ -128,6 +134,11 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+
+    @property
+    def logits_dtype(self) -> torch.dtype | None:
+        """``logits_dtype`` of ``fused_klq_loss`` and ``linear_logprobs``."""
+        return torch.float32 if self.fp32_head else None
 
     @staticmethod
     def _processes() -> int:

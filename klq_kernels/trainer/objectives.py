@@ -38,6 +38,7 @@ def logprobs(states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool
         actions=inputs.actions,
         cu_seqlens=inputs.cu_seqlens,
         return_entropy=entropy,
+        logits_dtype=config.logits_dtype,
         workspace_bytes=config.workspace_bytes,
     )
 
@@ -68,6 +69,7 @@ def klq(
         log_ratio_clip=config.log_ratio_clip,
         cu_seqlens=inputs.cu_seqlens,
         denom=denom,
+        logits_dtype=config.logits_dtype,
         workspace_bytes=config.workspace_bytes,
     )
 

@@ -4,6 +4,9 @@ Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
 only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the default is 256 MiB.
 
+One chunk needs no fp32 accumulator beside a 16-bit gradient: its product is rounded once, as it is written. So where
+all rows of logits take no more memory than that accumulator would (up to 2 H rows of 16 bits), they make one chunk.
+
 A backend that stores logits entry by entry of the vocabulary needs no chunk of them where they fit into the weight's
 gradient (``strip_chunk_rows``). Callers say how the backend stores them; ``backends.vocabulary_major`` knows.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import math
 import platform
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +43,9 @@ def row_stride(vocab: int) -> int:
     return _round_up(vocab, ROW_ALIGNMENT)
 
 
-def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None) -> int:
+def chunk_rows(
+    n: int, vocab: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int | None, *, room: int = 0
+) -> int:
     """Rows of logits per chunk: as many as the workspace holds, at least 1, split evenly over the chunks.
 
     Args:
@@ -48,10 +54,13 @@ def chunk_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, wor
         dtype: of the logits.
         device: decides the default workspace.
         workspace_bytes: the caller's limit for one chunk of logits, or None for the default.
+        room: up to so many rows make one chunk by default (``rows_for_accumulator``).
 
     Raises:
         ValueError: where the workspace cannot hold a single row.
     """
+    if workspace_bytes is None and n <= room:
+        return n
     row_bytes = row_stride(vocab) * dtype.itemsize
     if workspace_bytes is not None:
         if workspace_bytes < row_bytes:
@@ -75,17 +84,21 @@ def rows_in_gradient(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype
     return width * gradient_dtype.itemsize // dtype.itemsize
 
 
+def rows_for_accumulator(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype) -> int:
+    """How many rows of logits take the memory of an fp32 accumulator [V, width]; none where the gradient is fp32
+    itself, so that several chunks need no accumulator beside it.
+    """
+    return 0 if gradient_dtype == torch.float32 else 4 * width // dtype.itemsize
+
+
 def rows_in_one_chunk(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, workspace_bytes: int | None) -> int:
     """How many rows of logits cost less kept at once than cut into chunks.
 
-    Those that fit into the weight's gradient cost nothing. Beyond them, more than one chunk of 16-bit rows needs an
-    fp32 accumulator beside the 16-bit gradient, 4 V width bytes; that much a buffer of logits may take instead, where
-    the caller has set no limit.
+    Those that fit into the weight's gradient cost nothing. Beyond them, a buffer of logits may take the memory of the
+    accumulator that it spares, where the caller has set no limit.
     """
     room = rows_in_gradient(width, dtype, gradient_dtype)
-    if workspace_bytes is None and gradient_dtype != torch.float32:
-        room = max(room, 4 * width // dtype.itemsize)
-    return room
+    return room if workspace_bytes is not None else max(room, rows_for_accumulator(width, dtype, gradient_dtype))
 
 
 def strip_chunk_rows(
@@ -130,11 +143,28 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and not _multiplies(dtype)
 
 
+class HeadDtypes(NamedTuple):
+    """What the products of a head run in, and what the logits that the first of them writes are stored in."""
+
+    products: torch.dtype
+    logits: torch.dtype
+
+
+def head_dtypes(dtype: torch.dtype, device: torch.device, *, fp32_logits: bool) -> HeadDtypes:
+    """For hidden states of ``dtype``. An NVIDIA GPU writes the fp32 sums of a 16-bit product as they are; elsewhere
+    logits that are not to be rounded need products in fp32.
+    """
+    if not fp32_logits or dtype == torch.float32:
+        return HeadDtypes(dtype, dtype)
+    writes_sums = device.type == "cuda" and torch.version.hip is None
+    return HeadDtypes(dtype if writes_sums else torch.float32, torch.float32)
+
+
 def weight_gradient_dtype(
     positions: int,
     vocab: int,
     width: int,
-    dtype: torch.dtype,
+    dtypes: HeadDtypes,
     weight_dtype: torch.dtype,
     device: torch.device,
     workspace_bytes: int | None,
@@ -144,20 +174,22 @@ def weight_gradient_dtype(
 ) -> torch.dtype:
     """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
 
-    Where one chunk holds all ``positions``, the product of a CPU, rounded to 16 bits as it is written, is the gradient
-    as it stands, and an fp32 copy would hold the same numbers in twice the memory. Not in fp16, where gradients are
-    carried at a scale (``GradientScale``) at which their sum over tokens may be too large.
+    Where one chunk holds all ``positions``, the product, rounded to 16 bits as it is written, is the gradient as it
+    stands, and an fp32 copy would hold the same numbers in twice the memory. Not in fp16, where gradients are carried
+    at a scale (``GradientScale``) at which their sum over tokens may be too large.
 
     ``vocabulary_major``: how the backend stores logits. ``keep``: whether they are kept from the forward to the
     gradient, as the loss does and the backward of log-probabilities does not.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16 or weight_dtype != torch.bfloat16:
+    dtype = dtypes.products
+    if dtype != torch.bfloat16 or weight_dtype != torch.bfloat16:
         return torch.float32
     if vocabulary_major:
         room = rows_in_one_chunk(width, dtype, dtype, workspace_bytes)
         rows = strip_chunk_rows(positions, vocab, dtype, device, workspace_bytes, keep=keep, room=room)
     else:
-        rows = chunk_rows(positions, vocab, dtype, device, workspace_bytes)
+        room = rows_for_accumulator(width, dtypes.logits, dtype)
+        rows = chunk_rows(positions, vocab, dtypes.logits, device, workspace_bytes, room=room)
     return dtype if rows >= positions else torch.float32
 
 

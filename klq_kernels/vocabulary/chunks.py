@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """What the gradient by a row of logits is made of (``portable.row_grad_``)."""
+    """What the gradient by a row of logits is made of (``portable.row_grad``)."""
 
     top: Tensor
     log_total: Tensor
@@ -95,6 +95,7 @@ class Head(NamedTuple):
     scale: float
     softcap: float | None
     gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``chunking.weight_gradient_dtype``)
+    logits_dtype: torch.dtype  # what the first product writes: that of the products, or on a GPU fp32
 
 
 class Rows(NamedTuple):
@@ -142,7 +143,7 @@ class VocabularyWork(Protocol):
         """GEMM 1 and the statistics of each row (``portable.row_stats``)."""
 
     def gradients(self, chunk: slice, pull: Pull) -> None:
-        """Adds the chunk's part of the head's gradients: ``portable.row_grad_``, GEMM 2 and GEMM 3."""
+        """Adds the chunk's part of the head's gradients: ``portable.row_grad``, GEMM 2 and GEMM 3."""
 
 
 def slices(n: int, size: int) -> list[slice]:

@@ -16,7 +16,11 @@ from .chunks import slices
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden @ weight.T (+ bias), into ``out``."""
+    """hidden @ weight.T (+ bias), into ``out``: in their dtype, or on a GPU in fp32, as the sums are."""
+    if out.dtype != hidden.dtype:
+        total = out if bias is None else out.copy_(bias)
+        beta = 0 if bias is None else 1
+        return torch.addmm(total, hidden, weight.T, out_dtype=out.dtype, beta=beta, out=out)
     if not chunking.widens(hidden.dtype, hidden.device):
         if bias is None:
             return torch.mm(hidden, weight.T, out=out)

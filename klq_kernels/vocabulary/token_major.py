@@ -1,7 +1,8 @@
 """A chunk of logits stored token by token, [rows, V]: the form for GPUs, and for plain PyTorch.
 
-One buffer holds the logits of a chunk. GEMM 1 fills it, ``row_stats`` reads it, ``row_grad_`` turns it into its own
-gradient in place, and GEMM 2 and 3 read that.
+One buffer holds the logits of a chunk. GEMM 1 fills it, ``row_stats`` reads it, ``row_grad`` turns it into its own
+gradient in place, and GEMM 2 and 3 read that. Logits in fp32 become gradients in the 16 bits of the products, in the
+first half of each row.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class TokenMajor(VocabularyWork):
     ) -> None:
         self._backend, self._rows, self._head, self._keep = backend, rows, head, keep
         n = rows.actions.numel()
-        vocab = head.weight.shape[0]
-        self.chunk_rows = chunking.chunk_rows(n, vocab, head.weight.dtype, head.weight.device, workspace_bytes)
+        (vocab, width), dtype = head.weight.shape, head.logits_dtype
+        room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
+        self.chunk_rows = chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
         # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
         stride = chunking.row_stride(vocab) if backend.PADS_ROWS else vocab
-        self._buffer = head.weight.new_empty(self.chunk_rows, stride)[:, :vocab]
+        self._buffer = head.weight.new_empty(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
         self._first = True
 
@@ -42,9 +44,9 @@ class TokenMajor(VocabularyWork):
     def gradients(self, chunk: slice, pull: Pull) -> None:
         if not self._keep:
             self._project(chunk)
-        dlogits = self._logits
-        self._backend.row_grad_(
-            dlogits, self._rows.actions[chunk], pull, scale=self._head.scale, softcap=self._head.softcap
+        dlogits = self._logits.view(self._head.weight.dtype)[:, : self._logits.shape[1]]
+        self._backend.row_grad(
+            self._logits, self._rows.actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
         )
         if self.hidden is not None:
             self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))

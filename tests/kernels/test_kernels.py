@@ -138,11 +138,44 @@ def test_row_grad(
     top = raw.amax(1) if softcap is None else softcap * torch.tanh(raw.amax(1) / softcap)
     normaliser = (top.detach().float(), (z.logsumexp(1) - scale * top).detach().float())
     extra = (h, entropy.detach().float()) if with_entropy else (None, None)
-    kernel_module("row_grad").row_grad_(
-        logits, actions, Pull(*normaliser, g, s - g, *extra), scale=scale, softcap=softcap
+    kernel_module("row_grad").row_grad(
+        logits, actions, Pull(*normaliser, g, s - g, *extra), logits, scale=scale, softcap=softcap
     )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 131, 9000])  # the last: more blocks than one, each written over those before it
+def test_row_grad_in_a_narrower_dtype(device: str, dtype: torch.dtype, vocab: int) -> None:
+    """It fills the first half of each row of logits, and is the wide one, rounded."""
+    n = 3
+    logits, actions = logits_like_a_model(n, vocab, torch.float32, device)
+    wide = logits.clone()
+    top, log_total = logits.amax(1), (logits - logits.amax(1, keepdim=True)).logsumexp(1)
+    g = torch.tensor([0.5, -2.0, 1.0], device=device)
+    pull, head = Pull(top, log_total, g, -g), {"scale": 1.0, "softcap": None}
+    narrow = logits.view(dtype)[:, :vocab]
+    kernel_module("row_grad").row_grad(logits, actions, pull, narrow, **head)
+    kernel_module("row_grad").row_grad(wide, actions, pull, wide, **head)
+    assert narrow.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(narrow.float(), wide, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])
+@pytest.mark.parametrize("n", [1, 1000, 8192 * 2 + 5])
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_scale(device: str, dtypes: tuple[torch.dtype, torch.dtype], n: int, factor: float) -> None:
+    given, wanted = dtypes
+    x = torch.randn(n, device=device).to(given)
+    out = nans(n, device).to(wanted)
+    before, scalar = x.clone(), torch.tensor(factor, device=device)
+    kernel_module("scale").scale(x, scalar, out)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(out, (before.float() * factor).to(wanted))
+    if given == wanted:
+        kernel_module("scale").scale(x, scalar, x)
+        assert torch.equal(x, out)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 0.7])
@@ -156,7 +189,7 @@ def test_the_gradient_of_a_likely_token_survives_large_logits(device: str, scale
     top, log_total, logp = (nans(9, device) for _ in range(3))
     head = {"scale": scale, "softcap": None}
     kernel_module("row_stats").row_stats(logits, actions, Statistics(top, log_total, logp, None), **head)
-    kernel_module("row_grad").row_grad_(logits, actions, Pull(top, log_total, one, -one), **head)
+    kernel_module("row_grad").row_grad(logits, actions, Pull(top, log_total, one, -one), logits, **head)
     torch.testing.assert_close(logits[:, 70].double(), scale * gold, rtol=0, atol=2e-7)
 
 

@@ -117,7 +117,7 @@ def test_strip_grad(
         pull = Pull(top, log_total, d_action, d_softmax, *((d_entropy, entropies) if entropy else ()))
         head = {"scale": 0.7, "softcap": softcap}
         right = torch.empty(n, vocab).copy_(logits.T)
-        portable.row_grad_(right, actions, pull, **head)
+        portable.row_grad(right, actions, pull, right, **head)
         around = torch.full((vocab + 2, n), 7.0, dtype=out_dtype)
         out = around[1:-1]
         turned = gradient(logits, actions, pull, out=out, size=size, **head)

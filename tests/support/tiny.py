@@ -70,12 +70,10 @@ def classifier(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(config(num_labels=1, **changes)).float()
 
 
-def prompts(number: int = 32) -> Any:
-    """Prompts of unequal length, and a column for the rewards."""
-    from datasets import Dataset
-
+def prompts(number: int = 32) -> list[dict[str, str]]:
+    """Prompts of unequal length, and a column for the rewards. Plain rows, which need no package ``datasets``."""
     texts = [chr(97 + i % 26) * (1 + i % 5) for i in range(number)]
-    return Dataset.from_dict({"prompt": texts, "letter": [t[0] for t in texts]})
+    return [{"prompt": text, "letter": text[0]} for text in texts]
 
 
 def even(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -519,7 +519,7 @@ def test_rewards_get_what_grpo_trainers_give_them(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         return [None if i % 2 else 1.0 for i in range(len(completions))]
 
-    chats = tiny.prompts(8).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in tiny.prompts(8)]
     judge = tiny.classifier()
     run = tiny.trainer(
         tmp_path,
@@ -705,13 +705,20 @@ def test_config_errors_name_the_argument(changes: dict[str, Any], name: str, tmp
         tiny.arguments(tmp_path, **changes)
 
 
+class Stream(torch.utils.data.IterableDataset[dict[str, str]]):
+    """Prompts without a number of them."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter(tiny.prompts(4))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"train_dataset": None}, "train_dataset: is needed"),
-        ({"train_dataset": tiny.prompts(4).remove_columns("prompt")}, "must have a column 'prompt', has letter"),
-        ({"train_dataset": tiny.prompts(4).to_iterable_dataset()}, "must have a length"),
-        ({"train_dataset": tiny.prompts(4).select([])}, "train_dataset: is empty"),
+        ({"train_dataset": [{"letter": "a"}]}, "must have a column 'prompt', has letter"),
+        ({"train_dataset": Stream()}, "must have a length"),
+        ({"train_dataset": []}, "train_dataset: is empty"),
         ({"processing_class": None}, "processing_class: is needed"),
     ],
 )

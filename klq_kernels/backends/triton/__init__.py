@@ -4,12 +4,13 @@ Conventions of every kernel here: arithmetic in fp32 whatever is loaded; 64-bit 
 vocabulary; exponentials as exp2; no atomics, so the same inputs give the same bits.
 
 Rows of logits come from ``token_major``: they begin at multiples of 64 elements, and what lies between V and the
-next row is padding that ``row_grad_`` may overwrite. So every access is 16 bytes wide whatever V is.
+next row is padding that ``row_grad`` may overwrite. So every access is 16 bytes wide whatever V is.
 """
 
 from .klq_residual import klq_residual
-from .row_grad import row_grad_
+from .row_grad import row_grad
 from .row_stats import row_stats
+from .scale import scale
 from .scans import lambda_errors, reverse_scan
 
 NAME = "triton"
@@ -23,6 +24,7 @@ __all__ = [
     "klq_residual",
     "lambda_errors",
     "reverse_scan",
-    "row_grad_",
+    "row_grad",
     "row_stats",
+    "scale",
 ]

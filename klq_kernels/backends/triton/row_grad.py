@@ -5,8 +5,10 @@ and p = 2^(k (x - top) - log_total log2(e)), each logit x becomes
 
     (d_action [v = action] + d_softmax p - d_entropy p (log p + entropy)) * scale * (slope of the soft cap):
 
-one read, one exp2, one write per logit. Programs are (row, block of columns); only the block that holds the taken token
-compares columns with it.
+one read, one exp2, one write per logit. Where the gradient has the dtype of the logits, programs are (row, block of
+columns). Where it is narrower, it fills the first part of the row's memory: a program then walks a whole row from left
+to right, and a barrier between its reads and its writes keeps what it writes behind what it has read. Only the block
+that holds the taken token compares columns with it.
 """
 
 from __future__ import annotations
@@ -21,16 +23,11 @@ from .math import LN2, LOG2E, soft_cap
 
 
 @triton.jit
-def row_grad_kernel(
-    logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, stride, scale, softcap,
+def _gradient(
+    x, start, cols, row, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
-    cols = start + tl.arange(0, BLOCK)
-    inside = cols < stride  # up to the end of the row's padding, so that the whole access stays 16 bytes wide
-    cells = logits + row * stride + cols
-    x = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
+    """The gradient by the logits x of columns start .. start + BLOCK - 1."""
     if softcap is not None:
         x, slope = soft_cap(x, softcap)
     log2_p = tl.fma(x - tl.load(top + row), scale * LOG2E, -tl.load(log_total + row) * LOG2E)
@@ -47,14 +44,39 @@ def row_grad_kernel(
         d += tl.where(cols == action, tl.load(d_action + row) * scale, 0.0)
     if softcap is not None:
         d *= slope
-    tl.store(cells, d.to(logits.dtype.element_ty), mask=inside)
+    return d
 
 
-def row_grad_(logits: Tensor, actions: Tensor, pull: Pull, *, scale: float, softcap: float | None) -> None:
-    """See ``portable.row_grad_``."""
+@triton.jit
+def row_grad_kernel(
+    logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, stride, out_stride, scale, softcap,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    last = first + BLOCK
+    if NARROW:
+        last = stride
+    for start in range(first, last, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < stride  # up to the end of the row's padding, so that the whole access stays 16 bytes wide
+        x = tl.load(logits + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
+        d = _gradient(
+            x, start, cols, row, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, scale, softcap, BLOCK
+        )
+        if NARROW:
+            tl.debug_barrier()
+        tl.store(out + row * out_stride + cols, d.to(out.dtype.element_ty), mask=inside)
+
+
+def row_grad(
+    logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None
+) -> None:
+    """See ``portable.row_grad``."""
     n, vocab = logits.shape
+    narrow = out.dtype != logits.dtype
     with on_device(logits):
-        row_grad_kernel[(n, triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, actions, *pull, logits.stride(0), scale, softcap,
+        row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
+            logits, actions, *pull, out, logits.stride(0), out.stride(0), scale, softcap, NARROW=narrow,
             **ROW_GRAD.sizes, **ROW_GRAD.options,
         )  # fmt: skip

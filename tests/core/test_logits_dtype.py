@@ -1,0 +1,151 @@
+"""An fp32 head for 16-bit models: ``logits_dtype``; and PyTorch's own switches for less precise products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    assert_as_precise_as,
+    assert_same_bits,
+    differentiate,
+    head_arguments,
+    make_case,
+    plain_klq_loss,
+    ragged_mask,
+    workspace_for,
+)
+
+from klq_kernels import fused_klq_loss, linear_logprobs, reference
+from klq_kernels.vocabulary.precision import own_settings
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+HEADS = [{}, {"temperature": 0.7}, {"softcap": 20.0}]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_log_probabilities_are_those_of_unrounded_logits(
+    device: torch.device, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    case = make_case(ragged_mask(5, 24), vocab=1009, width=64, spread="large", dtype=dtype, device=device)
+    hidden, weight, bias = head_arguments(case)
+    gold = reference.linear_logprobs(
+        hidden.double(), weight.double(), case.actions, bias=None if bias is None else bias.double(), **options
+    )
+
+    def worst(logits_dtype: torch.dtype | None, rows: int | None = None) -> float:
+        found = linear_logprobs(
+            hidden, weight, case.actions, bias=bias, logits_dtype=logits_dtype, return_entropy=True,
+            workspace_bytes=None if rows is None else 2 * workspace_for(rows, case), **options,
+        )  # fmt: skip
+        assert found.entropy is not None
+        return max(
+            float((found.logprobs - gold.logprobs).abs().max()), float((found.logsumexp - gold.logsumexp).abs().max())
+        )
+
+    assert worst(torch.float32) < 1e-4
+    assert worst(torch.float32, rows=7) < 1e-4
+    assert worst(None) > 1e-3, "the logits of this case would be exact in 16 bits, so that the test shows nothing"
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
+def test_the_loss_and_its_gradients(
+    device: torch.device, dtype: torch.dtype, on_policy: bool, options: dict[str, Any], rows: int | None, master: bool
+) -> None:
+    case = make_case(ragged_mask(5, 24), vocab=1009, width=64, spread="peaked", dtype=dtype, device=device)
+    if master:
+        case = replace(case, weight=case.weight.float())
+    given = case.loss_arguments(on_policy=on_policy)
+    limit = None if rows is None else 2 * workspace_for(rows, case)
+    ours = differentiate(fused_klq_loss, case, logits_dtype=torch.float32, workspace_bytes=limit, **given, **options)
+    gold_case = case.double()
+    gold = differentiate(
+        reference.naive_klq_loss, gold_case, **gold_case.loss_arguments(on_policy=on_policy), **options
+    )
+    torch.testing.assert_close(ours.loss.double().cpu(), gold.loss.cpu(), rtol=1e-4, atol=1e-6)
+    half = make_case(ragged_mask(5, 24), vocab=1009, width=64, spread="peaked", dtype=dtype, device=device)
+    plain = differentiate(plain_klq_loss, half, **half.loss_arguments(on_policy=on_policy), **options)
+    for name, gradient in ours.gradients.items():
+        assert gradient.dtype == getattr(case, name).dtype
+        twice = name == "weight" and rows is not None  # over several chunks it may be rounded twice
+        factor = 2.0 if twice else 1.5
+        assert_as_precise_as(gradient, plain.gradients[name], gold.gradients[name], f"d {name}", factor=factor)
+
+
+def test_gradients_through_log_probabilities(device: torch.device) -> None:
+    case = make_case(ragged_mask(5, 24), vocab=1009, width=64, dtype=torch.bfloat16, device=device)
+    hidden, weight, _ = head_arguments(case)
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    found = linear_logprobs(*leaves, case.actions, logits_dtype=torch.float32).logprobs.sum()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    gold = reference.linear_logprobs(*exact, case.actions).logprobs.sum()
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(gold, exact), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a - b).norm() / b.norm()) < 1e-2
+
+
+def test_fp32_hidden_states_have_fp32_logits_anyway(device: torch.device) -> None:
+    case = make_case(ragged_mask(3, 9), device=device)
+    given = case.loss_arguments(on_policy=False)
+    a, b = (differentiate(fused_klq_loss, case, logits_dtype=d, **given) for d in (None, torch.float32))
+    assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("wrong", [torch.float16, torch.float64, "float32"])
+def test_other_logits_are_refused(wrong: object) -> None:
+    hidden, weight = torch.randn(3, 4).bfloat16(), torch.randn(9, 4).bfloat16()
+    with pytest.raises(ValueError, match=r"logits_dtype: must be torch\.float32, or None"):
+        linear_logprobs(hidden[None], weight, torch.zeros(1, 3, dtype=torch.int64), logits_dtype=wrong)  # type: ignore[arg-type]
+
+
+@contextmanager
+def careless() -> Iterator[None]:
+    """All of PyTorch's switches for faster, less precise products; restored afterwards."""
+    matmul = torch.backends.cuda.matmul
+    precision = torch.get_float32_matmul_precision()
+    reductions = {name: getattr(matmul, name) for name in REDUCTIONS}
+    torch.set_float32_matmul_precision("medium")
+    for name in REDUCTIONS:
+        setattr(matmul, name, True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for name, value in reductions.items():
+            setattr(matmul, name, value)
+
+
+REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS])
+def test_the_switches_of_pytorch_do_not_reach_our_products(device: torch.device, dtype: torch.dtype) -> None:
+    case = make_case(ragged_mask(5, 24), vocab=1009, width=64, spread="large", dtype=dtype, device=device)
+    given = case.loss_arguments(on_policy=True)
+    usual = differentiate(fused_klq_loss, case, **given)
+    hidden, weight, bias = head_arguments(case)
+    scored = linear_logprobs(hidden, weight, case.actions, bias=bias).logprobs
+    with careless():
+        unchanged = differentiate(fused_klq_loss, case, **given)
+        again = linear_logprobs(hidden, weight, case.actions, bias=bias).logprobs
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.equal(scored, again)
+    assert_same_bits(usual, unchanged)
+
+
+def test_settings_come_back_after_an_error() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="inside"), own_settings(torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        raise RuntimeError("inside")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
