@@ -52,6 +52,8 @@ RECORDS = {
     "pythia-1b": Shape("pythia-1b", 8192, 2048, 50_304),
     "trl-7244": Shape("trl-7244", 8192, 4096, 151_936),
     "trl-6858": Shape("trl-6858", 16_384, 2048, 248_320),
+    "liger-1356": Shape("liger-1356", 8192, 4096, 128_256),
+    "few-tokens": Shape("few-tokens", 512, 4096, 128_256),
 }
 
 HEAD_PRESETS = {

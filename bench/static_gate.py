@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from klq_kernels.backends.triton import launch
+from klq_kernels.vocabulary.metrics import ALL_METRICS
 
 RECORD = Path(__file__).parent / "results" / "static_gate.json"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,7 +81,7 @@ def variants() -> Iterator[Variant]:
     """Every kernel in each dtype, bare and with all that may be there, and with what the launcher makes constant."""
     row = {"actions": "*i64", "top": "*fp32", "log_total": "*fp32", "stride": "i32", "scale": "fp32", "softcap": "fp32"}
     stats = row | {"logp": "*fp32", "entropy": "*fp32", "vocab": "i32"}
-    grad = row | dict.fromkeys(("d_action", "d_softmax", "d_entropy", "entropy"), "*fp32")
+    grad = row | dict.fromkeys(("d_action", "d_softmax", "d_entropy", "entropy"), "*fp32") | {"out_stride": "i32"}
     for dtype in ("bf16", "fp16", "fp32"):
         for softcap in (False, True):
             for entropy in (False, True):
@@ -93,9 +94,18 @@ def variants() -> Iterator[Variant]:
                     sizes.sizes["GROUPS"] * sizes.sizes["LANES"] // (32 * sizes.num_warps),
                 )  # fmt: skip
                 yield Variant(
-                    f"row_grad[{marks}]", "row_grad", "row_grad_kernel", grad | {"logits": f"*{dtype}"},
-                    dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])), launch.ROW_GRAD,
+                    f"row_grad[{marks}]", "row_grad", "row_grad_kernel",
+                    grad | {"logits": f"*{dtype}", "out": f"*{dtype}"},
+                    dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])) | {"NARROW": False},
+                    launch.ROW_GRAD,
                 )  # fmt: skip
+                if dtype != "fp32":
+                    yield Variant(
+                        f"row_grad[fp32 to {marks}]", "row_grad", "row_grad_kernel",
+                        grad | {"logits": "*fp32", "out": f"*{dtype}"},
+                        dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])) | {"NARROW": True},
+                        launch.ROW_GRAD,
+                    )  # fmt: skip
     vectors = ("logp", "values", "old_logp", "old_values", "advantages", "weights", "losses", "d_logp", "d_values")
     numbers = ("tau", "alpha", "huber_delta", "value_clip", "log_ratio_clip")
     residual = dict.fromkeys((*vectors, "grad_scale"), "*fp32") | dict.fromkeys(numbers, "fp32") | {"n": "i32"}
@@ -110,6 +120,21 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"klq_residual[double_clipped+weights{mark}]", "klq_residual", "klq_residual_kernel",
             residual, {"LOSS_TYPE": "double_clipped", **constant}, launch.KLQ_RESIDUAL, wide=False,
+        )  # fmt: skip
+    for source, out, in_place in (("fp32", "bf16", False), ("fp32", "fp32", True), ("bf16", "bf16", True)):
+        yield Variant(
+            f"scale[{source} to {out}{'+in_place' if in_place else ''}]", "scale", "scale_kernel",
+            {"source": f"*{source}", "out": f"*{out}", "scale": "*fp32", "elements": "i32"}, {"IN_PLACE": in_place},
+            launch.SCALE,
+        )  # fmt: skip
+    columns = ("logp", "values", "old_logp", "old_values", "advantages", "ref_logp", "entropy", "decay_next")
+    metrics = dict.fromkeys((*columns, "loss_sum", "out"), "*fp32") | {"n": "i32"}
+    metrics |= dict.fromkeys(("tau", "alpha", "value_clip", "log_ratio_clip"), "fp32")
+    slots = {name.upper(): slot for slot, name in enumerate(ALL_METRICS)}
+    for mark, absent in (("off_policy", ["decay_next"]), ("on_policy", ["old_logp", "old_values"])):
+        yield Variant(
+            f"klq_metrics[{mark}]", "klq_metrics", "klq_metrics_kernel", metrics, dict.fromkeys(absent) | slots,
+            launch.KLQ_METRICS, wide=False,
         )  # fmt: skip
     common = {"mask": "*i1", "cu_seqlens": "*i32", "out": "*fp32", "pairs_a": "*fp32", "pairs_b": "*fp32"}
     common |= {"n": "i32", "batch": "i32"}
@@ -146,13 +171,16 @@ def variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
+MULTIPLES = ("stride", "out_stride", "elements")
+
+
 def compile_for(variant: Variant, target: GPUTarget) -> Any:
-    """The compiled kernel; pointers and row strides are taken as multiples of 16, as the driver allocates them."""
+    """The compiled kernel. Pointers, row strides and the elements of a weight are taken as multiples of 16."""
     kernel = getattr(import_module(f"klq_kernels.backends.triton.{variant.module}"), variant.kernel)
     constants = variant.constants | variant.config.sizes
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name == "stride"]
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in MULTIPLES]
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -92,7 +92,7 @@ def fused_klq_loss(
         process_group: reserved; must be None.
 
     Returns:
-        ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``metrics.klq_metrics``).
+        ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``vocabulary.metrics``).
         Without a single valid token the loss is 0 and so are all gradients.
 
     Raises:

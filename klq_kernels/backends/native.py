@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Terms
+from .portable import klq_metrics as klq_metrics
 from .portable import scale as scale
 
 NAME = "native"

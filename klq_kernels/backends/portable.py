@@ -1,6 +1,6 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the six functions below; ``triton`` holds the same six as kernels, and ``native`` has
+A backend is a module with the seven functions below; ``triton`` holds the same seven as kernels, and ``native`` has
 functions on strips of logits in place of the first two, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
 rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous
 fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..vocabulary.chunking import STRIP_ROWS
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+from ..vocabulary.metrics import metric_names
 
 NAME = "torch"
 VOCABULARY_MAJOR = False
@@ -80,9 +81,7 @@ def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float,
     logp.masked_fill_(known != actions, torch.nan)
 
 
-def row_grad(
-    logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None
-) -> None:
+def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None) -> None:
     """Writes the gradient by each row of logits over the row itself.
 
     ``out`` is [n, V] in memory of the logits, a row where a row is: ``logits`` itself, or a view in a narrower dtype.
@@ -290,3 +289,64 @@ def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
     else:  # the product stays in cache: one pass over memory
         for part, into in zip(source.split(STRIP_ROWS), out.split(STRIP_ROWS), strict=True):
             into.copy_(part * factor)
+
+
+def klq_metrics(
+    loss: Tensor,
+    terms: Terms,
+    shape: LossShape,
+    *,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None = None,
+    decay_next: Tensor | None = None,
+) -> Tensor:
+    """fp32 [K], one number per name in ``metric_names``; all zero where there is no valid row.
+
+    residual_rms is the root mean square of Q_t - G_t; td_error_rms that of the one-step delta_t; explained_variance is
+    1 - Var(R - V) / Var(R) with R = A + V the lambda-return at the old policy.
+
+    Args:
+        loss: fp32, 0-d.
+        ref_logp, entropy: fp32 [n], or None where the call has no such thing.
+        decay_next: fp32 [n], gamma lambda c_{t+1}, 0 at sequence ends; on-policy only.
+    """
+    names = metric_names(
+        on_policy=terms.old_logp is None,
+        reference=ref_logp is not None,
+        loss_type=shape.loss_type,
+        entropy=entropy is not None,
+    )
+    n = terms.logp.numel()
+    if n == 0:
+        return loss.new_zeros(len(names))
+    old_values = terms.values if terms.old_values is None else terms.old_values
+    d = torch.zeros_like(terms.logp) if terms.old_logp is None else terms.logp - terms.old_logp
+    change = shape.tau * d + (terms.values - old_values)
+    returns = terms.advantages + old_values
+    spread = returns.var(correction=0)
+    unexplained = (returns - terms.values).var(correction=0)
+    out = {
+        "loss": loss,
+        "value_mean": terms.values.mean(),
+        "advantage_mean": terms.advantages.mean(),
+        "residual_rms": (change - shape.alpha * terms.advantages).square().mean().sqrt(),
+        "explained_variance": torch.where(spread == 0, 0.0, 1 - unexplained / spread),
+    }
+    if decay_next is not None:
+        following = torch.where(decay_next == 0, 0.0, decay_next * terms.advantages.roll(-1))
+        out["td_error_rms"] = (terms.advantages - following).square().mean().sqrt()
+    if terms.old_logp is not None:
+        out["kl_old_k1"] = -d.mean()
+        out["kl_old_k3"] = (torch.expm1(d) - d).mean()
+    if ref_logp is not None:
+        rho = terms.logp - ref_logp
+        out["q_mean"] = (shape.tau * rho + terms.values).mean()
+        out["log_ratio_mean"] = out["kl_ref_k1"] = rho.mean()
+        out["kl_ref_k3"] = (torch.expm1(-rho) + rho).mean()
+    if "value_clip_fraction" in names:
+        out["value_clip_fraction"] = (change.abs() > shape.value_clip).float().mean()
+    if "log_ratio_clip_fraction" in names:
+        out["log_ratio_clip_fraction"] = (d.abs() > shape.log_ratio_clip).float().mean()
+    if entropy is not None:
+        out["entropy"] = entropy.mean()
+    return torch.stack([out[name] for name in names])

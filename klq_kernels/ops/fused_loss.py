@@ -14,7 +14,7 @@ from ..backends import backend_for, vocabulary_major
 from ..call import layout
 from ..vocabulary import chunking
 from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
-from ..vocabulary.metrics import klq_metrics, metric_names
+from ..vocabulary.metrics import metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
 from .gradients import scaled_gradient
@@ -213,9 +213,10 @@ def _forward(given: Arguments) -> Results:
     scan = _scan_inputs(given, terms, ref_logp, index, row_cu_seqlens) if given.on_policy else None
     shape: LossShape = fields_of(LossShape, given)
     scale = GradientScale(given.denom, taken.numel(), given.hidden.dtype, given.hidden.device)
+    backend = backend_for(given.hidden.device)
     with own_settings(given.hidden.device):
         found = klq_pass(
-            backend_for(given.hidden.device),
+            backend,
             rows,
             head,
             Needs(given.need_hidden, given.need_weight, given.need_bias),
@@ -228,7 +229,7 @@ def _forward(given: Arguments) -> Results:
         )
     loss = scale.mean(found.losses)
     decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
-    metrics = klq_metrics(loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
+    metrics = backend.klq_metrics(loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
     d_values = layout.put_rows(found.d_values, index, positions) if given.need_values else None
 
     def given_or_empty(gradient: Tensor | None) -> Tensor:

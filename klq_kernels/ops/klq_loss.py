@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import backend_for
 from ..call import layout
 from ..vocabulary.chunks import LossShape, Residuals, Terms, each
-from ..vocabulary.metrics import klq_metrics, metric_names
+from ..vocabulary.metrics import metric_names
 from .fused_loss import GradientScale
 from .gradients import scaled_gradient
 from .operator import Parts, fields_of, operator
@@ -88,9 +88,10 @@ def _forward(given: Arguments) -> Results:
     shape: LossShape = fields_of(LossShape, given)
     scale = GradientScale(given.denom, terms.logp.numel(), given.logp.dtype, given.logp.device)
     residuals = Residuals(*(torch.empty_like(terms.logp) for _ in range(3)))
-    backend_for(given.logp.device).klq_residual(terms, residuals, grad_scale=scale.grad_scale, shape=shape)
+    backend = backend_for(given.logp.device)
+    backend.klq_residual(terms, residuals, grad_scale=scale.grad_scale, shape=shape)
     loss = scale.mean(residuals.losses)
-    metrics = klq_metrics(loss, terms, shape, ref_logp=layout.fp32_rows(given.ref_logp, index))
+    metrics = backend.klq_metrics(loss, terms, shape, ref_logp=layout.fp32_rows(given.ref_logp, index))
     d_logp, d_values = (layout.put_rows(d, index, positions) for d in (residuals.d_logp, residuals.d_values))
     return Results(loss, metrics, d_logp, d_values, scale.unit)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import caps, environment, gpu_suite, harness, memory, native_bars, oracle, page, plot, report
+from bench import caps, environment, gpu_parts, gpu_suite, harness, memory, native_bars, oracle, page, plot, report
 from bench.cli import chosen_contenders, chosen_shapes, run_task
 from bench.contenders import Call, Contender, Outputs, gradients, ours, peers, plain, scans
 from bench.environment import describe
@@ -615,7 +615,10 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert {name: part["status"] for name, part in content["parts"].items()} == dict.fromkeys(content["parts"], "ok")
     assert {row["status"] for row in content["results"] if row["name"] == "klq_kernels"} == {"ok"}
     assert all(row["right"] for row in content["parts"]["scans"]["warps"])
+    assert all(row["right"] for row in content["parts"]["contact"]["contact"])
+    assert not [row for row in content["parts"]["variants"]["variants"] if "error" in row]
     assert "| caps | ok |" in out.with_suffix(".md").read_text()
+    assert "tests collected" in (tmp_path / "gpu_parts" / "tests.log").read_text()
 
 
 def test_the_gpu_suite_names_every_file_with_tests_for_a_gpu() -> None:
@@ -623,7 +626,7 @@ def test_the_gpu_suite_names_every_file_with_tests_for_a_gpu() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     files = {line.partition("::")[0].removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line}
-    assert files == set(gpu_suite.TEST_FILES)
+    assert files == set(gpu_parts.TEST_FILES)
 
 
 def test_failures_are_found_though_pytest_was_cut_off() -> None:
@@ -632,15 +635,15 @@ def test_failures_are_found_though_pytest_was_cut_off() -> None:
         "[gw0] [ 50%] FAILED tests/test_gpu.py::test_b[bf16]",
         "tests/test_gpu.py::test_c FAILED                [ 60%]",
     ]
-    assert gpu_suite.failures(progress) == progress[1:]
+    assert gpu_parts.failures(progress) == progress[1:]
     closing = ["FAILED tests/test_gpu.py::test_b[bf16] - AssertionError", "1 failed, 1 passed in 3 s"]
-    assert gpu_suite.failures([*progress, *closing]) == closing[:1]
+    assert gpu_parts.failures([*progress, *closing]) == closing[:1]
 
 
 def test_the_gpu_suite_leaves_out_loops_that_take_its_time() -> None:
-    assert "naive" not in gpu_suite.left_out(Scan("s", 64, 8192), compilers=True)
-    assert "131072 steps" in gpu_suite.left_out(Scan("s", 16, 131_072), compilers=True)["naive"]
-    assert set(gpu_suite.left_out(SMALL, compilers=False)) == set(gpu_suite.COMPILED)
+    assert "naive" not in gpu_parts.left_out(Scan("s", 64, 8192), compilers=True)
+    assert "131072 steps" in gpu_parts.left_out(Scan("s", 16, 131_072), compilers=True)["naive"]
+    assert set(gpu_parts.left_out(SMALL, compilers=False)) == set(gpu_parts.COMPILED)
 
 
 def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,12 +664,12 @@ def test_the_commit_is_dirty_by_code_and_not_by_results(tmp_path: Path, monkeypa
 
 
 def test_a_part_that_breaks_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_part(name: str, dry_run: bool, seconds: float) -> dict[str, Any]:
+    def run_part(name: str, dry_run: bool, seconds: float, folder: Path) -> dict[str, Any]:
         broken = {"status": "ended with code -11", "seconds": 1.0}
         return broken if name == "loss" else {"status": "ok", "seconds": 1.0, "results": []}
 
     monkeypatch.setattr(gpu_suite, "run_part", run_part)
-    content = gpu_suite.run(True, list(gpu_suite.PARTS))
+    content = gpu_suite.run(True, list(gpu_suite.PARTS), tmp_path / "gpu.json", budget=100.0)
     assert content["parts"]["loss"]["status"].startswith("ended")
     assert content["parts"]["planner"]["status"] == "ok"
     assert "| loss | ended with code -11 | 1.0 |" in gpu_suite.summary(content)

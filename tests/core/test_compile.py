@@ -47,7 +47,7 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     bare_rollout = (None, None, d["old_values"], None, None)
     per_row = torch.randn(c.actions.shape, device=ends.device)
     denom = torch.tensor(7.0, device=ends.device)
-    settings = (0.7, 9.0, True, None)
+    settings = (0.7, 9.0, False, True, None)
     none3 = (None, None, None)
     return {
         "reverse_scan": (scans.reverse_scan, (c.rewards, c.trace, mask, ends)),
@@ -58,27 +58,27 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "klq_targets gae": (scans.klq_targets, (*bare_rollout, tail, None, ends, *discounts)),
         "linear_logprobs": (logprobs_op.linear_logprobs, (*head, mask, ends, None, *settings)),
         "linear_logprobs bare": (
-            logprobs_op.linear_logprobs, (*bare_head, None, row_ends, rows, 1.0, None, False, None)
+            logprobs_op.linear_logprobs, (*bare_head, None, row_ends, rows, 1.0, None, True, False, None)
         ),
         "linear_logprobs_backward": (
             logprobs_op.linear_logprobs_backward,
             (
                 *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
-                per_row.abs(), per_row, per_row, per_row, 0.7, 9.0, None, True, True, True,
+                per_row.abs(), per_row, per_row, per_row, 0.7, 9.0, False, None, True, True, True,
             ),
         ),
         "fused_klq_loss on-policy": (
             fused_loss.fused_klq_loss,
             (
                 *head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
-                0.7, 9.0, True, None, False, True, True, True, True,
+                0.7, 9.0, False, True, None, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss targets": (
             fused_loss.fused_klq_loss,
             (
                 *bare_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0, 1.0,
-                *shape, 1.0, None, False, None, False, True, False, False, True,
+                *shape, 1.0, None, True, False, None, False, True, False, False, True,
             ),
         ),
         "klq_loss": (loss_op.klq_loss, (c.ref_logprobs, c.values, *old, None, None, mask, ends, None, denom, *shape)),

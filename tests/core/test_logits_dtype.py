@@ -144,8 +144,14 @@ def test_the_switches_of_pytorch_do_not_reach_our_products(device: torch.device,
 
 
 def test_settings_come_back_after_an_error() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="inside"), own_settings(torch.device("cpu")):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
-        raise RuntimeError("inside")
-    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+
+    def fail() -> None:
+        with own_settings(torch.device("cpu")):
+            assert settings.fp32_precision == "ieee"
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert settings.fp32_precision == before

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import klq_kernels
 from klq_kernels import reference
+from klq_kernels.backends import portable
 from klq_kernels.vocabulary import chunking
-from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, part
+from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, each, part
 
 pytest.importorskip("triton")
 
@@ -160,6 +161,32 @@ def test_row_grad_in_a_narrower_dtype(device: str, dtype: torch.dtype, vocab: in
     kernel_module("row_grad").row_grad(wide, actions, pull, wide, **head)
     assert narrow.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(narrow.float(), wide, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber", "value_clipped", "ratio_clipped", "double_clipped"])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("n", [1, 5, 5000])
+def test_klq_metrics(device: str, loss_type: str, on_policy: bool, extras: bool, n: int) -> None:
+    logp, values, old_logp, old_values, advantages, ref_logp, entropy = torch.randn(
+        7, n, generator=torch.Generator().manual_seed(n)
+    ).to(device)
+    old_logp, ref_logp = logp + 0.3 * old_logp, logp + 0.01 * ref_logp  # changes small and large
+    old = (None, None) if on_policy else (old_logp, old_values)
+    terms = Terms(logp, values, *old, advantages, None)
+    shape = LossShape(0.3, 0.8, loss_type, 1.0, 0.2, 0.2)
+    decay = torch.where(torch.arange(n, device=device) % 3 == 2, 0.0, 0.9)
+    decay[-1] = 0.0
+    given = {
+        "ref_logp": ref_logp if extras else None,
+        "entropy": entropy if extras else None,
+        "decay_next": decay if on_policy else None,
+    }
+    loss = torch.tensor(1.25, device=device)
+    found = kernel_module("klq_metrics").klq_metrics(loss, terms, shape, **given)
+    exact = {name: None if x is None else x.double().cpu() for name, x in given.items()}
+    wanted = portable.klq_metrics(loss.double().cpu(), each(terms, lambda x: x.double().cpu()), shape, **exact)
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])

@@ -7,6 +7,7 @@ Rows of logits come from ``token_major``: they begin at multiples of 64 elements
 next row is padding that ``row_grad`` may overwrite. So every access is 16 bytes wide whatever V is.
 """
 
+from .klq_metrics import klq_metrics
 from .klq_residual import klq_residual
 from .row_grad import row_grad
 from .row_stats import row_stats
@@ -21,6 +22,7 @@ __all__ = [
     "NAME",
     "PADS_ROWS",
     "VOCABULARY_MAJOR",
+    "klq_metrics",
     "klq_residual",
     "lambda_errors",
     "reverse_scan",

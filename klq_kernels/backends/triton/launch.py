@@ -29,6 +29,7 @@ ROW_STATS = {
 }
 ROW_GRAD = Config({"BLOCK": 4096}, num_warps=4)
 KLQ_RESIDUAL = Config({"BLOCK": 1024}, num_warps=4)
+KLQ_METRICS = Config({"BLOCK": 2048}, num_warps=8)
 SCALE = Config({"BLOCK": 8192}, num_warps=8)
 SCAN = Config({"TILE": 1024, "SLOTS": 128}, num_warps=4)
 

@@ -69,9 +69,7 @@ def row_grad_kernel(
         tl.store(out + row * out_stride + cols, d.to(out.dtype.element_ty), mask=inside)
 
 
-def row_grad(
-    logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None
-) -> None:
+def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None) -> None:
     """See ``portable.row_grad``."""
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype

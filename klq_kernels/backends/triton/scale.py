@@ -15,11 +15,11 @@ from .launch import SCALE, on_device
 
 
 @triton.jit
-def scale_kernel(source, scale, out, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(source, scale, out, elements, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(scale)
     if not IN_PLACE or factor != 1.0:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < n
+        inside = i < elements
         x = tl.load(source + i, mask=inside).to(tl.float32)
         tl.store(out + i, (x * factor).to(out.dtype.element_ty), mask=inside)
 
