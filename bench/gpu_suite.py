@@ -65,6 +65,17 @@ def answer_part(name: str, dry_run: bool, seconds: float, answer: Path) -> None:
     answer.write_text(json.dumps(outcome))
 
 
+def _kept(out: Path, environment: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    """What an earlier run on the same device and versions found in other parts, which then need not run again."""
+    content: dict[str, Any] = {"schema": report.SCHEMA, "preset": "gpu_suite", "parts": {}, "results": []}
+    before = report.load_json(out) if out.exists() else content
+    same = all(before.get("environment", {}).get(name) == environment[name] for name in ("device", "torch", "triton"))
+    if same:
+        content["parts"] = {name: part for name, part in before["parts"].items() if name not in parts}
+        content["results"] = [row for row in before["results"] if row["part"] not in parts]
+    return content | {"environment": environment}
+
+
 def run(dry_run: bool, parts: list[str], out: Path, *, budget: float, commit: str | None = None) -> dict[str, Any]:
     """All parts, one after the other, within ``budget`` seconds; ``out`` and its summary are written after each."""
     began = time.monotonic()
@@ -72,13 +83,8 @@ def run(dry_run: bool, parts: list[str], out: Path, *, budget: float, commit: st
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if dry_run else "cuda")
     environment = describe(device, "python -m bench.gpu_suite" + (" --dry-run" if dry_run else ""))
-    content: dict[str, Any] = {
-        "schema": report.SCHEMA,
-        "preset": "gpu_suite",
-        "environment": environment | ({"commit": commit} if commit else {}),
-        "parts": {},
-        "results": [],
-    }
+    environment |= {"commit": commit} if commit else {}
+    content = _kept(out, environment, parts)
     for i, name in enumerate(parts):
         left = budget - (time.monotonic() - began)
         share = SECONDS[name] / sum(SECONDS[p] for p in parts[i:])
@@ -86,8 +92,8 @@ def run(dry_run: bool, parts: list[str], out: Path, *, budget: float, commit: st
         say(f"[{i + 1}/{len(parts)}] {name}: up to {seconds:.0f} s, {left:.0f} s left in all")
         outcome = run_part(name, dry_run, seconds, folder)
         say(f"{name}: {outcome['status']}, {outcome['seconds']} s")
-        content["results"] += outcome.pop("results", [])
-        content["parts"][name] = outcome
+        content["results"] += [row | {"part": name} for row in outcome.pop("results", [])]
+        content["parts"][name] = outcome | {"commit": environment["commit"]}
         report.save_json(out, content)
         out.with_suffix(".md").write_text(summary(content))
     return content
@@ -98,11 +104,11 @@ def summary(content: dict[str, Any]) -> str:
     environment, parts = content["environment"], content["parts"]
     lines = [
         f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, triton "
-        f"{environment['triton']}, commit {environment['commit']}: `{environment['command']}`",
+        f"{environment['triton']}: `{environment['command']}`",
         "",
-        "| part | outcome | seconds |",
-        "|---|---|---:|",
-        *(f"| {name} | {_outcome(part)} | {part['seconds']} |" for name, part in parts.items()),
+        "| part | outcome | seconds | commit |",
+        "|---|---|---:|---|",
+        *(f"| {name} | {_outcome(part)} | {part['seconds']} | {part['commit']} |" for name, part in parts.items()),
         "",
     ]
     for title, rows in report.groups(content["results"]).items():

@@ -673,6 +673,9 @@ def test_a_part_that_breaks_leaves_the_others_alone(tmp_path: Path, monkeypatch:
     assert content["parts"]["loss"]["status"].startswith("ended")
     assert content["parts"]["planner"]["status"] == "ok"
     assert "| loss | ended with code -11 | 1.0 |" in gpu_suite.summary(content)
+    again = gpu_suite.run(True, ["scans"], tmp_path / "gpu.json", budget=100.0, commit="abc")
+    assert again["parts"].keys() == content["parts"].keys(), "parts that did not run again are kept"
+    assert again["parts"]["scans"]["commit"] == "abc" != again["parts"]["loss"]["commit"]
 
 
 def test_the_page_is_what_the_results_say() -> None:
