@@ -35,6 +35,8 @@ def liger_grpo(inputs: HeadInputs) -> Call:
 
     _no_softcap(inputs.softcap)
     starts, ends = inputs.cu_seqlens[:-1].long(), inputs.cu_seqlens[1:].long()
+    there = ends > starts  # a problem cut to its first tokens has sequences without any
+    starts, ends = starts[there], ends[there]
     step = torch.arange(int((ends - starts).max()), device=starts.device)
     index = (starts[:, None] + step).clamp(max=inputs.actions.numel() - 1)
     keep = starts[:, None] + step < ends[:, None]

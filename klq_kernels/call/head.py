@@ -12,6 +12,9 @@ from .checks import DTYPES, require, require_flag, require_number, require_tenso
 from .layout import Layout
 from .transforms import refuse_tangents
 
+# Asked once, here, since torch.compile of torch 2.11 cannot trace the question.
+AUTOCASTS = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
+
 # A sharded parameter has the shape of the whole one, so it has to be refused by its kind. ``full_tensor()`` alone takes
 # the gradients of all ranks for equal ones and keeps its own share of its own.
 WHOLE = (
@@ -71,7 +74,7 @@ def check_head(
     device = hidden.device
     for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
         require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
-    autocasts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    autocasts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
     if autocasts and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     require(hidden.dtype in DTYPES, "hidden", f"must be float32, bfloat16 or float16, got {hidden.dtype}")

@@ -167,10 +167,11 @@ def _chunk_buffers(p: Problem) -> dict[str, int]:
     """
     products, logits = p.dtypes
     wide = chunking.widens(products, p.device)
+    positions = p.tokens if p.positions is None else p.positions
     strips = p.weight_gradient and p.device.type == "cpu" and products != p.weight_gradient_dtype and not wide
     return {
         "logits_chunk": p.rows * chunking.row_stride(p.vocab) * logits.itemsize,
-        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient,
+        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient * (p.rows != positions),
         "product_strip": min(chunking.STRIP_ROWS, p.vocab) * p.hidden * products.itemsize * strips,
         "widened_strips": 8 * (min(chunking.WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
     }

@@ -18,7 +18,7 @@ from ..vocabulary.metrics import metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
 from .gradients import scaled_gradient
-from .operator import Parts, fields_of, operator
+from .operator import Operator, Parts, fields_of
 from .scans import tail_values
 
 
@@ -280,4 +280,4 @@ def _decay_to_next(given: Arguments, scan: ScanInputs, n: int) -> Tensor:
 
 
 PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)
-fused_klq_loss = operator("klq_kernels::fused_klq_loss", PARTS)
+fused_klq_loss = Operator("klq_kernels::fused_klq_loss", PARTS)

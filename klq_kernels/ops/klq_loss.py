@@ -13,7 +13,7 @@ from ..vocabulary.chunks import LossShape, Residuals, Terms, each
 from ..vocabulary.metrics import metric_names
 from .fused_loss import GradientScale
 from .gradients import scaled_gradient
-from .operator import Parts, fields_of, operator
+from .operator import Operator, Parts, fields_of
 
 
 class Arguments(NamedTuple):
@@ -97,4 +97,4 @@ def _forward(given: Arguments) -> Results:
 
 
 PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)
-klq_loss = operator("klq_kernels::klq_loss", PARTS)
+klq_loss = Operator("klq_kernels::klq_loss", PARTS)

@@ -17,7 +17,7 @@ from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from ..vocabulary.precision import own_settings
 from .fused_loss import make_head, weight_gradient_dtype
-from .operator import Parts, operator
+from .operator import Operator, Parts
 
 
 class BackwardArguments(NamedTuple):
@@ -111,7 +111,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
 
 
 BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, _fake_gradients, lambda *_: None, _second_derivative)
-linear_logprobs_backward = operator("klq_kernels::linear_logprobs_backward", BACKWARD_PARTS)
+linear_logprobs_backward = Operator("klq_kernels::linear_logprobs_backward", BACKWARD_PARTS)
 
 
 class Arguments(NamedTuple):
@@ -213,4 +213,4 @@ def _forward(given: Arguments) -> Results:
 
 
 PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)
-linear_logprobs = operator("klq_kernels::linear_logprobs", PARTS)
+linear_logprobs = Operator("klq_kernels::linear_logprobs", PARTS)

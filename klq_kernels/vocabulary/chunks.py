@@ -145,6 +145,21 @@ class VocabularyWork(Protocol):
     def gradients(self, chunk: slice, pull: Pull) -> None:
         """Adds the chunk's part of the head's gradients: ``portable.row_grad``, GEMM 2 and GEMM 3."""
 
+    def update(
+        self,
+        chunk: slice,
+        found: Statistics,
+        terms: Terms,
+        residuals: Residuals,
+        *,
+        grad_scale: Tensor,
+        shape: LossShape,
+    ) -> bool:
+        """All of the above at once, and the loss between them, for terms that hold the lambda-errors already: where
+        the backend can, reading the logits once less. False where it cannot, with nothing done.
+        """
+        return False
+
 
 def slices(n: int, size: int) -> list[slice]:
     """What cuts n rows, or entries, into pieces of at most ``size``, in order."""

@@ -10,7 +10,8 @@
 
 A token's gradient needs its lambda-error, and that needs only tokens after it. So the chunks are walked in reverse time
 and one scalar is carried over the boundary; the gradient is exact and is ready when the loss is. With rollout targets
-A is given and the same loop runs without the scan. Each product is left out where nobody needs its result.
+A is given and the same loop runs without the scan; a backend may then do all that lies between GEMM 1 and GEMM 2 at
+once (``VocabularyWork.update``). Each product is left out where nobody needs its result.
 
 fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
 backward, so that those of a mean over many thousand tokens do not underflow on the way.
@@ -124,6 +125,10 @@ def klq_pass(
     carry = terms.logp.new_zeros(1)
     work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
+        bundles = part(found, chunk), part(terms, chunk), part(residuals, chunk)
+        given = scan is None and any(needs)  # targets, so that the rows need not wait for each other
+        if given and work.update(chunk, *bundles, grad_scale=grad_scale, shape=shape):
+            continue
         work.statistics(chunk, part(found, chunk))
         if scan is not None:
             backend.lambda_errors(

@@ -10,9 +10,21 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import chunking, products
-from .chunks import Head, Needs, Pull, Rows, Statistics, VocabularyWork, empty_gradients
+from .chunks import (
+    Head,
+    LossShape,
+    Needs,
+    Pull,
+    Residuals,
+    Rows,
+    Statistics,
+    Terms,
+    VocabularyWork,
+    empty_gradients,
+)
 
 
 class TokenMajor(VocabularyWork):
@@ -32,7 +44,10 @@ class TokenMajor(VocabularyWork):
         # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
         stride = chunking.row_stride(vocab) if backend.PADS_ROWS else vocab
         self._buffer = head.weight.new_empty(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
-        self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
+        self._needs = needs
+        one_chunk = 0 < self.chunk_rows == rows.hidden.shape[0]  # whose gradient of hidden is the product itself
+        apart = needs._replace(hidden=needs.hidden and not one_chunk)
+        self.hidden, self.weight, self.bias = empty_gradients(rows, head, apart)
         self._first = True
 
     def statistics(self, chunk: slice, out: Statistics) -> None:
@@ -48,8 +63,38 @@ class TokenMajor(VocabularyWork):
         self._backend.row_grad(
             self._logits, self._rows.actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
         )
-        if self.hidden is not None:
-            self._rows.put(self.hidden, chunk, products.project_back(dlogits, self._head.weight))
+        self._multiply(chunk, dlogits)
+
+    def update(
+        self,
+        chunk: slice,
+        found: Statistics,
+        terms: Terms,
+        residuals: Residuals,
+        *,
+        grad_scale: Tensor,
+        shape: LossShape,
+    ) -> bool:
+        row_update = getattr(self._backend, "row_update", None)
+        narrows = self._head.logits_dtype != self._head.weight.dtype
+        if row_update is None or narrows or not self._backend.rows_stay_in_cache(self._buffer):
+            return False
+        self._project(chunk)
+        row_update(
+            self._logits, self._rows.actions[chunk], terms, found, residuals, grad_scale=grad_scale, shape=shape,
+            scale=self._head.scale, softcap=self._head.softcap,
+        )  # fmt: skip
+        self._multiply(chunk, self._logits)
+        return True
+
+    def _multiply(self, chunk: slice, dlogits: Tensor) -> None:
+        """GEMM 2 and 3."""
+        if self._needs.hidden:
+            d_hidden = products.project_back(dlogits, self._head.weight)
+            if self.hidden is None:
+                self.hidden = d_hidden
+            else:
+                self._rows.put(self.hidden, chunk, d_hidden)
         if self.weight is not None:
             products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
         if self.bias is not None:

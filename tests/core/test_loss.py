@@ -113,7 +113,8 @@ def test_the_gradient_of_a_likely_token_survives_large_logits(device: torch.devi
         leaf = weight.clone().requires_grad_()
         (found,) = torch.autograd.grad(function(leaf), leaf)
         (right,) = torch.autograd.grad(gold, exact, retain_graph=True)
-        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=0)
+        # one unit in the last place of p = 0.9997 is 2e-4 of 1 - p
+        torch.testing.assert_close(found.double(), right, rtol=1e-3, atol=0)
 
 
 @given(
@@ -215,7 +216,8 @@ def test_klq_loss_matches_the_oracle(
         logprobs, values = (t.detach().clone().requires_grad_() for t in (case.ref_logprobs, case.values))
         layout = case.layout if function is klq_loss else {"mask": case.mask}
         weights = {"weights": case.weights} if weighted else {}
-        loss, metrics = function(logprobs, values, case.targets, **layout, **weights, **options)
+        given = options | ({"denom": options["denom"].to(values.device)} if denom == "tensor" else {})
+        loss, metrics = function(logprobs, values, case.targets, **layout, **weights, **given)
         loss.backward()
         return Outcome(loss.detach(), metrics, {"hidden": logprobs.grad, "values": values.grad})
 

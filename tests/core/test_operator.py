@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs
-from klq_kernels.ops.operator import Parts, operator
+from klq_kernels.ops.operator import Operator, Parts
 
 N, H, V = 6, 4, 11
 NUMBERS = {
@@ -72,10 +72,10 @@ def test_an_argument_in_the_middle_moves_nothing(name: str) -> None:
     known = {field: some(field, hint) for field, hint in typing.get_type_hints(parts.arguments).items()}
     differentiable = name != "linear_logprobs_backward"
     before = outcome(op, parts.arguments(**known), differentiable)
-    with_dummy = operator(f"klq_tests::{name}", again)
+    with_dummy = Operator(f"klq_tests::{name}", again)
     after = outcome(with_dummy, again.arguments(**known, dummy=0.5), differentiable)
     assert len(before) == len(after) > len(parts.results._fields) * differentiable
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
-    checks = torch.library.opcheck(with_dummy, tuple(again.arguments(**known, dummy=0.5)))
+    checks = torch.library.opcheck(with_dummy.definition, with_dummy.packed(*again.arguments(**known, dummy=0.5)))
     assert set(checks.values()) == {"SUCCESS"}

@@ -68,7 +68,8 @@ def step(leaves: dict[str, Tensor], given: dict[str, Tensor], **settings: object
     arguments = given | leaves
     first = [arguments.pop(name) for name in ("hidden", "weight", "actions", "values")]
     loss = klq_kernels.fused_klq_loss(*first, **arguments, **settings).loss
-    return [loss, *torch.autograd.grad(loss, list(leaves.values()))]
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return [loss.detach(), *gradients]  # a graph that lives on would tie the leaves to the stream it was made on
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "double_clipped"])
@@ -218,7 +219,7 @@ def test_the_trainer_learns_on_a_gpu_and_repeats_itself(tmp_path: Path) -> None:
     rows = [{"prompt": chr(97 + i % 26) * (1 + i % 5)} for i in range(32)]
     settings = {
         "use_cpu": False, "bf16": True, "per_device_train_batch_size": 32, "max_steps": 60, "learning_rate": 3e-3,
-        "tau": 0.02, "value_learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 30,
+        "tau": 0.02, "value_learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 30, "logging_steps": 1,
     }  # fmt: skip
     whole = tiny.trainer(tmp_path / "whole", {"train_dataset": rows}, **settings)
     whole.train()

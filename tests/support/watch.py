@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs, scans
+from klq_kernels.ops.operator import Operator
 
-OPERATORS = {
-    op._opoverload: op
+DEFINITIONS = [
+    op.definition if isinstance(op, Operator) else op
     for module in (fused_loss, klq_loss, linear_logprobs, scans)
     for op in vars(module).values()
-    if isinstance(op, CustomOpDef)
-}
+    if isinstance(op, (Operator, CustomOpDef))
+]
+OPERATORS = {op._opoverload: op for op in DEFINITIONS}
 
 
 class Watch(TorchDispatchMode):

@@ -93,7 +93,7 @@ def klq_metrics_kernel(
             k3_ref_sum += _exp_rest(-rho)
         if entropy is not None:
             entropy_sum += tl.load(entropy + i, mask=inside, other=0.0)
-    number = n.to(tl.float32)
+    number = tl.full([], 0.0, tl.float32) + n  # of one row the launcher makes a constant, which has no .to
     v_mean = tl.sum(v_sum) / number
     a_mean = tl.sum(a_sum) / number
     base_mean = v_mean  # of V at the old policy, on which the lambda-return R = A + V stands

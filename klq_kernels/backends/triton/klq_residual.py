@@ -26,19 +26,8 @@ def _residual(change, alpha, advantage):
 
 
 @triton.jit
-def klq_residual_kernel(
-    logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
-    n, tau, alpha, huber_delta, value_clip, log_ratio_clip,
-    LOSS_TYPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    v = tl.zeros([BLOCK], tl.float32)
-    d = tl.zeros([BLOCK], tl.float32)
-    if old_logp is not None:
-        d = tl.load(logp + i, mask=inside) - tl.load(old_logp + i, mask=inside)
-        v = tl.load(values + i, mask=inside) - tl.load(old_values + i, mask=inside)
-    advantage = tl.load(advantages + i, mask=inside)
+def loss_and_slopes(d, v, advantage, tau, alpha, huber_delta, value_clip, log_ratio_clip, LOSS_TYPE: tl.constexpr):
+    """(loss, its derivative by logp, by V) where logp has changed by d and V by v since the rollout."""
     change = tl.fma(d, tau, v)
     e = _residual(change, alpha, advantage)
     if LOSS_TYPE == "huber":
@@ -61,6 +50,26 @@ def klq_residual_kernel(
         loss = tl.where(wins, clipped * clipped, loss)
         by_value = tl.where(wins, 2.0 * clipped, by_value)
         by_logp = tl.where(wins, 0.0, by_logp)
+    return loss, by_logp, by_value
+
+
+@triton.jit
+def klq_residual_kernel(
+    logp, values, old_logp, old_values, advantages, weights, losses, d_logp, d_values, grad_scale,
+    n, tau, alpha, huber_delta, value_clip, log_ratio_clip,
+    LOSS_TYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    v = tl.zeros([BLOCK], tl.float32)
+    d = tl.zeros([BLOCK], tl.float32)
+    if old_logp is not None:
+        d = tl.load(logp + i, mask=inside) - tl.load(old_logp + i, mask=inside)
+        v = tl.load(values + i, mask=inside) - tl.load(old_values + i, mask=inside)
+    advantage = tl.load(advantages + i, mask=inside)
+    loss, by_logp, by_value = loss_and_slopes(
+        d, v, advantage, tau, alpha, huber_delta, value_clip, log_ratio_clip, LOSS_TYPE
+    )
     factor = tl.load(grad_scale)
     if weights is not None:
         weight = tl.load(weights + i, mask=inside)

@@ -23,25 +23,21 @@ from .math import LN2, LOG2E, soft_cap
 
 
 @triton.jit
-def _gradient(
-    x, start, cols, row, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, scale, softcap,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient by the logits x of columns start .. start + BLOCK - 1."""
+def gradient(
+    x, start, cols, action, top, log_total, d_action, d_softmax, d_entropy, entropy, scale, softcap, BLOCK: tl.constexpr
+):
+    """The gradient by the logits x of columns start .. start + BLOCK - 1; all but x and cols are numbers of the row."""
     if softcap is not None:
         x, slope = soft_cap(x, softcap)
-    log2_p = tl.fma(x - tl.load(top + row), scale * LOG2E, -tl.load(log_total + row) * LOG2E)
+    log2_p = tl.fma(x - top, scale * LOG2E, -log_total * LOG2E)
     p = tl.exp2(log2_p)
-    factor = tl.load(d_softmax + row) * scale
     if d_entropy is not None:
-        by_entropy = tl.load(d_entropy + row) * scale
-        excess = tl.fma(log2_p, LN2, tl.load(entropy + row))
-        d = tl.where(p > 0, p * (factor - by_entropy * excess), 0.0)
+        excess = tl.fma(log2_p, LN2, entropy)
+        d = tl.where(p > 0, p * (d_softmax * scale - d_entropy * scale * excess), 0.0)
     else:
-        d = p * factor
-    action = tl.load(actions + row)
+        d = p * (d_softmax * scale)
     if (action >= start) & (action < start + BLOCK):
-        d += tl.where(cols == action, tl.load(d_action + row) * scale, 0.0)
+        d += tl.where(cols == action, d_action * scale, 0.0)
     if softcap is not None:
         d *= slope
     return d
@@ -57,12 +53,19 @@ def row_grad_kernel(
     last = first + BLOCK
     if NARROW:
         last = stride
+    action = tl.load(actions + row)
+    highest, rest = tl.load(top + row), tl.load(log_total + row)
+    by_action, by_softmax = tl.load(d_action + row), tl.load(d_softmax + row)
+    by_entropy = None
+    spread = None
+    if d_entropy is not None:
+        by_entropy, spread = tl.load(d_entropy + row), tl.load(entropy + row)
     for start in range(first, last, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < stride  # up to the end of the row's padding, so that the whole access stays 16 bytes wide
         x = tl.load(logits + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
-        d = _gradient(
-            x, start, cols, row, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, scale, softcap, BLOCK
+        d = gradient(
+            x, start, cols, action, highest, rest, by_action, by_softmax, by_entropy, spread, scale, softcap, BLOCK
         )
         if NARROW:
             tl.debug_barrier()

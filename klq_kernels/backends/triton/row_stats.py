@@ -46,14 +46,11 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def row_stats_kernel(
-    logits, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
-    GROUPS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def statistics(
+    base, action, stride, vocab, scale, softcap, ENTROPY: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr
+):
+    """(top, log_total, logp of the action, entropy or 0) of the row that begins at ``base``."""
     TILE: tl.constexpr = GROUPS * LANES
-    ENTROPY: tl.constexpr = entropy is not None
-    row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
     k = scale * LOG2E
     tile = tl.arange(0, GROUPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     m = tl.full([LANES], FLOOR, tl.float32)
@@ -77,17 +74,32 @@ def row_stats_kernel(
     shrink = tl.exp2(step)
     total = tl.sum(s * shrink, axis=0)
     log2_total = tl.log2(total)
-    action = tl.load(actions + row)
     known = (action >= 0) & (action < vocab)
     taken = tl.load(base + action, mask=known, other=float("nan")).to(tl.float32)
     if softcap is not None:
         taken, _ = soft_cap(taken, softcap)
-    tl.store(top + row, highest)
-    tl.store(log_total + row, log2_total * LN2)
-    tl.store(logp + row, tl.fma(taken - highest, k, -log2_total) * LN2)
+    logp = tl.fma(taken - highest, k, -log2_total) * LN2
+    spread = 0.0
     if ENTROPY:
         weighted = tl.sum(shrink * tl.fma(step, s, t), axis=0)
-        tl.store(entropy + row, (log2_total - weighted / total) * LN2)
+        spread = (log2_total - weighted / total) * LN2
+    return highest, log2_total * LN2, logp, spread
+
+
+@triton.jit
+def row_stats_kernel(
+    logits, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
+    GROUPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    highest, rest, taken, spread = statistics(
+        logits + row * stride, tl.load(actions + row), stride, vocab, scale, softcap, entropy is not None, GROUPS, LANES
+    )
+    tl.store(top + row, highest)
+    tl.store(log_total + row, rest)
+    tl.store(logp + row, taken)
+    if entropy is not None:
+        tl.store(entropy + row, spread)
 
 
 def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
