@@ -385,12 +385,58 @@ def _sweep_calls(context: Context, dtype: torch.dtype) -> tuple[torch.Tensor, di
             calls[f"row_grad to bf16 {block}, {warps} warps"] = with_config(
                 grad, "ROW_GRAD", config, lambda: grad.row_grad(logits, actions, pull, narrow, **head)
             )
+    if dtype == torch.bfloat16:
+        calls |= _updates(context, logits, actions, out)
     return logits, calls
 
 
+def _updates(
+    context: Context, logits: torch.Tensor, actions: torch.Tensor, found: Any
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """From logits to their gradient: the three kernels one after the other, and ``row_update`` as it may be launched."""
+    from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, Terms
+
+    kernels: Any = import_module("klq_kernels.backends.triton")
+    update: Any = import_module("klq_kernels.backends.triton.row_update")
+    columns = [torch.full_like(found.logp, x) for x in (1.0, -2.0, 0.5, 0.1)]
+    terms = Terms(found.logp, columns[0], columns[1], columns[2], columns[3], None)
+    residuals = Residuals(*(torch.empty_like(found.logp) for _ in range(3)))
+    shape = LossShape(0.05, 1.0, "l2", 1.0, 0.2, 0.2)
+    grad_scale = torch.tensor(1e-3, device=context.device)
+    head: dict[str, Any] = {"scale": 1.0, "softcap": None}
+
+    def apart() -> dict[str, Any]:
+        kernels.row_stats(logits, actions, found, **head)
+        kernels.klq_residual(terms, residuals, grad_scale=grad_scale, shape=shape)
+        pull = Pull(found.top, found.log_total, residuals.d_logp, residuals.d_values)
+        kernels.row_grad(logits, actions, pull, logits, **head)
+        return {}
+
+    def at_once(config: Any) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            shipped, update.ROW_UPDATE = update.ROW_UPDATE, config
+            try:
+                update.row_update(logits, actions, terms, found, residuals, grad_scale=grad_scale, shape=shape, **head)
+            finally:
+                update.ROW_UPDATE = shipped
+            return {}
+
+        return run
+
+    calls: dict[str, Callable[[], dict[str, Any]]] = {"row_stats, klq_residual, row_grad": apart}
+    sizes = (
+        (4, 8192, 16384, 32), (2, 8192, 16384, 32), (1, 8192, 8192, 32), (4, 4096, 8192, 16), (2, 8192, 16384, 16),
+        (8, 4096, 16384, 16), (8, 2048, 8192, 8), (4, 2048, 8192, 8),
+    )  # fmt: skip
+    for groups, lanes, block, warps in sizes:
+        config = update.ROW_UPDATE._replace(sizes={"GROUPS": groups, "LANES": lanes, "BLOCK": block}, num_warps=warps)
+        calls[f"row_update {groups} x {lanes}, {block}, {warps} warps"] = at_once(config)
+    return calls
+
+
 def _bandwidth(name: str, dtype: torch.dtype, logits: int, ms: float) -> dict[str, Any]:
-    """Bytes a logit: the statistics read it, the gradient and a copy also write it, in bf16 where it is narrower."""
-    written = 0 if name.startswith("row_stats") else 2 if "to bf16" in name else dtype.itemsize
+    """Bytes a logit, at the least: statistics read it, the others also write it, in bf16 where it is narrower."""
+    written = 0 if name.startswith("row_stats ") else 2 if "to bf16" in name else dtype.itemsize
     size = logits * (dtype.itemsize + written)
     return {"call": name, "dtype": str(dtype), "ms": ms, "terabytes_per_second": size / ms / 1e9}
 
