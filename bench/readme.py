@@ -1,7 +1,7 @@
 """The README's figures, written from committed results: ``python -m bench.readme`` (``--check`` compares the text).
 
-Fills the part between the markers with tables made of bench/results/cpu_memory.json and cpu_time.json, and draws
-docs/memory.png from the first. Run it after ``python -m bench.readme_numbers``.
+Fills the part between the markers with tables made of gpu_suite.json, cpu_memory.json and cpu_time.json in
+bench/results, and draws docs/memory.png. Run it after ``make gpu`` or ``python -m bench.readme_numbers``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,38 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def numbers(memory: dict[str, Any], timing: dict[str, Any]) -> str:
+def on_gpu(suite: dict[str, Any]) -> list[str]:
+    """The loss on a GPU, every contender that computes it or a cross-entropy rightly."""
+    machine = suite["environment"]
+    rows = [row for row in suite["results"] if row["task"] == "loss" and row["status"] in ("ok", "floor")]
+    return [
+        f"On a GPU: `make gpu`, {machine['device']}, driver {machine['driver']}, torch {machine['torch']}, triton "
+        f"{machine['triton']}. Loss and all gradients, bf16, side by side in one run (ratios below 1 are faster; the "
+        "floor is the three bare matrix products; memory is the peak over the inputs, gradients included):",
+        "",
+        "| loss | tokens, hidden, vocabulary | device ms | x naive | x floor | memory |",
+        "|---|---|---:|---:|---:|---:|",
+        *(_on_gpu(row) for row in rows),
+        "",
+    ]
+
+
+def _on_gpu(row: dict[str, Any]) -> str:
+    shape = ", ".join(f"{row['sizes'][name]:,}" for name in ("tokens", "hidden", "vocab"))
+    name = row["name"] + (" (cross-entropy)" if row["computes"] == "cross-entropy" else "")
+    on_device = row["device_ms"] is not None  # unless the host was late with queueing the work
+    ms = report.milliseconds(row["device_ms"]) if on_device else f"{report.milliseconds(row['ms'])} (full call)"
+    ratios = (report.ratio(row[name]) for name in ("ratio_to_naive", "ratio_to_floor"))
+    memory = "-" if row["peak_bytes"] is None else report.bytes_text(row["peak_bytes"])
+    return f"| {name} | {shape} | {ms} | {' | '.join(ratios)} | {memory} |"
+
+
+def numbers(suite: dict[str, Any], memory: dict[str, Any], timing: dict[str, Any]) -> str:
     """The text between the markers."""
     machine = memory["environment"]
     lines = [
-        f"`{machine['command']}`, measured on a CPU ({machine['device']}, {machine['threads']} threads, torch "
+        *on_gpu(suite),
+        f"On a CPU: `{machine['command']}` ({machine['device']}, {machine['threads']} threads, torch "
         f"{machine['torch']}, backend {machine['backend']}).",
         "",
         "Loss and all gradients, peak memory over the inputs:",
@@ -103,7 +130,7 @@ def main() -> None:
     given = parser.parse_args()
     memory = load("cpu_memory")
     old = README.read_text()
-    new = filled(old, numbers(memory, load("cpu_time")))
+    new = filled(old, numbers(load("gpu_suite"), memory, load("cpu_time")))
     if given.check:
         sys.exit(0 if new == old else "README.md: run python -m bench.readme")
     README.write_text(new)

@@ -109,13 +109,12 @@ def variants() -> Iterator[Variant]:
     vectors = ("logp", "values", "old_logp", "old_values", "advantages", "weights", "losses", "d_logp", "d_values")
     numbers = ("tau", "alpha", "huber_delta", "value_clip", "log_ratio_clip")
     update = dict.fromkeys(numbers, "fp32") | dict.fromkeys((*vectors[1:], "grad_scale"), "*fp32")
-    for dtype in ("bf16", "fp16", "fp32"):
-        for marks, without in (("", ["softcap", "entropy", "weights"]), ("+all", [])):
-            yield Variant(
-                f"row_update[{dtype}{marks}]", "row_update", "row_update_kernel",
-                stats | update | {"logits": f"*{dtype}"}, dict.fromkeys(without) | {"LOSS_TYPE": "double_clipped"},
-                launch.ROW_UPDATE,
-            )  # fmt: skip
+    for marks, without in (("", ["weights"]), ("+weights", [])):
+        yield Variant(
+            f"row_update[bf16{marks}]", "row_update", "row_update_kernel",
+            stats | update | {"logits": "*bf16"}, dict.fromkeys(without) | {"LOSS_TYPE": "double_clipped"},
+            launch.ROW_UPDATE,
+        )  # fmt: skip
     residual = dict.fromkeys((*vectors, "grad_scale"), "*fp32") | dict.fromkeys(numbers, "fp32") | {"n": "i32"}
     for loss_type in LOSS_TYPES:
         for on_policy in (False, True):

@@ -45,7 +45,7 @@ def _load() -> str | None:
     given = os.environ.get("KLQ_NATIVE_LIBRARY")
     built = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
-        return "not built (install with a C++ compiler, torch and --no-build-isolation)"
+        return "not built; with torch and a C++ compiler, repeat the installation with --force-reinstall --no-deps"
     try:
         torch.ops.load_library(str(built[0]))
         use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)

@@ -75,14 +75,13 @@ class TokenMajor(VocabularyWork):
         grad_scale: Tensor,
         shape: LossShape,
     ) -> bool:
-        row_update = getattr(self._backend, "row_update", None)
-        narrows = self._head.logits_dtype != self._head.weight.dtype
-        if row_update is None or narrows or not self._backend.rows_stay_in_cache(self._buffer):
+        updates = getattr(self._backend, "updates", None)  # only the Triton backend has this, and row_update
+        if updates is None or not updates(self._buffer, softcap=self._head.softcap, entropy=found.entropy is not None):
             return False
         self._project(chunk)
-        row_update(
+        self._backend.row_update(
             self._logits, self._rows.actions[chunk], terms, found, residuals, grad_scale=grad_scale, shape=shape,
-            scale=self._head.scale, softcap=self._head.softcap,
+            scale=self._head.scale,
         )  # fmt: skip
         self._multiply(chunk, self._logits)
         return True

@@ -29,7 +29,10 @@ def python(code: str) -> str:
 # DESIGN: names, order and defaults of the public functions, which outside code is written against.
 REQUIRED = inspect.Parameter.empty
 LAYOUT = {"mask": None, "cu_seqlens": None}
-HEAD = {"bias": None, "temperature": 1.0, "softcap": None, "workspace_bytes": None, "process_group": None}
+HEAD = {
+    "bias": None, "temperature": 1.0, "softcap": None, "logits_dtype": None, "workspace_bytes": None,
+    "process_group": None,
+}  # fmt: skip
 RETURNS = {"gamma": 1.0, "lam": 0.95, "bootstrap_values": None, **LAYOUT}
 LOSS = {"tau": 0.05, "alpha": 1.0, "loss_type": "l2", "denom": None, **LAYOUT}
 SIGNATURES = {
@@ -174,6 +177,49 @@ def test_wheel_imports_and_runs_from_elsewhere(wheel: Path, tmp_path: Path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ON_POLICY_STEP}"
     code += "import klq_kernels; print(klq_kernels.__file__)"
     assert python(code) == str(tmp_path / "klq_kernels" / "__init__.py")
+
+
+def fresh_wheel(source: Path, folder: Path, *options: str, **environment: str) -> tuple[str, set[str], str]:
+    """(file name, contents, output) of a wheel built from the sources as they are."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", str(folder), *options, "."]
+    for rest in ("build", "klq_kernels.egg-info"):
+        shutil.rmtree(source / rest, ignore_errors=True)
+    done = subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built.name, set(zipfile.ZipFile(built).namelist()), done.stdout + done.stderr
+
+
+def has_library(names: set[str]) -> bool:
+    return any(name.startswith("klq_kernels/backends/_native") and name.endswith(".so") for name in names)
+
+
+HAS_COMPILER = shutil.which("g++") is not None
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+def test_an_isolated_build_finds_torch_and_builds_the_extension(source: Path, tmp_path: Path):
+    """``pip install .`` as the README says: without --no-build-isolation."""
+    name, contents, _ = fresh_wheel(source, tmp_path, KLQ_BUILD_NATIVE="1")
+    assert has_library(contents)
+    assert "-cp310-abi3-linux" in name
+
+
+def test_a_build_whose_compiler_fails_is_for_any_platform(source: Path, tmp_path: Path):
+    name, contents, output = fresh_wheel(
+        source, tmp_path, "--no-build-isolation", KLQ_BUILD_NATIVE="auto", CC="false", CXX="false"
+    )
+    assert name.endswith("-py3-none-any.whl")
+    assert not has_library(contents)
+    assert "installing without the CPU extension" in output
+
+
+def test_a_build_that_needs_the_extension_fails_without_a_compiler(source: Path, tmp_path: Path):
+    environment = {**os.environ, "KLQ_BUILD_NATIVE": "1", "CC": "false", "CXX": "false"}
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "KLQ_BUILD_NATIVE=1, but the CPU extension cannot be built" in done.stdout + done.stderr
 
 
 def test_sdist_is_enough_to_build_test_and_reproduce(source: Path, tmp_path: Path):

@@ -189,29 +189,29 @@ def test_klq_metrics(device: str, loss_type: str, on_policy: bool, extras: bool,
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [1, 131, 40_000])
 @pytest.mark.parametrize("loss_type", ["l2", "double_clipped"])
-@pytest.mark.parametrize("full", [False, True])
-def test_row_update(device: str, dtype: torch.dtype, vocab: int, loss_type: str, full: bool) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_row_update(device: str, vocab: int, loss_type: str, weighted: bool) -> None:
     """It is ``row_stats``, ``klq_residual`` and ``row_grad``, one after the other."""
     n = 3
-    (rows, actions), (right_rows, _) = (logits_like_a_model(n, vocab, dtype, device) for _ in range(2))
+    (rows, actions), (right_rows, _) = (logits_like_a_model(n, vocab, torch.bfloat16, device) for _ in range(2))
     columns = torch.randn(5, n, generator=torch.Generator().manual_seed(2)).to(device)
     values, old_logp, old_values, advantages, weights = columns
     shape = LossShape(0.3, 0.8, loss_type, 1.0, 0.2, 0.2)
     grad_scale = torch.tensor(0.25, device=device)
-    head = {"scale": 1 / 0.7, "softcap": 30.0} if full else {"scale": 1.0, "softcap": None}
+    scale = 1 / 0.7
+    head = {"scale": scale, "softcap": None}
 
     def bundles() -> tuple[Terms, Statistics, Residuals]:
-        top, log_total, logp, entropy, losses, d_logp, d_values = (nans(n, device) for _ in range(7))
-        terms = Terms(logp, values, old_logp, old_values, advantages, weights if full else None)
-        found = Statistics(top, log_total, logp, entropy if full else None)
+        top, log_total, logp, losses, d_logp, d_values = (nans(n, device) for _ in range(6))
+        terms = Terms(logp, values, old_logp, old_values, advantages, weights if weighted else None)
+        found = Statistics(top, log_total, logp, None)
         return terms, found, Residuals(losses, d_logp, d_values)
 
     terms, found, residuals = bundles()
     kernel_module("row_update").row_update(
-        rows, actions, terms, found, residuals, grad_scale=grad_scale, shape=shape, **head
+        rows, actions, terms, found, residuals, grad_scale=grad_scale, shape=shape, scale=scale
     )
     right = bundles()
     portable.row_stats(right_rows, actions, right[1], **head)
@@ -223,8 +223,7 @@ def test_row_update(device: str, dtype: torch.dtype, vocab: int, loss_type: str,
         for a, b in zip(ours, wanted, strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(rows, right_rows, rtol=20 * tolerance, atol=tolerance)
+    torch.testing.assert_close(rows, right_rows, rtol=4e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])

@@ -11,7 +11,7 @@ from .klq_metrics import klq_metrics
 from .klq_residual import klq_residual
 from .row_grad import row_grad
 from .row_stats import row_stats
-from .row_update import row_update, rows_stay_in_cache
+from .row_update import row_update, updates
 from .scale import scale
 from .scans import lambda_errors, reverse_scan
 
@@ -30,6 +30,6 @@ __all__ = [
     "row_grad",
     "row_stats",
     "row_update",
-    "rows_stay_in_cache",
     "scale",
+    "updates",
 ]
