@@ -73,9 +73,15 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens per sequence, prompt and response.")] = 2048,
     response: Annotated[int | None, typer.Option(help="Trained tokens per sequence; half of them.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    weights: Annotated[
+        str | None, typer.Option(help="What weights are stored in: fp32 under autocast. By default as dtype.")
+    ] = None,
+    fp32_head: Annotated[bool, typer.Option("--fp32-head", help="Logits in fp32.")] = False,
     lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains every parameter.")] = 0,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
-    models: Annotated[int, typer.Option(help="Models held: the policy, a reference, ...")] = 2,
+    models: Annotated[
+        int | None, typer.Option(help="Models held: the policy, a reference, ...; 2, and with adapters 1.")
+    ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = True,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu: decides the chunks. By default cuda, with --measure what is here.")
@@ -95,8 +101,9 @@ def plan(
     from . import memory_plan as planning
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"dtype: must be one of {', '.join(dtypes)}; got {dtype!r}")
+    for name, value in (("dtype", dtype), ("weights", weights or dtype)):
+        if value not in dtypes:
+            raise ValueError(f"{name}: must be one of {', '.join(dtypes)}; got {value!r}")
     if tflops is not None:
         require_number("tflops", tflops, positive=True)
     model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
@@ -105,7 +112,7 @@ def plan(
     workspace = None if workspace_mib is None else workspace_mib * 2**20
     run = planning.Run(
         batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
-        checkpointing, planning.device_for(device, measure), workspace,
+        checkpointing, planning.device_for(device, measure), workspace, dtypes[weights or dtype], fp32_head,
     )  # fmt: skip
     rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
     budget = None if budget_gib is None else int(budget_gib * 2**30)

@@ -209,12 +209,16 @@ def naive_memory(p: Problem) -> Memory:
     masked = p.positions is not None and p.positions != p.tokens
     gathered = p.tokens * p.hidden * p.dtype.itemsize * masked
     logits = p.tokens * p.vocab * p.dtype.itemsize
-    largest = _nonzero(log_softmax=logits, its_gradient=logits, logits_gradient=logits, gathered_hidden=gathered)
+    cast = p.vocab * p.hidden * p.dtype.itemsize if p.weight_dtype not in (None, p.dtype) else 0
+    largest = _nonzero(
+        log_softmax=logits, its_gradient=logits, logits_gradient=logits, gathered_hidden=gathered, weight_cast=cast
+    )
     last = _nonzero(
         logits_gradient=logits,
         weight_gradient=d_weight,
         hidden_gradient=d_hidden,
         gathered_hidden=gathered,
+        weight_cast=cast,
         hidden_gradient_of_valid_rows=gathered * p.hidden_gradient,
     )
     return Memory(largest, last)

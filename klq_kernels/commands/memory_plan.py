@@ -61,10 +61,21 @@ class Run(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     lora: int = 0  # rank of the adapters; 0: every parameter is trained
     optimizer: str = "adamw"
-    models: int = 2  # held in memory: the policy, a reference, ...
+    models: int | None = None  # held in memory: the policy, a reference, ...; by default 2, and with adapters 1
     checkpointing: bool = True
     device: torch.device = torch.device("cuda")
     workspace_bytes: int | None = None
+    weights: torch.dtype | None = None  # what the weights are stored in; fp32 under autocast; None: as dtype
+    fp32_logits: bool = False
+
+    @property
+    def stored(self) -> torch.dtype:
+        return self.weights or self.dtype
+
+    @property
+    def held(self) -> int:
+        """With adapters, the model without them is the reference."""
+        return self.models if self.models is not None else 1 if self.lora else 2
 
 
 class Plan(NamedTuple):
@@ -141,6 +152,16 @@ def activation_bytes(model: Model, run: Run) -> int:
     return inputs + block if run.checkpointing else model.layers * block
 
 
+def autocast_bytes(model: Model, run: Run) -> int:
+    """The copies of the body's fp32 weights in which its products run, which backward needs too: all of them, or with
+    checkpointing those of one block.
+    """
+    if run.stored == run.dtype:
+        return 0
+    body = model.size - (1 if model.tied else 2) * model.vocab * model.hidden
+    return body * run.dtype.itemsize // (max(model.layers, 1) if run.checkpointing else 1)
+
+
 def problem(model: Model, run: Run) -> Problem:
     """The head of this run. Under LoRA the head itself is frozen."""
     return Problem(
@@ -152,6 +173,8 @@ def problem(model: Model, run: Run) -> Problem:
         positions=run.batch * run.length,
         weight_gradient=not run.lora,
         workspace_bytes=run.workspace_bytes,
+        weight_dtype=run.stored,
+        fp32_logits=run.fp32_logits,
     )
 
 
@@ -162,8 +185,13 @@ def _without_trained_head(loss: Memory) -> Memory:
 
 def plan(model: Model, run: Run) -> Plan:
     """The memory of a training step. Raises ValueError naming what is out of range."""
-    for name in ("batch", "length", "response", "models"):
-        require(getattr(run, name) >= 1, name, f"must be at least 1, got {getattr(run, name)}")
+    for name, count in (("batch", run.batch), ("length", run.length), ("response", run.response), ("models", run.held)):
+        require(count >= 1, name, f"must be at least 1, got {count}")
+    require(
+        run.stored in (run.dtype, torch.float32),
+        "weights",
+        "must be as dtype, or fp32, which autocast casts for each use",
+    )
     require(run.response <= run.length, "response", f"must not exceed length {run.length}, got {run.response}")
     require(run.lora >= 0, "lora", f"must be a rank, or 0 to train every parameter; got {run.lora}")
     require(
@@ -172,12 +200,15 @@ def plan(model: Model, run: Run) -> Plan:
         f"must be one of {', '.join(OPTIMIZER_BYTES)}; got {run.optimizer!r}",
     )
     trained = trained_parameters(model, run)
-    master = 4 * trained if run.dtype != torch.float32 else 0
+    stored = run.stored.itemsize
+    learning = 4 if run.lora else stored  # peft keeps adapters in fp32
+    master = 4 * trained if learning != 4 else 0
     tokens = run.batch * run.length
     standing = {
-        f"weights of {run.models} model(s)": run.models * model.size * run.dtype.itemsize,
-        "adapters": trained * run.dtype.itemsize if run.lora else 0,
-        "gradients": trained * run.dtype.itemsize,
+        f"weights of {run.held} model(s)": run.held * model.size * stored,
+        "adapters": trained * learning if run.lora else 0,
+        "gradients": trained * learning,
+        "autocast's copies of weights": autocast_bytes(model, run),
         f"optimiser state ({run.optimizer})": trained * OPTIMIZER_BYTES[run.optimizer] + master,
         "activations (estimate)": activation_bytes(model, run),
         "last hidden states": tokens * model.hidden * run.dtype.itemsize,
@@ -263,7 +294,13 @@ def report(model: Model, run: Run, budget: int | None, flop_per_second: float | 
     found = plan(model, run)
     out: dict[str, Any] = {
         "model": {**model._asdict(), "parameters": model.size},
-        "run": {**run._asdict(), "dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)},
+        "run": {
+            **run._asdict(),
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "weights": str(run.stored).removeprefix("torch."),
+            "models": run.held,
+            "device": str(run.device),
+        },
         "standing_bytes": found.standing,
         "loss_bytes": {
             name: {"terms": memory.terms, "peak": memory.peak}
@@ -296,7 +333,8 @@ def show(content: dict[str, Any]) -> None:
     model, run = content["model"], content["run"]
     console.print(
         f"{model['parameters'] / 1e9:.2f}B parameters, H={model['hidden']} V={model['vocab']}; batch {run['batch']} x "
-        f"{run['length']} tokens, {run['response']} trained; {run['dtype']} on {run['device']}"
+        f"{run['length']} tokens, {run['response']} trained; {run['dtype']}, weights in {run['weights']}, on "
+        f"{run['device']}"
     )
     table = Table("memory of a step", "naive", "fused")
     table.columns[1].justify = table.columns[2].justify = "right"

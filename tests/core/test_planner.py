@@ -109,6 +109,48 @@ def test_lora_leaves_out_the_heads_gradient_and_its_optimiser_state() -> None:
     assert "2 matrix products" in memory_plan.strategy(lora)
 
 
+def test_adapters_share_the_model_with_the_reference() -> None:
+    lora = memory_plan.plan(LLAMA, RUN._replace(lora=16))
+    assert lora.standing["weights of 1 model(s)"] == 2 * LLAMA.size
+    assert "weights of 2 model(s)" in memory_plan.plan(LLAMA, RUN).standing
+    assert "weights of 2 model(s)" in memory_plan.plan(LLAMA, RUN._replace(lora=16, models=2)).standing
+
+
+def test_fp32_weights_under_autocast_take_twenty_bytes_a_parameter() -> None:
+    """``bf16=True`` of the trainer: weights, gradients and two moments of the policy, and the reference's weights."""
+    found = memory_plan.plan(LLAMA, RUN._replace(weights=torch.float32))
+    standing = {name: size for name, size in found.standing.items() if "activations" not in name}
+    of_weights = sum(size for name, size in standing.items() if name.startswith(("weights", "gradients", "optimiser")))
+    assert of_weights == 20 * LLAMA.size
+    assert found.fused.terms["weight cast"] == 2 * LLAMA.vocab * LLAMA.hidden
+    assert memory_plan.autocast_bytes(LLAMA, RUN._replace(weights=torch.float32, checkpointing=False)) < 2 * LLAMA.size
+    with pytest.raises(ValueError, match="weights"):
+        memory_plan.plan(LLAMA, RUN._replace(weights=torch.float16))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_a_step_holds_is_what_is_counted(stored: torch.dtype) -> None:
+    tiny = pytest.importorskip("tiny")
+    model = tiny.model().to(stored)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    optimizer.step()
+
+    def size(tensors: Any) -> int:
+        return sum(t.nbytes for t in tensors)
+
+    parameters = list(model.parameters())
+    counted = memory_plan.Model(8, 8, 1, 8, parameters=sum(p.numel() for p in parameters))
+    run = RUN._replace(dtype=torch.bfloat16, weights=stored, models=1)
+    standing = memory_plan.plan(counted, run).standing
+    assert standing["weights of 1 model(s)"] == size(parameters)
+    assert standing["gradients"] == size(p.grad for p in parameters)
+    moments = size(t for state in optimizer.state.values() for t in state.values() if t.dim())
+    master = 0 if stored == torch.float32 else 4 * counted.size  # which torch's own AdamW goes without
+    fp32_moments = moments if stored == torch.float32 else 2 * moments
+    assert standing["optimiser state (adamw)"] == fp32_moments + master
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_heads_gradient_is_counted_once(dtype: torch.dtype) -> None:
     """It stands among the step's gradients; the loss adds an fp32 accumulator beside one of 16 bits alone."""
