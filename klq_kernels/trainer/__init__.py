@@ -24,6 +24,7 @@ except ImportError as error:
 
 from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
+from .processes import leave_process_group
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
 from .trainer import KLQTrainer
@@ -37,4 +38,5 @@ __all__ = [
     "RolloutFunction",
     "Scores",
     "last_complete_checkpoint",
+    "leave_process_group",
 ]

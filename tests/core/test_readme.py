@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,15 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def assert_learns(trainer: Any) -> None:
+    """The run moved, and its rewards rose."""
+    logs = [logs for logs in trainer.state.log_history if "objective/scores" in logs]
+    assert all(log["loss"] > 0 for log in logs)
+    scores = [log["objective/scores"] for log in logs]
+    third = len(scores) // 3
+    assert sum(scores[-third:]) / third > sum(scores[:third]) / third + 0.03, scores
 
 
 def test_python_snippets_run_in_order(
@@ -26,6 +36,7 @@ def test_python_snippets_run_in_order(
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert "'loss'" in capsys.readouterr().out
+    assert_learns(namespace["trainer"])
 
 
 def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -33,8 +44,10 @@ def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     namespace: dict[str, object] = {}
     snippets = blocks("python", (ROOT / "docs" / "trainer.md").read_text())
     assert len(snippets) == 2
-    for snippet in snippets:
+    for number, snippet in enumerate(snippets):
         exec(compile(snippet, "docs/trainer.md", "exec"), namespace)
+        if number == 0:
+            assert_learns(namespace["trainer"])
 
 
 def test_shell_commands_exist() -> None:
@@ -66,7 +79,7 @@ def test_shell_commands_exist() -> None:
 def test_figures_are_those_on_record() -> None:
     from bench import readme
 
-    assert readme.filled(README, readme.numbers(readme.load("cpu_memory"), readme.load("cpu_time"))) == README
+    assert readme.filled(README, readme.numbers(*(readme.load(n) for n in ("gpu_suite", "cpu_memory", "cpu_time")))) == README
 
 
 def test_links_and_pictures_exist() -> None:
