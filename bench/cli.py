@@ -12,7 +12,7 @@ import torch
 import typer
 
 from . import report
-from .environment import describe
+from .environment import describe, timed_package
 from .session import run_task
 from .shapes import DTYPES, RECORDS, scaled
 from .tasks import TASKS, Task
@@ -93,13 +93,15 @@ def _bench(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shapes = chosen_shapes(TASKS[name], preset, dtype, sweep)
     task = chosen_contenders(TASKS[name], contenders, preset, on)
+    environment = describe(on, command_line())
+    print(timed_package(environment), file=sys.stderr)
     usual_rounds, seconds = EFFORT.get(preset, USUAL_EFFORT)
     with Console(stderr=True).status("starting") as status:
         records = run_task(
             task, shapes, on, rounds=rounds or usual_rounds, seconds=seconds, with_memory=with_memory,
             limit=None if memory_limit is None else int(memory_limit * 2**30), say=status.update,
         )  # fmt: skip
-    content = report.document(records, describe(on, command_line()), preset=preset)
+    content = report.document(records, environment, preset=preset)
     report.show(content)
     if json is not None:
         report.save_json(json, content)

@@ -32,6 +32,15 @@ def describe(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
+def timed_package(environment: dict[str, Any]) -> str:
+    """Which klq_kernels is timed, and on which backend, in a line: an unbuilt source tree has no native one."""
+    where = Path(klq_kernels.__file__).parent
+    return (
+        f"klq_kernels {environment['klq_kernels']} from {where}, backend {environment['backend']} on "
+        f"{environment['device_type']}"
+    )
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -51,9 +51,10 @@ def demo(
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure against other implementations, side by side; runs from a source checkout (klq bench --help)."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "cli.py").exists():
-        raise ValueError("bench: the benchmarks are not part of the installed package; run this from a source checkout")
+    checkouts = (Path(__file__).resolve().parents[2], Path.cwd())  # this package's own, or the one at hand
+    root = next((folder for folder in checkouts if (folder / "bench" / "cli.py").exists()), None)
+    if root is None:
+        raise ValueError("bench: the benchmarks are not part of the installed package; run this in a source checkout")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     from bench.cli import app as benchmarks

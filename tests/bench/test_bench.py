@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -587,6 +588,7 @@ def test_klq_bench_is_the_same_command() -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "memory copy" in done.output
+    assert re.search(r"klq_kernels \S+ from .*klq_kernels, backend \w+ on cpu", done.output)
     assert "train-step" in CliRunner().invoke(app, ["bench", "--help"]).output
 
 
@@ -596,6 +598,8 @@ def test_klq_bench_says_that_it_needs_a_checkout(monkeypatch: pytest.MonkeyPatch
     from klq_kernels.commands import cli
 
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "klq_kernels" / "commands" / "cli.py"))
+    assert CliRunner().invoke(cli.app, ["bench", "--help"]).exit_code == 0, "an installed klq, called in a checkout"
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, ["bench", "scan"])
     assert isinstance(done.exception, ValueError)
     assert "source checkout" in str(done.exception)

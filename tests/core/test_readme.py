@@ -79,7 +79,8 @@ def test_shell_commands_exist() -> None:
 def test_figures_are_those_on_record() -> None:
     from bench import readme
 
-    assert readme.filled(README, readme.numbers(*(readme.load(n) for n in ("gpu_suite", "cpu_memory", "cpu_time")))) == README
+    results = (readme.load(name) for name in ("gpu_suite", "cpu_memory", "cpu_time"))
+    assert readme.filled(README, readme.numbers(*results)) == README
 
 
 def test_links_and_pictures_exist() -> None:
