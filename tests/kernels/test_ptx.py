@@ -1,0 +1,62 @@
+"""The compiled kernels, executed without a GPU: what Triton compiles for one runs on the machine of tests/ptx.
+
+The interpreter tests the kernels' source. This tests what the compiler made of it: layouts, shuffles, contraction of
+products and sums, barriers. It knows nothing of ptxas, of time, or of programs that run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TESTS = Path(__file__).parents[1]
+# Files, which of their tests, and how many there are at least. Whole passes take the machine minutes, so the loss is
+# held to its contract in one of its types; every kernel's own tests run.
+SUITES = {
+    "kernels": ("kernels/test_kernels.py", "cpu", 200),
+    "scans": ("core/test_returns.py", "triton-cpu and not long", 15),
+    "logprobs": ("core/test_logprobs.py", "triton-cpu and not long", 20),
+    "loss": ("core/test_loss.py", "triton-cpu and precision_contract and double and (peaked or large)", 20),
+    "fp32 logits": ("core/test_logits_dtype.py", "triton-cpu and unrounded", 4),
+}
+
+
+def on_the_machine(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "HYPOTHESIS_PROFILE": "few",
+        "KLQ_PTX": os.environ.get("KLQ_PTX", "90"),
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "ptx"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "KLQ_BACKEND"):
+        environment.pop(name, None)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_compiled_kernels_pass_the_suite(suite: str) -> None:
+    file, which, least = SUITES[suite]
+    done = on_the_machine(
+        "-m", "pytest", "-q", "-p", "machine_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS / file),
+        "-k", which,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) >= least
+    launched = re.search(r"PTX machine, sm_\d+: (\d+) launches of (\d+) compiled kernels.* (\d+) hazards", done.stdout)
+    assert launched is not None
+    assert int(launched.group(1)) > 0
+    assert int(launched.group(3)) == 0
+
+
+def test_a_kernel_without_one_of_its_barriers_is_reported() -> None:
+    done = on_the_machine(str(TESTS / "ptx" / "without_barriers.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"[1-9]\d* barriers, each missed", done.stdout)

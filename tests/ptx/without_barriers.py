@@ -1,0 +1,115 @@
+"""Takes the barriers out of each kernel's PTX one by one: the machine must report every one as missing.
+
+python without_barriers.py         prints "N barriers, each missed", or exits with 1 and names those that are not
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import machine_plugin  # noqa: F401  (installs the machine)
+import torch
+from ptx_machine import Fault
+
+from klq_kernels.vocabulary.chunking import row_stride
+from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+
+device: Any = import_module("device")
+BARRIER = re.compile(r"^\s*bar\.sync\s.*$", re.MULTILINE)
+N, VOCAB = 2, 40_000
+SHAPE = LossShape(0.3, 0.8, "double_clipped", 1.0, 0.2, 0.2)
+
+
+def kernels() -> dict[str, Callable[[], object]]:
+    """A launch of every kernel whose threads talk to each other."""
+
+    def module(name: str) -> ModuleType:
+        return import_module(f"klq_kernels.backends.triton.{name}")
+
+    def rows(dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(N, row_stride(VOCAB)).to(dtype)[:, :VOCAB]
+
+    def columns(count: int, n: int = N) -> list[torch.Tensor]:
+        return list(torch.randn(count, n))
+
+    actions, head = torch.tensor([1, VOCAB - 1]), {"scale": 1.0, "softcap": None}
+    fp32 = rows(torch.float32)
+    n = 3000
+    ends, out = torch.tensor([0, 1100, n], dtype=torch.int32), torch.empty(n)
+
+    def update() -> None:
+        top, log_total, logp, *rest = columns(11)
+        values, old_logp, old_values, advantages, weights, *three = rest
+        module("row_update").row_update(
+            rows(torch.bfloat16), actions, Terms(logp, values, old_logp, old_values, advantages, weights),
+            Statistics(top, log_total, logp, None), Residuals(*three), grad_scale=torch.tensor(1.0), shape=SHAPE,
+            scale=1.0,
+        )  # fmt: skip
+
+    def scan(masked: bool) -> None:
+        mask = torch.rand(n) < 0.8 if masked else None
+        module("scans").reverse_scan(torch.randn(n), torch.rand(n), mask, ends, out)
+
+    def errors() -> None:
+        terms = ScanTerms(*columns(4, n), None)
+        module("scans").lambda_errors(terms, torch.zeros(2), None, ends, out, tau=0.1, gamma=0.9, lam=0.9)
+
+    def metrics() -> None:
+        logp, values, old_logp, old_values, advantages, ref = columns(6, n)
+        terms = Terms(logp, values, old_logp, old_values, advantages, None)
+        module("klq_metrics").klq_metrics(torch.tensor(1.0), terms, SHAPE, ref_logp=ref)
+
+    return {
+        "row_stats": lambda: module("row_stats").row_stats(
+            rows(torch.bfloat16), actions, Statistics(*columns(4)), **head
+        ),
+        "row_grad, narrower": lambda: module("row_grad").row_grad(
+            fp32, actions, Pull(*columns(4)), fp32.view(torch.bfloat16)[:, :VOCAB], **head
+        ),
+        "row_update": update,
+        "reverse_scan": lambda: scan(False),
+        "reverse_scan, masked": lambda: scan(True),
+        "lambda_errors": errors,
+        "klq_metrics": metrics,
+    }
+
+
+def without(text: str, number: int) -> str:
+    found = list(BARRIER.finditer(text))[number]
+    return text[: found.start()] + text[found.end() :]
+
+
+def main() -> int:
+    taken, unnoticed = 0, []
+    for name, launch in kernels().items():
+        device.PTX.clear()
+        device.STATE["programs"].clear()
+        launch()
+        whole = dict(device.PTX)
+        for kernel, text in whole.items():
+            for number in range(len(BARRIER.findall(text))):
+                device.PTX[kernel] = without(text, number)
+                device.STATE["programs"].clear()
+                device.STATE["hazards"].clear()
+                taken += 1
+                try:
+                    launch()
+                except Fault:
+                    continue
+                finally:
+                    device.PTX[kernel] = text
+                if not device.STATE["hazards"]:
+                    unnoticed.append(f"{name}: barrier {number + 1} of {len(BARRIER.findall(text))}")
+    print(f"{taken} barriers, each missed" if not unnoticed else "\n".join(unnoticed))
+    return len(unnoticed) > 0 or taken == 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("KLQ_BACKEND", "triton")
+    sys.exit(main())
