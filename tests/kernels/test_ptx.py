@@ -28,10 +28,12 @@ SUITES = {
 
 
 def on_the_machine(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, the machine's modules on its path."""
+    paths = [str(TESTS / "ptx"), os.environ.get("PYTHONPATH")]
     environment = os.environ | {
         "HYPOTHESIS_PROFILE": "few",
         "KLQ_PTX": os.environ.get("KLQ_PTX", "90"),
-        "PYTHONPATH": os.pathsep.join([str(TESTS / "ptx"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
     for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "KLQ_BACKEND"):
         environment.pop(name, None)

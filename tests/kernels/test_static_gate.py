@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -17,6 +18,7 @@ from bench import static_gate
 from bench.static_gate import Report
 
 ROOT = Path(__file__).parents[2]
+OLDEST_TRITON = ROOT / ".venv" / "oldest-triton"
 GOOD = Report(registers=64, stack=0, shared=1024, wide_accesses=8, issue_slots=6.0, special_functions=1.125)
 
 
@@ -28,6 +30,20 @@ def test_every_kernel_compiles_within_its_record() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 complaints" in done.stdout
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not OLDEST_TRITON.exists(), reason="the Makefile installs the oldest Triton in .venv/oldest-triton")
+def test_every_kernel_compiles_on_the_oldest_triton() -> None:
+    """The lowest version that pyproject.toml declares, by the rules that hold whatever is on record."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(OLDEST_TRITON)
+    command = [sys.executable, "-m", "bench.static_gate", "--check", "--targets", "sm_80", "sm_90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lowest = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    assert lowest is not None
+    assert f"this is {lowest.group(1)}" in done.stdout
 
 
 def test_the_record_covers_every_variant() -> None:
