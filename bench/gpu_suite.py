@@ -205,6 +205,9 @@ def _variants(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "#### The forms of a call, bf16",
         "",
+        "To be compared within this table. What runs before a call changes how fast the card runs it, so the same call "
+        "has another ratio to the three GEMMs among the contenders above.",
+        "",
         "| tokens, hidden, vocabulary | call | ms | over the three GEMMs | host ms |",
         "|---|---|---:|---:|---:|",
         *(f"| {_sizes(row)} | {row['call']} | {cells(row)}" for row in rows),

@@ -30,7 +30,9 @@ class GradientScale:
     def __init__(self, denom: Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> None:
         if denom is None:
             denom = torch.full((), max(n, 1), dtype=torch.float32, device=device)
-        denom = denom.detach().to(device=device, dtype=torch.float32).reshape(())
+        if denom.device != device:  # a number on the host: filling it in waits for nothing, as a copy would
+            denom = torch.full((), float(denom), dtype=torch.float32, device=device)
+        denom = denom.detach().to(torch.float32).reshape(())
         self.unit = torch.ones_like(denom)
         if dtype == torch.float16:
             denom, power = torch.frexp(denom)

@@ -82,6 +82,7 @@ def test_the_packed_layout_never_synchronises(loss_type: str) -> None:
         step(leaves, given, loss_type=loss_type, workspace_bytes=2 * 1024 * 16)
         targets = klq_kernels.klq_targets(ref, ref, values, given["rewards"], cu_seqlens=cu_seqlens)
         klq_kernels.klq_loss(ref, values, targets, cu_seqlens=cu_seqlens, denom=count)
+        klq_kernels.klq_loss(ref, values, targets, cu_seqlens=cu_seqlens, denom=torch.tensor(7.0))
         klq_kernels.reverse_scan(values, 0.9, cu_seqlens=cu_seqlens)
 
     everything()  # compiles

@@ -64,6 +64,8 @@ def updates(logits: Tensor, *, softcap: float | None, entropy: bool) -> bool:
         return False
     if not logits.is_cuda:  # interpreted: to be tested
         return True
+    if torch.version.hip is not None:  # whose warps have 64 threads: so many are too many for a program
+        return False
     device = torch.cuda.get_device_properties(logits.device)
     return logits.stride(0) * logits.element_size() * device.multi_processor_count <= 0.8 * device.L2_cache_size
 
