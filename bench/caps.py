@@ -1,4 +1,4 @@
-"""What fits: the most tokens that a head trains on with the allocator capped, naive against fused."""
+"""The most tokens that fit: those that a head trains on with the allocator capped, naive against fused."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .tasks import TASKS, Task
 # (rounds, seconds of timing per shape); the quick preset is meant to be over within a minute on two cores
 EFFORT = {"tiny": (3, 1.0), "quick": (7, 2.0)}
 USUAL_EFFORT = (20, 60.0)
-# What the quick preset leaves out on a CPU: what compiles or runs longer than all the rest, and upcasting fp32.
+# Left out of the quick preset on a CPU: contenders that compile or run longer than all others, and upcasting fp32.
 NOT_QUICK = ("torch.compile", "doubling, compiled", "F.linear_cross_entropy", "naive, fp32 logits")
 
 PRESET_HELP = f"tiny, quick, full; for what reads the vocabulary also {', '.join(RECORDS)}."
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 def command_line() -> str:
-    """What was typed, without where the program lies."""
+    """The command as it was typed, without the folder of the program."""
     return " ".join(["klq bench", *(a for a in sys.argv[1:] if a != "bench")])
 
 
@@ -140,5 +140,5 @@ for _task in TASKS.values():
 
 @app.command()
 def compare(before: Path, after: Path) -> None:
-    """What changed between two runs: times beyond their spread, memory, status."""
+    """The changes between two runs: times beyond their spread, memory, status."""
     report.show_comparison(report.compare(report.load_json(before), report.load_json(after)))

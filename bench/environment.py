@@ -1,4 +1,4 @@
-"""What a measurement depends on, recorded beside it."""
+"""The facts that a measurement depends on, recorded beside it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _sixteen_bit_units() -> list[str]:
-    """What of this processor multiplies 16-bit numbers, by the names of x86."""
+    """The units of this processor that multiply 16-bit numbers, by their x86 names."""
     units = {"AVX512_BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     return [name for name, test in units.items() if getattr(torch.cpu, test, lambda: False)()]
 

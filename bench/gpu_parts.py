@@ -1,6 +1,6 @@
 """The parts of ``bench.gpu_suite``: each takes a ``Context`` and returns what it found, as plain JSON values.
 
-A part saves what it has as it goes, in case it does not live to its end.
+A part saves what it has as it goes, in case it is stopped before its end.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _problem(context: Context, dtype: torch.dtype, batch: int) -> SimpleNamespac
 
 
 def _contact_calls(x: SimpleNamespace) -> dict[str, Callable[[], list[torch.Tensor]]]:
-    """What is compared: results and gradients of each public function."""
+    """The calls that are compared: results and gradients of each public function."""
     layout = {"cu_seqlens": x.cu_seqlens}
     leaves = [x.hidden, x.weight, x.values]
 
@@ -184,7 +184,7 @@ def part_tests(context: Context) -> Outcome:
 
 
 def failures(lines: list[str]) -> list[str]:
-    """What failed, by the closing summary; where pytest did not live to write it, by its lines of progress."""
+    """The tests that failed, by the closing summary, or, where pytest was stopped before it, by its progress."""
     closing = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return closing or [line for line in lines if " FAILED" in line or " ERROR" in line]
 
@@ -273,7 +273,7 @@ def _calls_of(context: Context, sizes: tuple[int, int, int]) -> dict[str, Callab
 
 
 def part_variants(context: Context) -> Outcome:
-    """What the forms of a call cost, over the three bare products of the same run; and the host's share."""
+    """The cost of the forms of a call, over the three bare products of the same run; and the host's share."""
     from .harness import device_times, take_turns, typical
 
     rows: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ def run_part(name: str, dry_run: bool, seconds: float, folder: Path) -> Outcome:
 
 
 def answer_part(name: str, dry_run: bool, until: float, answer: Path) -> None:
-    """What the part's own process does, until the clock shows ``until`` (its imports have taken some of the time)."""
+    """Runs a part in its own process, until the clock shows ``until`` (its imports have taken some of the time)."""
     try:
         outcome = PARTS[name](Context(dry_run, until - time.time(), answer))
     except Exception as error:
@@ -66,7 +66,7 @@ def answer_part(name: str, dry_run: bool, until: float, answer: Path) -> None:
 
 
 def _kept(out: Path, environment: dict[str, Any], parts: list[str]) -> dict[str, Any]:
-    """What an earlier run on the same device and versions found in other parts, which then need not run again."""
+    """The results of other parts from an earlier run on the same device and versions."""
     content: dict[str, Any] = {"schema": report.SCHEMA, "preset": "gpu_suite", "parts": {}, "results": []}
     before = report.load_json(out) if out.exists() else content
     same = all(before.get("environment", {}).get(name) == environment[name] for name in ("device", "torch", "triton"))

@@ -125,7 +125,7 @@ class Gate:
             record.status, record.note = "wrong", complaint
 
     def forget_answers(self) -> None:
-        """Frees their memory before anybody's is measured."""
+        """Frees their memory before that of a contender is measured."""
         self._answers.clear()
 
     def check_whole(self, contender: Contender, record: Record, found: Outputs) -> None:
@@ -198,7 +198,8 @@ def quartiles(samples: list[float]) -> tuple[float, tuple[float, float]]:
 def take_turns(calls: dict[str, Call], device: torch.device, rounds: int, seconds: float) -> dict[str, list[Any]]:
     """Samples of each call, interleaved; stops early after ``seconds`` once everyone had ``FEWEST_ROUNDS``.
 
-    A sample is ms, or (full call ms, device ms) on a GPU. Who fails leaves, with the exception as its only sample.
+    A sample is ms, or (full call ms, device ms) on a GPU. A call that raises is dropped; its exception is its only
+    sample.
     """
     timer = GpuTimer(device) if device.type == "cuda" else None
     samples: dict[str, list[Any]] = {name: [] for name in calls}
@@ -276,9 +277,10 @@ def measure(
     Args:
         rounds: of timing, fewer where ``seconds`` are over.
         contenders: those of the task where None.
-        peaks: on a CPU, peak bytes by contender (or "oom") from ``memory.on_cpu``; who ran out there is not run here.
+        peaks: on a CPU, peak bytes by contender (or "oom") from ``memory.on_cpu``; a contender that ran out there
+            is not run here.
         left_out: contenders that are reported as missing, and why.
-        deadline: of ``time.monotonic``; who has not been checked by then is missing too.
+        deadline: of ``time.monotonic``; a contender that has not been checked by then is missing too.
         say: told what is going on.
     """
     chosen = task.contenders if contenders is None else contenders

@@ -73,7 +73,7 @@ class Section(NamedTuple):
 
 
 def checker(task: Task, inputs: Any, dtype: torch.dtype) -> Callable[[Callable[[Any], Call]], Call]:
-    """What makes a call on these inputs and holds its answer against float64. RuntimeError where it is wrong."""
+    """Makes a call on these inputs and compares its answer with float64. RuntimeError where it is wrong."""
     gate = Gate(task, inputs, dtype)
 
     def checked(make: Callable[[Any], Call]) -> Call:
@@ -176,7 +176,7 @@ def head(shape: Shape, gemm_bar: float) -> Section:
 
 
 def quiet(function: Callable[[], object]) -> Call:
-    """A call whose results nobody looks at."""
+    """A call whose results are dropped."""
 
     def call() -> Outputs:
         function()

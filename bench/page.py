@@ -85,7 +85,7 @@ def _memory(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _native_bars(sections: dict[str, Any]) -> str:
-    """What the CPU backend set out for, and how far it came."""
+    """The bars of the CPU backend, and the measurements against them."""
     lines = [
         "## Bars of the CPU backend",
         "",
@@ -114,7 +114,7 @@ def _native_bars(sections: dict[str, Any]) -> str:
 
 
 def _static_gate(content: dict[str, Any]) -> str:
-    """What the compiler made of every kernel."""
+    """The resources of every compiled kernel."""
     lines = [
         "## Kernels as compiled",
         "",

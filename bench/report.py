@@ -127,7 +127,7 @@ def cells(row: Row, *, on_gpu: bool) -> list[str]:
 
 
 def remarks(rows: list[Row]) -> list[str]:
-    """What the table has no room for: why a contender has no figures, who is missing, where our own time goes."""
+    """Remarks below a table: why a contender has no figures, which are missing, and how our own time divides."""
     out = [f"{row['name']} is {row['status']}: {row['note']}" for row in rows if row["status"] in ("wrong", "failed")]
     others = {row["computes"] for row in present(rows)} & SHORT.keys()
     out += [f"[{SHORT[o]}] computes {o} instead of KLQ, and is held against that" for o in sorted(others)]
@@ -190,7 +190,7 @@ def show(content: dict[str, Any]) -> None:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
-    """What changed between two runs, contender by contender on the shapes both have.
+    """The changes between two runs, contender by contender on the shapes both have.
 
     A time counts as changed where the two ranges between quartiles do not overlap; memory where it moved by 1%.
     """

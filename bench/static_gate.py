@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: registers, stack, shared memory, wide accesses, instructions.
+"""Every kernel as the compiler makes it, without a GPU: registers, stack, shared memory, wide accesses, instructions.
 
     python -m bench.static_gate                    print the table
     python -m bench.static_gate --write            record it in bench/results/static_gate.json
@@ -67,7 +67,7 @@ class Variant(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was found. Instruction counts are per logit and thread in the inner loop; None where they do not apply."""
+    """Resources of a compiled kernel. Instructions are per logit and thread in the inner loop, where there is one."""
 
     registers: int | None
     stack: int | None
@@ -280,7 +280,7 @@ def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
 
 
 def regressions(name: str, report: Report, recorded: dict[str, Any] | None) -> list[str]:
-    """What got worse against the record, beyond the small changes that another compiler version may make."""
+    """The fields that got worse against the record, beyond the small changes that another compiler version may make."""
     if recorded is None:
         return [f"{name} is not in the record; run python -m bench.static_gate --write"]
     out = []

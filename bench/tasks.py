@@ -1,4 +1,4 @@
-"""What is measured: for each task its inputs, who competes, the right answer, and the floor nobody can go below.
+"""The tasks that are measured: inputs, contenders, the right answer, and the floor that no contender can go below.
 
 ``oracle`` is the right answer in float64, ``yardstick`` the plain computation in the inputs' dtype: how far that is off
 says what error is normal there.

@@ -69,7 +69,7 @@ class Recorder:
         self.cycles.append({name: {"seconds": 0.0, "peak_bytes": 0.0} for name in PHASES})
 
     def settle(self) -> None:
-        """What stands now is what later peaks are counted over."""
+        """Later peaks are counted over the memory held now."""
         _settle()
         self._base = self._standing()
 
@@ -107,7 +107,7 @@ class Recorder:
 
 
 def naive_score(states: States, inputs: Any, config: Any) -> Scored:
-    """What scoring costs through the logits of all tokens, entropy included."""
+    """The cost of scoring through the logits of all tokens, entropy included."""
     logp = F.linear(states.hidden, states.head.weight).log_softmax(-1)
     taken = logp.gather(-1, inputs.actions[:, None]).squeeze(-1)
     return Scored(taken.float(), -(logp.exp() * logp).sum(-1).float(), states.values, states.last_values)

@@ -270,7 +270,7 @@ def naive_klq_loss(
     weights: Tensor | None = None,
     **loss: float | str,
 ) -> KLQLoss:
-    """What ``fused_klq_loss`` computes, the plain way: full logits, then targets, then the loss, then autograd."""
+    """The result of ``fused_klq_loss``, computed plainly: full logits, then targets, then the loss, then autograd."""
     logprobs = linear_logprobs(hidden, weight, actions, bias=bias, temperature=temperature, softcap=softcap).logprobs
     if targets is None:
         if ref_logprobs is None or rewards is None:

@@ -1,4 +1,4 @@
-"""What the public functions return."""
+"""The results of the public functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LinearLogprobs(NamedTuple):
 
 
 class KLQTargets(NamedTuple):
-    """What an update needs of its rollout: three fp32 tensors in the caller's layout, 0 at masked tokens.
+    """The part of a rollout that an update needs: three fp32 tensors in the caller's layout, 0 at masked tokens.
 
     ``advantages`` is the lambda-error A_t, unscaled by alpha and never whitened.
     """

@@ -1,8 +1,9 @@
-"""Who competes: one small adapter per implementation, imported only when it is asked to run.
+"""The contenders: one small adapter per implementation, imported only when it is asked to run.
 
 A contender turns a task's inputs into a callable; the callable does the whole job once and returns its named results
-(the loss and the gradients, say), which are held against float64 before anything is timed. Whoever optimises another
-objective than the task's own (a fused cross-entropy cannot do KLQ) says so in ``computes`` and is checked on that.
+(the loss and the gradients, say), which are held against float64 before anything is timed. A contender
+that optimises another objective than the task's own (a fused cross-entropy cannot do KLQ) names it in ``computes``, and
+is checked on that.
 """
 
 from __future__ import annotations

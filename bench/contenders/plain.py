@@ -1,4 +1,4 @@
-"""What PyTorch alone offers: full logits, the same compiled, checkpointed chunks, and its own fused cross-entropy."""
+"""PyTorch alone: full logits, the same compiled, checkpointed chunks, and its own fused cross-entropy."""
 
 from __future__ import annotations
 

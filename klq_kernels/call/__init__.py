@@ -1,1 +1,1 @@
-"""What a call must look like: checks of arguments, padded and packed layouts, the lm_head, function transforms."""
+"""The rules for a call: checks of arguments, padded and packed layouts, the lm_head, function transforms."""

@@ -1,4 +1,4 @@
-"""What the two functions that read the vocabulary share: the checks on hidden states, weight and bias."""
+"""The checks on hidden states, weight and bias that both functions of the vocabulary share."""
 
 from __future__ import annotations
 

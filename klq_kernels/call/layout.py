@@ -154,7 +154,7 @@ def layout_of(
 
 
 def _check_packing(packing: Packing, device: torch.device) -> None:
-    """What can be told of a packing that somebody has edited by hand, without waiting for a GPU."""
+    """Checks of a packing that may have been edited by hand, as far as they do not wait for a GPU."""
     require(isinstance(packing.cu_seqlens, Tensor), "packing", "cu_seqlens must be a tensor; build it with pack")
     positions, sequences = math.prod(packing.shape), packing.cu_seqlens.shape
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {

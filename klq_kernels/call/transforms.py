@@ -1,4 +1,4 @@
-"""What function transforms (``torch.func``, forward-mode differentiation) do to the tensors of a call.
+"""Function transforms (``torch.func``, forward-mode differentiation) of a call: which tensors they wrap.
 
 An operator that has a backward alone is silent where PyTorch asks it for something else: under ``vmap`` its inputs do
 not show that they need a gradient, and in forward mode the tangent is dropped, as if the derivative were 0.
@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 
 
 def _peeled(tensor: Tensor) -> Tensor:
-    """What ``vmap`` has wrapped."""
+    """Whether ``vmap`` has wrapped it."""
     while is_batchedtensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
 def needs_gradient(tensor: Tensor) -> bool:
-    """Whether somebody will differentiate by it."""
+    """Whether a gradient by it is needed."""
     return torch.is_grad_enabled() and _peeled(tensor).requires_grad
 
 

@@ -1,4 +1,4 @@
-"""What ``klq info`` tells: the facts about an installation that decide which code runs, and that a bug report needs."""
+"""``klq info``: the facts about an installation that decide which code runs, and that a bug report needs."""
 
 from __future__ import annotations
 

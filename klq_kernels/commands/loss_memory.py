@@ -12,7 +12,7 @@ from ..vocabulary import chunking
 
 
 class Problem(NamedTuple):
-    """A call of the loss: ``tokens`` valid rows among ``positions``, and which gradients somebody will read."""
+    """A call of the loss: ``tokens`` valid rows among ``positions``, and which gradients are needed."""
 
     tokens: int
     hidden: int
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
-        """What the weight's gradient adds up in."""
+        """The dtype that the weight's gradient adds up in."""
         positions = self.tokens if self.positions is None else self.positions
         weight_dtype = self.weight_dtype or self.dtype
         return chunking.weight_gradient_dtype(
@@ -162,8 +162,8 @@ def fused_memory(p: Problem) -> Memory:
 
 
 def _chunk_buffers(p: Problem) -> dict[str, int]:
-    """What ``token_major`` holds. On a CPU a 16-bit accumulation in fp32 goes through an extra strip of products; one
-    without 16-bit products chunking.widens strips instead, of which the allocator keeps as much again for the next.
+    """The buffers of ``token_major``. On a CPU a 16-bit accumulation in fp32 goes through an extra strip of products; a
+    CPU without 16-bit products widens strips instead (``chunking.widens``), of which the allocator keeps as much again.
     """
     products, logits = p.dtypes
     wide = chunking.widens(products, p.device)
@@ -178,7 +178,7 @@ def _chunk_buffers(p: Problem) -> dict[str, int]:
 
 
 def _strip_buffers(p: Problem) -> dict[str, int]:
-    """What ``vocabulary_major`` holds."""
+    """The buffers of ``vocabulary_major``."""
     products, logits = p.dtypes
     wide = chunking.widens(products, p.device)
     computed = torch.float32 if wide else products

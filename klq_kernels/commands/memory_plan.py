@@ -140,7 +140,7 @@ def trained_parameters(model: Model, run: Run) -> int:
 
 
 def activation_bytes(model: Model, run: Run) -> int:
-    """What backward needs of the body: every block's input, plus one whole block (checkpointing) or all of them.
+    """Activations that backward needs: every block's input, plus one whole block (checkpointing) or all of them.
 
     A block keeps about 10 copies of the hidden states (norms, projections, attention, residuals) and 4 of the
     intermediate ones; fused attention keeps no [T, T] matrix.
@@ -251,7 +251,7 @@ def largest(model: Model, run: Run, budget: int, *, fused: bool, axis: str) -> i
 
 
 def loss_seconds(head: Problem, flop_per_second: float) -> float:
-    """Time of the loss's matrix products: one, and one for each gradient somebody reads."""
+    """Time of the loss's matrix products: one, and one for each gradient that is needed."""
     return (1 + head.hidden_gradient + head.weight_gradient) * head.gemm_flop / flop_per_second
 
 
@@ -281,7 +281,7 @@ def measured_gemm_rate(head: Problem) -> float:
 
 
 def strategy(found: Plan) -> str:
-    """What the library will do with this head, and why."""
+    """The way in which the library will compute this head, and the reason."""
     products = 1 + found.problem.hidden_gradient + found.problem.weight_gradient
     skipped = (
         "" if found.problem.weight_gradient else " (the head is frozen: its gradient and accumulator are left out)"

@@ -1,1 +1,1 @@
-"""What shows and studies the library: built-in tasks, the demonstration, the experiments."""
+"""Demonstrations and studies of the library: built-in tasks, the demonstration, the experiments."""

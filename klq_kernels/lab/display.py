@@ -1,4 +1,4 @@
-"""What tables and pictures have in common, whoever makes them: the trainer, the experiments, the demonstration.
+"""Tables and pictures, as the trainer, the experiments and the demonstration make them.
 
 Importing this module also tells matplotlib to draw into files, without a window.
 """

@@ -135,7 +135,7 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The loss, and everything that backward needs of it; gradients that nobody needs are empty."""
+    """The loss, and everything that backward needs of it; gradients that are not needed are empty."""
 
     loss: Tensor
     metrics: Tensor  # in the order of ``metric_names``

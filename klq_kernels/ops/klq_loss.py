@@ -1,4 +1,4 @@
-"""klq_kernels::klq_loss: the loss and its metrics from log-probabilities that somebody else computed."""
+"""klq_kernels::klq_loss: the loss and its metrics from given log-probabilities."""
 
 from __future__ import annotations
 

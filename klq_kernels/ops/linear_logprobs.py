@@ -49,7 +49,7 @@ class BackwardArguments(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the dtypes of hidden, weight and bias; those that nobody needs are empty."""
+    """In the dtypes of hidden, weight and bias; those that are not needed are empty."""
 
     d_hidden: Tensor
     d_weight: Tensor

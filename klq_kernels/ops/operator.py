@@ -18,7 +18,7 @@ from torch._library.custom_ops import CustomOpDef
 
 
 class Parts(NamedTuple):
-    """What makes an operator.
+    """The parts that make an operator.
 
     ``arguments`` and ``results`` are NamedTuple types; the fields of ``arguments`` have types that ``torch.library``
     knows, those of ``results`` are tensors.

@@ -19,7 +19,7 @@ from .models import Head, LanguageModel, backbone_states
 
 
 class States(NamedTuple):
-    """What an objective sees of a batch: N trained tokens in S sequences, packed."""
+    """The inputs of an objective: N trained tokens in S sequences, packed."""
 
     hidden: Tensor  # [N, H], the policy's state before each trained token
     head: Head

@@ -1,4 +1,4 @@
-"""What watches a run for the signatures of known failures.
+"""A callback that warns of the signatures of known failures.
 
 Each failure is a question asked of the last logs; the answer is what was seen, or None. The table at the end pairs the
 questions with advice. A warning is given once per failure and run.

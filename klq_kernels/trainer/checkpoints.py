@@ -62,7 +62,7 @@ class Checkpoints(Cycle, Trainer):
         self.actor_critic.value.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_FILE))
 
     def _load_best_model(self) -> None:
-        """What ``load_best_model_at_end`` loads."""
+        """Loads the best checkpoint, for ``load_best_model_at_end``."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -116,5 +116,5 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
 
 
 def step_of(checkpoint: Path) -> str:
-    """What follows ``checkpoint-``: of those that transformers wrote, the step."""
+    """The part of the name after ``checkpoint-``, which for those of transformers is the step."""
     return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

@@ -142,7 +142,7 @@ class Cycle:
         return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
 
     def reward(self, rows: list[dict[str, Any]], rollout: Rollout) -> Scores:
-        """What the reward functions say, with the penalty for completions that did not end."""
+        """Scores by the reward functions, with the penalty for completions that did not end."""
         prompts = [row["prompt"] for row in rows]
         ids = [s.completion.tolist() for s in rollout.sequences]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -55,7 +55,7 @@ class Evaluation(Cycle, Trainer):
         return metrics
 
     def turns(self, number: int) -> list[Turn]:
-        """How this process shares in sampling completions for ``number`` held-out rows."""
+        """This process's share in sampling completions for ``number`` held-out rows."""
         process, processes = self.args.process_index, self.accelerator.num_processes
         return turns(number, self.args.rollout_forward_batch_size, process=process, processes=processes)
 

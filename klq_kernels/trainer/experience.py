@@ -88,7 +88,7 @@ CONDITIONS = (
 
 
 def conditions(config: KLQConfig, processes: int) -> dict[str, Any]:
-    """What the experience of a cycle depends on, by the names of the arguments."""
+    """The arguments that the experience of a cycle depends on, by name."""
     return {**{name: getattr(config, name) for name in CONDITIONS}, "processes": processes}
 
 

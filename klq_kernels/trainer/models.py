@@ -1,4 +1,4 @@
-"""What the trainer needs to know of a causal language model: where its hidden states end and its lm_head begins.
+"""The facts about a causal language model that the trainer needs: where its hidden states end and its lm_head begins.
 
 The logits of a supported model are  z = softcap((hidden @ weight.T + bias) * scale), with every part but the weight
 optional: softcap (Gemma), scale (Cohere, Granite), a weight tied to the embeddings, LoRA on the head (its update is

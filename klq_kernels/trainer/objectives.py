@@ -1,4 +1,4 @@
-"""What is computed from the states of a batch: the scores of a rollout, the KLQ loss, the PPO loss.
+"""Functions of the states of a batch: the scores of a rollout, the KLQ loss, the PPO loss.
 
 Each is a function of ``States`` (see ``actor_critic``). Both algorithms share everything up to the loss: the
 unwhitened GAE on rewards r_t - tau (log pi - log pi_ref), which PPO-penalty uses, *is* KLQ's lambda-error, so both take
@@ -44,7 +44,7 @@ def logprobs(states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool
 
 
 def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
-    """What a rollout is scored by. For ``no_grad``."""
+    """Log-probabilities, entropy and values of a rollout. For ``no_grad``."""
     policy = logprobs(states, inputs, config, entropy=True)
     assert policy.entropy is not None
     return Scored(policy.logprobs, policy.entropy, states.values, states.last_values)

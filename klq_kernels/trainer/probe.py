@@ -20,7 +20,7 @@ from .batches import Sequence, collate
 from .models import LanguageModel, backbone_states
 
 LENGTH = 6  # tokens of a probe
-# How modules and configs call the rates at which training mode changes something at random.
+# Names that modules and configs give to rates at which training mode changes something at random.
 RANDOM_RATE = re.compile(r"drop|jitter|noise", re.IGNORECASE)
 # PEFT initialisations that take the adapter's first value out of the base weights.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
@@ -88,7 +88,7 @@ def prove_adapters(language_model: LanguageModel, given: Tensor | None) -> None:
 
     Args:
         language_model: with adapters.
-        given: ``logits_of`` the model before it got them; None where nobody knows, or nobody needs its base.
+        given: ``logits_of`` the model before it got them; None where they are not known, or not needed.
 
     Raises:
         ValueError: where an adapter on the lm_head does something that the trainer does not, or where the model with
@@ -195,7 +195,7 @@ def _zero_rates(owner: Any, attributes: dict[str, Any]) -> None:
 
 
 def _changes_in_training(backbone: nn.Module, language_model: LanguageModel) -> float:
-    """How far states in training mode are from those in evaluation mode, over a few draws; 0 where it is rounding."""
+    """The distance of states in training mode from those in evaluation mode, over a few draws; 0 for mere rounding."""
     ids = probe_ids(language_model).unsqueeze(0)
 
     def states() -> Tensor:
@@ -268,5 +268,5 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """What rounding may make of the same computation done in another order."""
+    """The difference that rounding may make when the same computation is done in another order."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 16 * torch.finfo(dtype).eps

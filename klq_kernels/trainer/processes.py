@@ -1,4 +1,4 @@
-"""What a run on several processes needs: shares in the work on held-out rows, and an end."""
+"""Runs on several processes: shares in the work on held-out rows, and the end of the process group."""
 
 from __future__ import annotations
 

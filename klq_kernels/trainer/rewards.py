@@ -38,7 +38,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class Scores(NamedTuple):
-    """What a batch of B completions earned from F functions, on the CPU."""
+    """The rewards of B completions by F functions, on the CPU."""
 
     total: Tensor  # fp32 [B], the weighted sum of what was scored
     each: Tensor  # fp32 [B, F], unweighted; NaN where a function skipped the sample
@@ -122,7 +122,7 @@ class Rewards:
         return Scores(total.float(), scores.float().contiguous())
 
     def _answers(self, keywords: dict[str, Any], context: Any) -> list[Any]:
-        """What each function returned, unchecked; awaitables are awaited together."""
+        """The return value of each function, unchecked; awaitables are awaited together."""
         answers: list[Any] = []
         with ExitStack() as cleanup:
             for name, function in zip(self.names, self._functions, strict=True):

@@ -26,7 +26,7 @@ from .batches import Sequence
 
 
 class RolloutContext(Protocol):
-    """What a rollout function may read of the trainer that calls it."""
+    """The part of the trainer that a rollout function may read."""
 
     args: Any  # KLQConfig
     tokenizer: Any
@@ -45,7 +45,7 @@ class RolloutContext(Protocol):
 
 @dataclass
 class Completions:
-    """What one process sampled, one entry per prompt, in the order of the prompts.
+    """The completions that one process sampled, one entry per prompt, in the order of the prompts.
 
     ``prompt_ids`` may be left out where they are the tokenized prompts. ``trained`` marks the tokens the policy chose
     itself (all, by default); ``truncated`` says which completions were cut off (by default those without EOS);
@@ -141,7 +141,7 @@ def eos_ids(generation_config: GenerationConfig) -> set[int]:
 def sampling_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, *, temperature: float, max_new_tokens: int, extra: dict[str, Any]
 ) -> GenerationConfig:
-    """How completions are sampled: from the whole distribution, at the training temperature, unless ``extra`` says so.
+    """The settings of sampling: from the whole distribution, at the training temperature, unless ``extra`` says so.
 
     EOS ids are the model's where it has any (some have several), else the tokenizer's.
 

@@ -16,7 +16,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for."""
+    """The purpose of a stream of random numbers."""
 
     ROLLOUT = 0
     SHUFFLE = 1

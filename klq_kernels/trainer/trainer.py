@@ -41,7 +41,7 @@ from .rollout import RolloutFunction, check_ids, sampling_config
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
 
-# What the losses' metrics are called in the logs: names people know from PPO trainers.
+# The names of the losses' metrics in the logs, as PPO trainers have them.
 LOGGED = {
     "policy_loss": "loss/policy_avg",
     "value_loss": "loss/value_avg",

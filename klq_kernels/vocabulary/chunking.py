@@ -1,4 +1,4 @@
-"""How many rows of logits to hold at once, and what the weight's gradient adds up in.
+"""The number of rows of logits held at once, and the dtype that the weight's gradient adds up in.
 
 Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 V H bytes moved), against 6 rows V H
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
@@ -144,7 +144,7 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class HeadDtypes(NamedTuple):
-    """What the products of a head run in, and what the logits that the first of them writes are stored in."""
+    """The dtype of a head's products, and of the logits that the first of them writes."""
 
     products: torch.dtype
     logits: torch.dtype
@@ -172,7 +172,7 @@ def weight_gradient_dtype(
     vocabulary_major: bool,
     keep: bool = True,
 ) -> torch.dtype:
-    """What the weight's gradient adds up in: fp32, unless there is a single product to add, and it is 16-bit anyway.
+    """The dtype that the weight's gradient adds up in: fp32, unless a single 16-bit product is all of it.
 
     Where one chunk holds all ``positions``, the product, rounded to 16 bits as it is written, is the gradient as it
     stands, and an fp32 copy would hold the same numbers in twice the memory. Not in fp16, where gradients are carried

@@ -1,5 +1,5 @@
-"""What a pass over the vocabulary works on (the head, the valid rows, the gradients wanted, chunks of rows), and what
-it asks of each chunk (``VocabularyWork``); and the bundles of vectors that a backend's operations take.
+"""The inputs of a pass over the vocabulary (the head, the valid rows, the gradients wanted, chunks of rows), its work
+on each chunk (``VocabularyWork``), and the bundles of vectors that a backend's operations take.
 
 The vectors of a bundle are contiguous [n], and fp32 but for those of ``ScanTerms``. They hold a number for each row of
 a pass, or of the chunk that ``part`` cuts out.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """What is found of a row of logits; ``portable.row_stats`` says how. ``entropy`` is None where nobody asked."""
+    """Statistics of each row of logits (``portable.row_stats``). ``entropy`` is None unless it was asked for."""
 
     top: Tensor
     log_total: Tensor
@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """What the gradient by a row of logits is made of (``portable.row_grad``)."""
+    """The inputs of the gradient by a row of logits (``portable.row_grad``)."""
 
     top: Tensor
     log_total: Tensor
@@ -35,7 +35,7 @@ class Pull(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a token's loss is made of. On-policy, where logp - old_logp = V - old_V = 0, the old ones are None."""
+    """The inputs of a token's loss. On-policy, where logp - old_logp = V - old_V = 0, the old ones are None."""
 
     logp: Tensor
     values: Tensor
@@ -54,7 +54,7 @@ class Residuals(NamedTuple):
 
 
 class ScanTerms(NamedTuple):
-    """What a token's lambda-error is made of, in any floating dtype; all but the values may be absent."""
+    """The inputs of a token's lambda-error, in any floating dtype; all but the values may be absent."""
 
     logp: Tensor | None
     ref_logp: Tensor | None
@@ -120,7 +120,7 @@ class Rows(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody will read."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool
@@ -131,7 +131,7 @@ class VocabularyWork(Protocol):
     """The vocabulary's part of a pass, on chunks of at most ``chunk_rows`` rows; it sums the head's gradients.
 
     ``weight`` adds up in ``head.gradient_dtype`` and ``bias`` in fp32; ``hidden`` gets each row once, at the caller's
-    position, and is 0 elsewhere. They are None where nobody needs them. Bundles are those of the chunk.
+    position, and is 0 elsewhere. They are None where they are not needed. Bundles are those of the chunk.
     """
 
     chunk_rows: int
@@ -162,12 +162,12 @@ class VocabularyWork(Protocol):
 
 
 def slices(n: int, size: int) -> list[slice]:
-    """What cuts n rows, or entries, into pieces of at most ``size``, in order."""
+    """The slices that cut n rows, or entries, into pieces of at most ``size``, in order."""
     return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
 
 
 def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where the gradients of (hidden, weight, bias) go: 0 wherever no chunk will write, uninitialised elsewhere."""
+    """Buffers for the gradients of (hidden, weight, bias): 0 wherever no chunk will write, uninitialised elsewhere."""
     vocab, width = head.weight.shape
     device = head.weight.device
     rowless = rows.actions.numel() == 0

@@ -1,4 +1,4 @@
-"""What a step of training wants to know of its batch, from the per-row vectors the pass leaves behind.
+"""The names and definitions of the metrics of a call.
 
 Means are true means over the valid tokens, whatever ``denom`` and ``weights`` the loss was given. rho is the log-ratio
 against the reference, d the one against the old policy; tokens are taken as sampled from the policy (kl_ref) or from

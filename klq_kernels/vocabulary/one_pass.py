@@ -11,7 +11,7 @@
 A token's gradient needs its lambda-error, and that needs only tokens after it. So the chunks are walked in reverse time
 and one scalar is carried over the boundary; the gradient is exact and is ready when the loss is. With rollout targets
 A is given and the same loop runs without the scan; a backend may then do all that lies between GEMM 1 and GEMM 2 at
-once (``VocabularyWork.update``). Each product is left out where nobody needs its result.
+once (``VocabularyWork.update``). A product whose result is not needed is left out.
 
 fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
 backward, so that those of a mean over many thousand tokens do not underflow on the way.
@@ -49,7 +49,7 @@ NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class ScanInputs(NamedTuple):
-    """What the on-policy pass needs to form the lambda-errors itself; fp32 rows."""
+    """The further inputs of the on-policy pass, which forms the lambda-errors itself; fp32 rows."""
 
     terms: ScanTerms  # with the logp and values of the pass's own terms
     tail: Tensor  # fp32 [B]

@@ -48,6 +48,6 @@ def own_settings(device: torch.device) -> Iterator[None]:
 
 
 def _to_restore(holder: Any, name: str, found: Any) -> Any:
-    """What to set ``name`` to afterwards: with the setting for split products that it resets, where PyTorch has one."""
+    """The value that restores ``name``: with the setting for split products that it resets, where PyTorch has one."""
     split = getattr(holder, f"{name}_split_k", None)
     return found if split is None else (found, split)

@@ -1,4 +1,4 @@
-"""Reward functions: what they are called with, how their scores add up, and who is blamed when they do not."""
+"""Reward functions: their arguments, the sum of their scores, and errors that name the function."""
 
 from __future__ import annotations
 

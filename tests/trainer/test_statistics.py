@@ -1,4 +1,4 @@
-"""What a log says is true: each statistic merges by its own rule, and what nobody scored is in none of them."""
+"""The logs are true: each statistic merges by its own rule, and completions without a score are in none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all launchers share: the block sizes, and the device the tensors live on."""
+"""Shared by all launchers: the block sizes, and the device the tensors live on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gradient times the scalar that backward brings, in the dtype of whoever receives it.
+"""A gradient times the incoming scalar of backward, in the dtype of the input it belongs to.
 
 The scalar is almost always 1. Where the result is to lie where the gradient already lies, there is then nothing to do:
 each program reads the scalar and ends. Only the device knows it, so only a kernel can leave the work out without a

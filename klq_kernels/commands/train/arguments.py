@@ -24,7 +24,7 @@ from ...trainer.loading import read_yaml
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
 
-# What makes the built-in tasks learn within a few minutes on a CPU; any of it can be overridden.
+# Settings with which the built-in tasks learn within a few minutes on a CPU; each can be overridden.
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
     "num_update_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 32, "bootstrap_truncated": False,
@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
 
 @dataclass
 class ScriptArguments:
-    """What is trained on what."""
+    """The model and the data."""
 
     task: str | None = option(
         None,

@@ -77,7 +77,7 @@ def load_models(task: Task | None, arguments: ScriptArguments, config: KLQConfig
 
 
 def loaded(argument: str, name: str | None, load: Callable[[str], Any]) -> Any:
-    """What ``load`` makes of the folder or hub id, None of None; a ValueError names the argument where it fails."""
+    """The folder or hub id as ``load`` reads it, None for None; a ValueError names the argument where it fails."""
     try:
         return None if name is None else load(name)
     except (OSError, ValueError) as error:

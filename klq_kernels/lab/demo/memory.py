@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def gradient_bytes(self) -> int:
-        """What any contender has to hand back: gradients of the hidden states, the lm_head and the values."""
+        """The gradients that every contender returns: those of the hidden states, the lm_head and the values."""
         return 4 * (self.tokens * self.hidden + self.vocab * self.hidden + self.tokens)
 
     def with_vocab(self, vocab: int) -> Shape:
@@ -59,7 +59,7 @@ class Shape:
 
 @dataclass
 class Inputs:
-    """What a trainer has at hand when it computes the loss."""
+    """The inputs that a trainer has when it computes the loss."""
 
     hidden: Tensor  # [B, P + T, H]
     weight: Tensor  # [V, H]

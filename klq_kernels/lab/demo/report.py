@@ -1,4 +1,4 @@
-"""What the demonstration leaves behind: numbers as they come, and a report that says in words what they mean."""
+"""The output of the demonstration: numbers as they come, and a report that says in words what they mean."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ HELD_OUT = ("reward", "kl", "objective", "length")
 
 
 def objective(found: Mapping[str, float], tau: float) -> float:
-    """What both algorithms maximise: reward - tau KL."""
+    """The objective of both algorithms: reward - tau KL."""
     return found["reward"] - tau * found["kl"]
 
 

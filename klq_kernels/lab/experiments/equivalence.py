@@ -42,7 +42,7 @@ DRIFT, STEP = 0.02, 0.01  # noise on the weights: policy from reference, and pol
 
 
 class Sight(NamedTuple):
-    """What a model says of N trained tokens, in float64 with gradients."""
+    """A model's outputs for N trained tokens, in float64 with gradients."""
 
     logprobs: Tensor  # [N, V], of all actions
     taken: Tensor  # [N]

@@ -44,7 +44,7 @@ def run_job(job: Job, path: Path, warm: Path) -> None:
 
 
 def result(job: Job, path: Path) -> dict[str, Any] | None:
-    """What this very job has written, or None."""
+    """The result that this job has written, or None."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What an experiment is made of: a YAML file, and the jobs that follow from it.
+"""The parts of an experiment: a YAML file, and the jobs that follow from it.
 
 title, question   for the page
 kind              what a job does (see ``job.KINDS``)

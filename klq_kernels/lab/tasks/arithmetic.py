@@ -86,7 +86,7 @@ def right_result(completions: list[str], rest: list[str], answer: list[int], **_
 
 
 def judge(prompt: str, completion: str, columns: Columns) -> float:
-    """How well the work is done, from 0 to 1, from the prompt and the completion alone.
+    """The quality of the work, from 0 to 1, from the prompt and the completion alone.
 
     Half for the share of equations in the completion that hold (so a bare result has none of it), 0.3 for a chain of
     which every line equals the prompt, 0.2 for being as short as a chain can be.

@@ -20,7 +20,7 @@ from .task import Case, Columns, Task
 
 NAMES = "Ana Ben Cleo Dov Eva Finn Gus Hal Ida Jon".split()
 THINGS = "lamp sofa bike oven desk tent coat drum".split()
-# What a note says, and a summary's word for it.
+# The trouble as a note puts it, and a summary's word for it.
 TROUBLES = {
     "hums all night": "noisy",
     "fell to bits": "broken",

@@ -1,4 +1,4 @@
-"""What a task is: cases to draw, writers who answer them, rewards, and a judge; with a tokenizer and a model to match.
+"""The parts of a task: cases to draw, writers that answer them, rewards, a judge, a tokenizer and a model to match.
 
 Every byte is a token, so any text has an encoding and nothing has to be fitted. Train and eval cases are told apart by
 a hash of the prompt: whatever is drawn belongs to one side for good, with no list of cases kept anywhere.
