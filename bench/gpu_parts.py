@@ -63,7 +63,7 @@ class Context:
         return self.deadline - time.monotonic()
 
     def save(self, outcome: Outcome) -> Outcome:
-        """Keeps what there is so far, in case the part does not live to its end."""
+        """Keeps what there is so far, in case the part is stopped before its end."""
         self.answer.write_text(json.dumps(outcome))
         return outcome
 
@@ -177,7 +177,7 @@ def part_tests(context: Context) -> Outcome:
         try:
             ended = "ok" if run.wait(context.left) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)  # its workers too: the next part wants the GPU for itself
+            os.killpg(run.pid, signal.SIGKILL)  # its workers too: the next part needs the GPU alone
             ended = "out of time"
     lines = log.read_text().strip().splitlines() or ["no output"]
     return {"status": ended, "summary": lines[-1], "failures": failures(lines)}
@@ -496,7 +496,7 @@ def part_caps(context: Context) -> Outcome:
     from .shapes import RECORDS, Shape
 
     cap, heads = caps.CAP, [RECORDS["llama3-8b"], RECORDS["qwen3-8b"]]
-    if context.dry_run:  # there is no allocator to cap: what the planner says stands in for it
+    if context.dry_run:  # there is no allocator to cap: the planner's prediction takes its place
         cap, heads = 2**17, [Shape("tiny", 1, 16, 128, torch.float32)]
     else:
         total = torch.cuda.get_device_properties(context.device).total_memory

@@ -34,7 +34,7 @@ RESERVE_SECONDS = 8  # for a part's process to start and end in
 
 
 def run_part(name: str, dry_run: bool, seconds: float, folder: Path) -> Outcome:
-    """A part in its own process: its outcome, or why there is none."""
+    """Runs a part in its own process. Returns its outcome, or the reason why there is none."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if dry_run:
         environment.update(KLQ_BACKEND="triton", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

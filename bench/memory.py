@@ -1,4 +1,4 @@
-"""Peak memory of one call. On a GPU the caching allocator knows; on a CPU a fresh process watches its resident size.
+"""Peak memory of one call. On a GPU the caching allocator reports it; on a CPU a fresh process reads its resident size.
 
     python -m bench.memory TASK PRESET-OR-JSON CONTENDER
 

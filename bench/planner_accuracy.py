@@ -19,7 +19,7 @@ CONTENDERS = {"fused": "klq_kernels", "naive": "naive"}
 
 
 def predicted(shape: Shape, device: torch.device, kind: str, positions: int | None = None) -> int:
-    """Peak bytes over the inputs, gradients included, as the planner sees them."""
+    """Peak bytes over the inputs, gradients included, as the planner predicts them."""
     problem = loss_memory.Problem(shape.tokens, shape.hidden, shape.vocab, shape.dtype, device, positions=positions)
     return (loss_memory.fused_memory if kind == "fused" else loss_memory.naive_memory)(problem).peak
 

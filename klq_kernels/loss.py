@@ -1,4 +1,4 @@
-"""``fused_klq_loss`` from hidden states, and ``klq_loss`` from log-probabilities that are at hand already."""
+"""``fused_klq_loss`` from hidden states, and ``klq_loss`` from given log-probabilities."""
 
 from __future__ import annotations
 

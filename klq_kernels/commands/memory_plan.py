@@ -179,7 +179,7 @@ def problem(model: Model, run: Run) -> Problem:
 
 
 def _without_trained_head(loss: Memory) -> Memory:
-    """The loss's terms without the weight gradient that stands among the gradients of the step already."""
+    """The loss's terms without the weight gradient, which is counted among the gradients of the step."""
     return Memory(*({k: v for k, v in terms.items() if k != "weight gradient"} for terms in loss))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import backend_for, portable
 from ..call.transforms import is_batched
 
-try:  # tells whether the graph, and so the saved gradient, is wanted again after this backward
+try:  # whether the graph, and so the saved gradient, is kept for another backward
     from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
 except ImportError:  # then never overwrite what was saved
 

@@ -76,7 +76,7 @@ reverse_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 def tail_values(cu_seqlens: Tensor, bootstrap_values: Tensor | None, scores: Tensor | None, gamma: float) -> Tensor:
-    """fp32 [B]: what stands beyond the last token of each sequence, gamma * bootstrap + score (``lambda_errors``)."""
+    """fp32 [B]: the term after the last token of each sequence, gamma * bootstrap + score (``lambda_errors``)."""
     tail = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float32, device=cu_seqlens.device)
     if bootstrap_values is not None:
         tail = tail + gamma * bootstrap_values.detach().float()

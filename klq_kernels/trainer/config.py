@@ -1,4 +1,4 @@
-"""``KLQConfig``: what a run of the trainer can be told, on top of everything ``transformers.TrainingArguments`` knows.
+"""``KLQConfig``: the arguments of a run, beside those of ``transformers.TrainingArguments``.
 
 How the numbers hang together (names as in TRL's PPO where it has one):
 

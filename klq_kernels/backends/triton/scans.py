@@ -5,7 +5,7 @@ stretches compose associatively, (a, b) before (a', b') being (a + b a', b b'). 
 
     1. every tile of TILE tokens reduces itself to its pair (``SUMMARISE``);
     2. every tile scans its tokens again, composes the pairs of the tiles after it, nearest first, until the product of
-       the b is 0 (a sequence ended) or the tokens are over, and so knows the S that flows into it.
+       the b is 0 (a sequence ended) or the tokens are over, which gives the S that flows into it.
 
 One tile needs no first step. Few long rows are as fast as many short ones: the tiles do not know about rows. A
 sequence end is b = 0 there, and nothing is ever multiplied across it (0 * inf would leak NaN); a masked token is the
