@@ -225,7 +225,14 @@ def prove_padding(name: str, backbone: nn.Module, language_model: LanguageModel)
         return backbone_states(backbone, batch)[batch.rows[-(LENGTH - 3) :]].float()
 
     with mode(backbone, training=False):
-        error = _difference(states(long, short), states(short))
+        alone = states(short)
+        try:
+            error = _difference(states(long, short), alone)
+        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as failure:
+            raise ValueError(
+                f"{name}: {type(backbone).__name__} is not supported: it fails on a batch that is padded on the right "
+                f"({type(failure).__name__}: {str(failure).splitlines()[0]})"
+            ) from failure
     require(
         error <= _tolerance(next(backbone.parameters()).dtype),
         name,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import families
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from klq_kernels import linear_logprobs
@@ -48,7 +51,10 @@ def test_there_are_many() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_right_in_training_mode_or_refused_by_name(family: str) -> None:
     """With dropout in its config, under whatever names: log-probabilities in training mode are the model's own."""
-    model = families.with_dropout(family, 0.3)
+    try:
+        model = families.with_dropout(family, 0.3)
+    except AttributeError as error:  # of transformers' own making, in its first versions with some families
+        pytest.skip(f"transformers {transformers.__version__} cannot build it: {error}")
     language_model = prepared(model)
     if language_model is None:
         pytest.skip("refused")
@@ -76,8 +82,22 @@ def prepared(model: nn.Module) -> LanguageModel | None:
 
 def test_most_are_supported() -> None:
     """So that a probe that refuses everything would be seen."""
-    some = "llama qwen3 gpt2 gpt_neox mistral phi gemma2 starcoder2 seed_oss mixtral".split()
+    some = "llama qwen3 gpt2 gpt_neox mistral olmo2 gemma2 starcoder2 seed_oss mixtral".split()
     assert all(prepared(families.with_dropout(name, 0.3)) for name in some)
+
+
+def test_a_model_that_fails_on_padding_is_refused_by_name() -> None:
+    model = families.build(families.config("llama"))
+    forward = model.model.forward
+
+    def failing(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and not attention_mask.bool().all():
+            raise RuntimeError("no padding here")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    model.model.forward = failing
+    with pytest.raises(ValueError, match=r"^model: LlamaModel is not supported: it fails .*no padding here"):
+        prove_padding("model", model.model, LanguageModel(model))
 
 
 def test_dropout_that_no_probe_can_silence_is_refused() -> None:
