@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 def start(arguments: list[str], expect: int = 0) -> None:
     """``python ARGUMENTS``, which has to exit with ``expect``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == expect, done.stderr[-3000:]
