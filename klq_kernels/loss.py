@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call.checks import require, require_number, require_tensor
+from .call.checks import require, require_alike, require_number, require_tensor
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
 from .call.transforms import needs_gradient, refuse_tangents
@@ -122,6 +122,7 @@ def fused_klq_loss(
         per_token = scores = None
         old = _flat_targets(layout, targets)
     flat_values = layout.flat("values", values)
+    require_alike("values", flat_values, "hidden", hidden)
     _check_weights(weights)
     refuse_tangents(values=values)
     found = fused_loss.Results(

@@ -38,6 +38,13 @@ def require_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: must be a dense tensor, got {kind}")
 
 
+def require_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises the ValueError that names the argument where one of two tensors is fake and the other has memory."""
+    if not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor) != isinstance(other, FakeTensor):
+        kinds = f"is a {type(tensor).__name__}, and {other_name} is a {type(other).__name__}"
+        raise ValueError(f"{name}: {kinds}; make all of them under one FakeTensorMode, or none")
+
+
 def require_float(name: str, tensor: Tensor) -> None:
     """Raises the ValueError that names the argument unless its numbers are of a kind that the scans read."""
     if tensor.dtype not in FLOATS:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary import chunking
-from .checks import DTYPES, require, require_flag, require_number, require_tensor
+from .checks import DTYPES, require, require_alike, require_flag, require_number, require_tensor
 from .layout import Layout
 from .transforms import refuse_tangents
 
@@ -74,6 +74,8 @@ def check_head(
     device = hidden.device
     for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
         require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
+        if tensor is not None:
+            require_alike(name, tensor, "hidden", hidden)
     autocasts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
     if autocasts and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device.type))

@@ -10,6 +10,7 @@ import sharded_head_process
 import torch
 from cases import make_case, ragged_mask, rms
 from processes import TWO_PROCESSES, start
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from klq_kernels import fused_klq_loss, gae, klq_loss, linear_logprobs, pack, reference, reverse_scan
 
@@ -156,3 +157,15 @@ def test_a_narrow_head_over_a_large_vocabulary_is_as_precise_as_torch(device: to
     allowed = rms(gradient(plain, torch.float32) - gold)
     # torch's own error varies with the shape: a few units in the last place are always allowed
     assert rms(gradient(ours, torch.float32) - gold) <= 1.5 * allowed + 2e-6 * rms(gold)
+
+
+@pytest.mark.parametrize("name", ["weight", "actions", "values"])
+def test_fake_tensors_among_real_ones_are_named(name: str) -> None:
+    given = {
+        "hidden": torch.randn(1, 3, 4), "weight": torch.randn(9, 4), "actions": torch.zeros(1, 3, dtype=torch.int64),
+        "values": torch.zeros(1, 3), "ref_logprobs": torch.zeros(1, 3), "rewards": torch.zeros(1),
+    }  # fmt: skip
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(given[name])
+    with pytest.raises(ValueError, match=f"^{name}: is a FakeTensor, and hidden is a Tensor"):
+        fused_klq_loss(**{**given, name: fake})
