@@ -342,7 +342,9 @@ def part_sweep(context: Context) -> Outcome:
         logits, calls = _sweep_calls(context, dtype)
         samples = take_turns(calls, context.device, 1 if context.dry_run else 10, context.left / 2)
         for name, taken in samples.items():
-            if not isinstance(taken[0], Exception):
+            if isinstance(taken[0], Exception):
+                rows.append({"call": name, "dtype": str(dtype), "error": str(taken[0])[:200]})
+            else:
                 rows.append(_bandwidth(name, dtype, logits.numel(), typical(taken)))
         context.save({"sweep": rows})
     return {"sweep": rows}
@@ -424,7 +426,9 @@ def _updates(
         def run() -> dict[str, Any]:
             shipped, update.ROW_UPDATE = update.ROW_UPDATE, config
             try:
-                update.row_update(logits, actions, terms, found, residuals, grad_scale=grad_scale, shape=shape, **head)
+                update.row_update(
+                    logits, actions, terms, found, residuals, grad_scale=grad_scale, shape=shape, scale=1.0
+                )
             finally:
                 update.ROW_UPDATE = shipped
             return {}

@@ -240,9 +240,17 @@ def _sweep(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "| logits | call | ms | TB/s |",
         "|---|---|---:|---:|",
-        *(f"| {r['dtype']} | {r['call']} | {r['ms']:.3f} | {r['terabytes_per_second']:.2f} |" for r in rows),
+        *(
+            f"| {r['dtype']} | {r['call']} | "
+            + (f"failed: {r['error'].splitlines()[0]} | |" if "error" in r else _bandwidth_cells(r))
+            for r in rows
+        ),
         "",
     ]
+
+
+def _bandwidth_cells(row: dict[str, Any]) -> str:
+    return f"{row['ms']:.3f} | {row['terabytes_per_second']:.2f} |"
 
 
 def _sizes(row: dict[str, Any]) -> str:
