@@ -80,9 +80,9 @@ class Experience:
 
 # Arguments of which the samples of a cycle, their targets, or their division into steps are made.
 CONDITIONS = (
-    "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "seed", "whiten_advantages", "bootstrap_truncated",
-    "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length", "generation_kwargs",
-    "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
+    "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "fp32_head", "seed", "whiten_advantages",
+    "bootstrap_truncated", "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length",
+    "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )  # fmt: skip
 

@@ -207,6 +207,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     [
         {"tau": 0.1},
         {"temperature": 0.8},
+        {"fp32_head": True},
         {"seed": 4},
         {"algorithm": "ppo"},
         {"per_device_train_batch_size": 4},
