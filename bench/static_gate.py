@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from klq_kernels.backends.triton import launch
-from klq_kernels.vocabulary.metrics import ALL_METRICS
+from klq_kernels.backends.triton.klq_metrics import SLOTS
 
 RECORD = Path(__file__).parent / "results" / "static_gate.json"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -137,7 +137,7 @@ def variants() -> Iterator[Variant]:
     columns = ("logp", "values", "old_logp", "old_values", "advantages", "ref_logp", "entropy", "decay_next")
     metrics = dict.fromkeys((*columns, "loss_sum", "out"), "*fp32") | {"n": "i32"}
     metrics |= dict.fromkeys(("tau", "alpha", "value_clip", "log_ratio_clip"), "fp32")
-    slots = {name.upper(): slot for slot, name in enumerate(ALL_METRICS)}
+    slots = {name: slot for slot, name in enumerate(SLOTS)}
     for mark, absent in (("off_policy", ["decay_next"]), ("on_policy", ["old_logp", "old_values"])):
         yield Variant(
             f"klq_metrics[{mark}]", "klq_metrics", "klq_metrics_kernel", metrics, dict.fromkeys(absent) | slots,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..vocabulary.chunking import STRIP_ROWS
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
-from ..vocabulary.metrics import metric_names
 
 NAME = "torch"
 VOCABULARY_MAJOR = False
@@ -292,6 +291,7 @@ def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
 
 
 def klq_metrics(
+    names: list[str],
     loss: Tensor,
     terms: Terms,
     shape: LossShape,
@@ -300,25 +300,17 @@ def klq_metrics(
     entropy: Tensor | None = None,
     decay_next: Tensor | None = None,
 ) -> Tensor:
-    """fp32 [K], one number per name in ``metric_names``; all zero where there is no valid row.
+    """fp32 [K], one number per name; of one row at least.
 
     residual_rms is the root mean square of Q_t - G_t; td_error_rms that of the one-step delta_t; explained_variance is
     1 - Var(R - V) / Var(R) with R = A + V the lambda-return at the old policy.
 
     Args:
+        names: of ``vocabulary.metrics.metric_names``, in its order.
         loss: fp32, 0-d.
         ref_logp, entropy: fp32 [n], or None where the call has no such thing.
         decay_next: fp32 [n], gamma lambda c_{t+1}, 0 at sequence ends; on-policy only.
     """
-    names = metric_names(
-        on_policy=terms.old_logp is None,
-        reference=ref_logp is not None,
-        loss_type=shape.loss_type,
-        entropy=entropy is not None,
-    )
-    n = terms.logp.numel()
-    if n == 0:
-        return loss.new_zeros(len(names))
     old_values = terms.values if terms.old_values is None else terms.old_values
     d = torch.zeros_like(terms.logp) if terms.old_logp is None else terms.logp - terms.old_logp
     change = shape.tau * d + (terms.values - old_values)

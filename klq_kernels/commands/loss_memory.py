@@ -27,6 +27,11 @@ class Problem(NamedTuple):
     fp32_logits: bool = False
 
     @property
+    def places(self) -> int:
+        """Rows of hidden, valid or not."""
+        return self.tokens if self.positions is None else self.positions
+
+    @property
     def dtypes(self) -> chunking.HeadDtypes:
         """Of the products, and of the logits."""
         return chunking.head_dtypes(self.dtype, self.device, fp32_logits=self.fp32_logits)
@@ -86,10 +91,9 @@ class Problem(NamedTuple):
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
         """The dtype that the weight's gradient adds up in."""
-        positions = self.tokens if self.positions is None else self.positions
         weight_dtype = self.weight_dtype or self.dtype
         return chunking.weight_gradient_dtype(
-            positions, self.vocab, self.hidden, self.dtypes, weight_dtype, self.device, self.workspace_bytes,
+            self.places, self.vocab, self.hidden, self.dtypes, weight_dtype, self.device, self.workspace_bytes,
             vocabulary_major=self.vocabulary_major,
         )  # fmt: skip
 
@@ -117,10 +121,9 @@ class Memory(NamedTuple):
 
 def _head_gradients(p: Problem) -> tuple[int, int]:
     """Bytes of the gradients that the caller receives: (hidden, weight)."""
-    positions = p.tokens if p.positions is None else p.positions
     weight_dtype = p.weight_dtype or p.dtype
     return (
-        positions * p.hidden * p.dtype.itemsize * p.hidden_gradient,
+        p.places * p.hidden * p.dtype.itemsize * p.hidden_gradient,
         p.vocab * p.hidden * weight_dtype.itemsize * p.weight_gradient,
     )
 
@@ -136,8 +139,7 @@ def fused_memory(p: Problem) -> Memory:
     a second, 16-bit one beside it.
     """
     d_hidden, d_weight = _head_gradients(p)
-    masked = p.positions is not None and p.positions != p.tokens
-    positions = p.tokens if p.positions is None else p.positions
+    masked = p.places != p.tokens
     products = p.dtypes.products
     row_bytes = p.hidden * products.itemsize
     widened = products != p.dtype  # fp32 copies of what comes in, and an fp32 gradient of hidden
@@ -146,8 +148,8 @@ def fused_memory(p: Problem) -> Memory:
     forward = _nonzero(
         weight_gradient_fp32=accumulator,
         weight_gradient=d_weight * added_up_as_it_is,
-        hidden_gradient=positions * row_bytes * p.hidden_gradient,
-        hidden_cast=positions * row_bytes * widened,
+        hidden_gradient=p.places * row_bytes * p.hidden_gradient,
+        hidden_cast=p.places * row_bytes * widened,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
         weight_cast=p.vocab * row_bytes if (p.weight_dtype or p.dtype) != products else 0,
         **(_strip_buffers(p) if p.vocabulary_major else _chunk_buffers(p)),
@@ -156,7 +158,7 @@ def fused_memory(p: Problem) -> Memory:
         weight_gradient_fp32=accumulator,
         weight_gradient=d_weight,
         hidden_gradient=d_hidden,
-        hidden_gradient_fp32=positions * row_bytes * p.hidden_gradient * widened,
+        hidden_gradient_fp32=p.places * row_bytes * p.hidden_gradient * widened,
     )
     return Memory(forward, backward)
 
@@ -167,11 +169,10 @@ def _chunk_buffers(p: Problem) -> dict[str, int]:
     """
     products, logits = p.dtypes
     wide = chunking.widens(products, p.device)
-    positions = p.tokens if p.positions is None else p.positions
     strips = p.weight_gradient and p.device.type == "cpu" and products != p.weight_gradient_dtype and not wide
     return {
         "logits_chunk": p.rows * chunking.row_stride(p.vocab) * logits.itemsize,
-        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient * (p.rows != positions),
+        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient * (p.rows != p.places),
         "product_strip": min(chunking.STRIP_ROWS, p.vocab) * p.hidden * products.itemsize * strips,
         "widened_strips": 8 * (min(chunking.WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
     }
@@ -206,7 +207,7 @@ def naive_memory(p: Problem) -> Memory:
     gradients of hidden and weight.
     """
     d_hidden, d_weight = _head_gradients(p)
-    masked = p.positions is not None and p.positions != p.tokens
+    masked = p.places != p.tokens
     gathered = p.tokens * p.hidden * p.dtype.itemsize * masked
     logits = p.tokens * p.vocab * p.dtype.itemsize
     cast = p.vocab * p.hidden * p.dtype.itemsize if p.weight_dtype not in (None, p.dtype) else 0

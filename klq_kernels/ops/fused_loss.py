@@ -14,7 +14,7 @@ from ..backends import backend_for, vocabulary_major
 from ..call import layout
 from ..vocabulary import chunking
 from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
-from ..vocabulary.metrics import metric_names
+from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
 from .gradients import scaled_gradient
@@ -231,7 +231,7 @@ def _forward(given: Arguments) -> Results:
         )
     loss = scale.mean(found.losses)
     decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
-    metrics = backend.klq_metrics(loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
+    metrics = klq_metrics(backend, loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
     d_values = layout.put_rows(found.d_values, index, positions) if given.need_values else None
 
     def given_or_empty(gradient: Tensor | None) -> Tensor:

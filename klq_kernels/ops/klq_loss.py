@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import backend_for
 from ..call import layout
 from ..vocabulary.chunks import LossShape, Residuals, Terms, each
-from ..vocabulary.metrics import metric_names
+from ..vocabulary.metrics import klq_metrics, metric_names
 from .fused_loss import GradientScale
 from .gradients import scaled_gradient
 from .operator import Operator, Parts, fields_of
@@ -91,7 +91,7 @@ def _forward(given: Arguments) -> Results:
     backend = backend_for(given.logp.device)
     backend.klq_residual(terms, residuals, grad_scale=scale.grad_scale, shape=shape)
     loss = scale.mean(residuals.losses)
-    metrics = backend.klq_metrics(loss, terms, shape, ref_logp=layout.fp32_rows(given.ref_logp, index))
+    metrics = klq_metrics(backend, loss, terms, shape, ref_logp=layout.fp32_rows(given.ref_logp, index))
     d_logp, d_values = (layout.put_rows(d, index, positions) for d in (residuals.d_logp, residuals.d_values))
     return Results(loss, metrics, d_logp, d_values, scale.unit)
 

@@ -7,11 +7,11 @@ the old policy (kl_old). k1 and k3 are the usual one-sample estimators: k1 unbia
 
 from __future__ import annotations
 
-ALL_METRICS = (
-    "loss", "value_mean", "advantage_mean", "residual_rms", "explained_variance", "td_error_rms", "kl_old_k1",
-    "kl_old_k3", "q_mean", "log_ratio_mean", "kl_ref_k1", "kl_ref_k3", "value_clip_fraction",
-    "log_ratio_clip_fraction", "entropy",
-)  # fmt: skip
+from types import ModuleType
+
+from torch import Tensor
+
+from .chunks import LossShape, Terms
 
 
 def metric_names(*, on_policy: bool, reference: bool, loss_type: str, entropy: bool) -> list[str]:
@@ -30,3 +30,32 @@ def metric_names(*, on_policy: bool, reference: bool, loss_type: str, entropy: b
     if entropy:
         names += ["entropy"]
     return names
+
+
+def klq_metrics(
+    backend: ModuleType,
+    loss: Tensor,
+    terms: Terms,
+    shape: LossShape,
+    *,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None = None,
+    decay_next: Tensor | None = None,
+) -> Tensor:
+    """fp32 [K], one number per name in ``metric_names``; all zero where there is no valid row.
+
+    Args:
+        backend: computes them (``portable.klq_metrics``, which documents the other arguments).
+    """
+    names = metric_names(
+        on_policy=terms.old_logp is None,
+        reference=ref_logp is not None,
+        loss_type=shape.loss_type,
+        entropy=entropy is not None,
+    )
+    if terms.logp.numel() == 0:
+        return loss.new_zeros(len(names))
+    found: Tensor = backend.klq_metrics(
+        names, loss, terms, shape, ref_logp=ref_logp, entropy=entropy, decay_next=decay_next
+    )
+    return found

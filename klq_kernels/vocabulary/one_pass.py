@@ -125,17 +125,17 @@ def klq_pass(
     carry = terms.logp.new_zeros(1)
     work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
-        bundles = part(found, chunk), part(terms, chunk), part(residuals, chunk)
+        rows_found, rows_terms, rows_loss = part(found, chunk), part(terms, chunk), part(residuals, chunk)
         given = scan is None and any(needs)  # targets, so that the rows need not wait for each other
-        if given and work.update(chunk, *bundles, grad_scale=grad_scale, shape=shape):
+        if given and work.update(chunk, rows_found, rows_terms, rows_loss, grad_scale=grad_scale, shape=shape):
             continue
-        work.statistics(chunk, part(found, chunk))
+        work.statistics(chunk, rows_found)
         if scan is not None:
             backend.lambda_errors(
                 part(scan.terms, chunk), scan.tail, None, scan.cu_seqlens, terms.advantages[chunk],
                 tau=shape.tau, gamma=scan.gamma, lam=scan.lam, first_row=chunk.start, carry=carry,
             )  # fmt: skip
-        backend.klq_residual(part(terms, chunk), part(residuals, chunk), grad_scale=grad_scale, shape=shape)
+        backend.klq_residual(rows_terms, rows_loss, grad_scale=grad_scale, shape=shape)
         if any(needs):
             d_logp = residuals.d_logp[chunk]
             work.gradients(chunk, Pull(found.top[chunk], found.log_total[chunk], d_logp, -d_logp))

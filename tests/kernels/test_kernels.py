@@ -23,6 +23,7 @@ from klq_kernels import reference
 from klq_kernels.backends import portable
 from klq_kernels.vocabulary import chunking
 from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, each, part
+from klq_kernels.vocabulary.metrics import klq_metrics
 
 pytest.importorskip("triton")
 
@@ -186,9 +187,9 @@ def test_klq_metrics(device: str, loss_type: str, on_policy: bool, extras: bool,
         "decay_next": decay if on_policy else None,
     }
     loss = torch.tensor(1.25, device=device)
-    found = kernel_module("klq_metrics").klq_metrics(loss, terms, shape, **given)
+    found = klq_metrics(kernel_module("klq_metrics"), loss, terms, shape, **given)
     exact = {name: None if x is None else x.double().cpu() for name, x in given.items()}
-    wanted = portable.klq_metrics(loss.double().cpu(), each(terms, lambda x: x.double().cpu()), shape, **exact)
+    wanted = klq_metrics(portable, loss.double().cpu(), each(terms, lambda x: x.double().cpu()), shape, **exact)
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=2e-5, atol=2e-6)
 
 

@@ -19,6 +19,7 @@ from ptx_machine import Fault
 
 from klq_kernels.vocabulary.chunking import row_stride
 from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+from klq_kernels.vocabulary.metrics import klq_metrics
 
 device: Any = import_module("device")
 BARRIER = re.compile(r"^\s*bar\.sync\s.*$", re.MULTILINE)
@@ -63,7 +64,7 @@ def kernels() -> dict[str, Callable[[], object]]:
     def metrics() -> None:
         logp, values, old_logp, old_values, advantages, ref = columns(6, n)
         terms = Terms(logp, values, old_logp, old_values, advantages, None)
-        module("klq_metrics").klq_metrics(torch.tensor(1.0), terms, SHAPE, ref_logp=ref)
+        klq_metrics(module("klq_metrics"), torch.tensor(1.0), terms, SHAPE, ref_logp=ref)
 
     return {
         "row_stats": lambda: module("row_stats").row_stats(

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import LossShape, Terms
-from ...vocabulary.metrics import ALL_METRICS, metric_names
 from .launch import KLQ_METRICS, on_device
 from .math import LOG2E
 
@@ -137,7 +136,12 @@ def klq_metrics_kernel(
     _put(out, entropy_sum, number, ENTROPY)
 
 
+# The kernel's parameters that say where each metric goes: a metric that it does not know fails to launch.
+SLOTS = [name for name in klq_metrics_kernel.arg_names if name.isupper() and name != "BLOCK"]
+
+
 def klq_metrics(
+    names: list[str],
     loss: Tensor,
     terms: Terms,
     shape: LossShape,
@@ -147,22 +151,13 @@ def klq_metrics(
     decay_next: Tensor | None = None,
 ) -> Tensor:
     """See ``portable.klq_metrics``."""
-    names = metric_names(
-        on_policy=terms.old_logp is None,
-        reference=ref_logp is not None,
-        loss_type=shape.loss_type,
-        entropy=entropy is not None,
-    )
-    n = terms.logp.numel()
-    if n == 0:
-        return loss.new_zeros(len(names))
     out = loss.new_empty(len(names))
-    slots = {name.upper(): names.index(name) if name in names else ABSENT.value for name in ALL_METRICS}
+    slots = dict.fromkeys(SLOTS, ABSENT.value) | {name.upper(): slot for slot, name in enumerate(names)}
     logp, values, old_logp, old_values, advantages, _ = terms
     with on_device(out):
         klq_metrics_kernel[(1,)](
             loss, logp, values, old_logp, old_values, advantages, ref_logp, entropy, decay_next, out,
-            n, shape.tau, shape.alpha, shape.value_clip, shape.log_ratio_clip, **slots,
+            terms.logp.numel(), shape.tau, shape.alpha, shape.value_clip, shape.log_ratio_clip, **slots,
             **KLQ_METRICS.sizes, **KLQ_METRICS.options,
         )  # fmt: skip
     return out
