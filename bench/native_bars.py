@@ -73,7 +73,7 @@ class Section(NamedTuple):
 
 
 def checker(task: Task, inputs: Any, dtype: torch.dtype) -> Callable[[Callable[[Any], Call]], Call]:
-    """Makes a call on these inputs and compares its answer with float64. RuntimeError where it is wrong."""
+    """A function that makes a call on these inputs and raises RuntimeError where its answer is not that of float64."""
     gate = Gate(task, inputs, dtype)
 
     def checked(make: Callable[[Any], Call]) -> Call:

@@ -1,4 +1,4 @@
-"""Function transforms (``torch.func``, forward-mode differentiation) of a call: which tensors they wrap.
+"""Function transforms (``torch.func``, forward-mode differentiation): the tensors they wrap, and those to refuse.
 
 An operator that has a backward alone is silent where PyTorch asks it for something else: under ``vmap`` its inputs do
 not show that they need a gradient, and in forward mode the tangent is dropped, as if the derivative were 0.
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 
 def _peeled(tensor: Tensor) -> Tensor:
-    """Whether ``vmap`` has wrapped it."""
+    """The tensor inside the wrappers of ``vmap``."""
     while is_batchedtensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
