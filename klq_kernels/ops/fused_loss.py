@@ -56,10 +56,12 @@ def make_head(
     *,
     fp32_logits: bool,
 ) -> Head:
-    """The head in the dtype of its products (``chunking.head_dtypes``): an fp32 master weight is cast for them."""
+    """The head in the dtype of its products (``chunking.head_dtypes``): an fp32 master weight is cast for them. The
+    bias is added to the logits, in their dtype.
+    """
     dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
     weight = weight.detach().to(dtypes.products)
-    bias = None if bias is None else bias.detach().to(dtypes.products)
+    bias = None if bias is None else bias.detach().to(dtypes.logits)
     return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype, dtypes.logits)
 
 

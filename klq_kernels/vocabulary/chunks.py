@@ -91,7 +91,7 @@ class Head(NamedTuple):
     """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
 
     weight: Tensor  # [V, H], in the dtype of the products
-    bias: Tensor | None  # [V], likewise
+    bias: Tensor | None  # [V], in ``logits_dtype``
     scale: float
     softcap: float | None
     gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``chunking.weight_gradient_dtype``)
