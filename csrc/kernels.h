@@ -46,6 +46,32 @@ struct StripGrad {
   float scale, softcap;
 };
 
+struct StripSelect {
+  const void* logits;
+  Dtype dtype;
+  int64_t entries, tokens, first;
+  const int64_t* actions;
+  const float *top, *log_total, *d_action, *d_softmax;
+  float threshold;
+  uint32_t* fractions;     // [tokens], the running sums in 2^-32; updated
+  const int64_t* offsets;  // [tokens + 1]: where each token's entries go in the next two
+  int32_t* columns;
+  float* values;
+  int32_t* counts;  // [tokens], entries so far; updated
+  float scale, softcap;
+};
+
+struct WeightedSums {  // out[row] = sum of values[e] source[index[e]] over begins[row] <= e < ends[row]
+  const int64_t *begins, *ends;
+  const int32_t* index;
+  const float* values;
+  const void* source;
+  Dtype dtype;
+  void* out;
+  Dtype out_dtype;
+  int64_t width;
+};
+
 enum class Loss : int64_t { l2, huber, value_clipped, ratio_clipped, double_clipped };
 
 struct Residual {
@@ -83,6 +109,8 @@ struct LambdaErrors {
 struct Kernels {
   void (*strip_stats)(const StripStats&, int64_t begin, int64_t end);      // groups of GROUP tokens
   void (*strip_grad)(const StripGrad&, int64_t begin, int64_t end);        // likewise
+  void (*strip_select)(const StripSelect&, int64_t begin, int64_t end);    // likewise
+  void (*weighted_sums)(const WeightedSums&, int64_t begin, int64_t end);  // rows
   void (*residual)(const Residual&, int64_t begin, int64_t end);           // tokens
   void (*reverse_scan)(const ReverseScan&, int64_t begin, int64_t end);    // sequences that begin at these tokens
   void (*lambda_errors)(const LambdaErrors&, int64_t begin, int64_t end);  // likewise

@@ -14,11 +14,14 @@
 #include "residual.h"
 #include "scans.h"
 #include "strips.h"
+//
+#include "selection.h"
+#include "sums.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
-const Kernels kernels_avx512 = {strip_stats, strip_grad, residual, reverse_scan, lambda_errors};
+const Kernels kernels_avx512 = {strip_stats, strip_grad, strip_select, weighted_sums, residual, reverse_scan, lambda_errors};
 
 #endif

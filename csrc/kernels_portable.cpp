@@ -5,5 +5,8 @@
 #include "residual.h"
 #include "scans.h"
 #include "strips.h"
+//
+#include "selection.h"
+#include "sums.h"
 
-const Kernels kernels_portable = {strip_stats, strip_grad, residual, reverse_scan, lambda_errors};
+const Kernels kernels_portable = {strip_stats, strip_grad, strip_select, weighted_sums, residual, reverse_scan, lambda_errors};

@@ -190,6 +190,48 @@ void strip_grad(Tensor logits, int64_t first, Tensor actions, Tensor top, Tensor
   run(kernels.load()->strip_grad, a, groups_of(n), groups_worth_a_thread(entries));
 }
 
+void strip_select(Tensor logits, int64_t first, Tensor actions, Tensor top, Tensor log_total, Tensor d_action,
+                  Tensor d_softmax, Tensor threshold, Tensor fractions, Tensor offsets, Tensor columns, Tensor values,
+                  Tensor counts, double scale, std::optional<double> softcap) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: must be [entries, tokens]");
+  const int64_t entries = logits.size(0), n = logits.size(1), room = columns.numel();
+  const int64_t* places = vector_of<int64_t>(offsets, n + 1, ScalarType::Long, "offsets");
+  int32_t* kept = vector_of<int32_t>(counts, n, ScalarType::Int, "counts");
+  for (int64_t t = 0; t < n; ++t) {
+    STD_TORCH_CHECK(0 <= places[t] && places[t] <= places[t + 1] && places[t + 1] <= room && kept[t] >= 0,
+                    "offsets: must ascend from 0 to the size of columns, and counts must not be negative");
+  }
+  const StripSelect a{strip_of(logits, entries, n, "logits"), dtype_of(logits, "logits"), entries, n, first,
+                      vector_of<int64_t>(actions, n, ScalarType::Long, "actions"), floats(top, n, "top"),
+                      floats(log_total, n, "log_total"), floats(d_action, n, "d_action"),
+                      floats(d_softmax, n, "d_softmax"), *floats(threshold, 1, "threshold"),
+                      reinterpret_cast<uint32_t*>(vector_of<int32_t>(fractions, n, ScalarType::Int, "fractions")),
+                      places, vector_of<int32_t>(columns, room, ScalarType::Int, "columns"),
+                      floats(values, room, "values"), kept, float(scale), float(softcap.value_or(0.0))};
+  run(kernels.load()->strip_select, a, groups_of(n), groups_worth_a_thread(entries));
+  for (int64_t t = 0; t < n; ++t) {
+    STD_TORCH_CHECK(kept[t] <= places[t + 1] - places[t], "offsets: leave a token less room than it has entries");
+  }
+}
+
+void weighted_sums(Tensor begins, Tensor ends, Tensor index, Tensor values, Tensor source, Tensor out) {
+  STD_TORCH_CHECK(source.dim() == 2 && out.dim() == 2, "source, out: must be matrices");
+  const int64_t rows = out.size(0), width = out.size(1), size = index.numel(), from = source.size(0);
+  const WeightedSums a{vector_of<int64_t>(begins, rows, ScalarType::Long, "begins"),
+                       vector_of<int64_t>(ends, rows, ScalarType::Long, "ends"),
+                       vector_of<int32_t>(index, size, ScalarType::Int, "index"), floats(values, size, "values"),
+                       strip_of(source, from, width, "source"), dtype_of(source, "source"),
+                       strip_of(out, rows, width, "out"), dtype_of(out, "out"), width};
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(0 <= a.begins[row] && a.begins[row] <= a.ends[row] && a.ends[row] <= size,
+                    "begins, ends: must lie within index");
+    for (int64_t e = a.begins[row]; e < a.ends[row]; ++e) {
+      STD_TORCH_CHECK(0 <= a.index[e] && a.index[e] < from, "index: must name rows of source");
+    }
+  }
+  run(kernels.load()->weighted_sums, a, rows, LOGITS / (width + 1) + 1);
+}
+
 void klq_residual(Tensor logp, Tensor values, Maybe old_logp, Maybe old_values, Tensor advantages, Maybe weights,
                   Tensor losses, Tensor d_logp, Tensor d_values, Tensor grad_scale, double tau, double alpha,
                   int64_t loss, double huber_delta, double value_clip, double log_ratio_clip) {
@@ -245,6 +287,12 @@ STABLE_TORCH_LIBRARY(klq_native, m) {
       "Tensor d_softmax, Tensor? d_entropy, Tensor? entropy, Tensor(a!) out, Tensor(b!)? turned, float scale, "
       "float? softcap) -> ()");
   m.def(
+      "strip_select(Tensor logits, int first, Tensor actions, Tensor top, Tensor log_total, Tensor d_action, "
+      "Tensor d_softmax, Tensor threshold, Tensor(a!) fractions, Tensor offsets, Tensor(b!) columns, "
+      "Tensor(c!) values, Tensor(d!) counts, float scale, float? softcap) -> ()");
+  m.def(
+      "weighted_sums(Tensor begins, Tensor ends, Tensor index, Tensor values, Tensor source, Tensor(a!) out) -> ()");
+  m.def(
       "klq_residual(Tensor logp, Tensor values, Tensor? old_logp, Tensor? old_values, Tensor advantages, "
       "Tensor? weights, Tensor(a!) losses, Tensor(b!) d_logp, Tensor(c!) d_values, Tensor grad_scale, float tau, "
       "float alpha, int loss, float huber_delta, float value_clip, float log_ratio_clip) -> ()");
@@ -261,6 +309,8 @@ STABLE_TORCH_LIBRARY_IMPL(klq_native, CPU, m) {
   m.impl("populate", TORCH_BOX(&populate));
   m.impl("strip_stats", TORCH_BOX(&strip_stats));
   m.impl("strip_grad", TORCH_BOX(&strip_grad));
+  m.impl("strip_select", TORCH_BOX(&strip_select));
+  m.impl("weighted_sums", TORCH_BOX(&weighted_sums));
   m.impl("klq_residual", TORCH_BOX(&klq_residual));
   m.impl("reverse_scan", TORCH_BOX(&reverse_scan));
   m.impl("lambda_errors", TORCH_BOX(&lambda_errors));

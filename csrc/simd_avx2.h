@@ -17,6 +17,7 @@ struct Vec {
 struct Lanes {
   __m256 lo, hi;
 };
+constexpr int64_t ACCUMULATORS = 4;
 
 inline Vec broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -100,6 +101,35 @@ inline uint32_t flags_of(const uint8_t* bytes) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
   return ~uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(b, _mm_setzero_si128()))) & 0xffff;
 }
+
+struct Fraction {
+  __m256i lo, hi;
+};
+inline Fraction load_fraction(const uint32_t* p) {
+  const __m256i* half = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
+}
+inline void store_fraction(uint32_t* p, Fraction f) {
+  __m256i* half = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(half, f.lo);
+  _mm256_storeu_si256(half + 1, f.hi);
+}
+
+// There is no conversion to unsigned numbers, and no comparison of them: half the range is subtracted, and flipped.
+inline uint32_t advance(__m256i& f, __m256 s) {
+  const __m256 one = _mm256_set1_ps(1.0f), half = _mm256_set1_ps(0x1p31f);
+  const __m256i top = _mm256_set1_epi32(INT32_MIN);
+  const __m256 x = _mm256_mul_ps(s, _mm256_set1_ps(0x1p32f)), upper = _mm256_cmp_ps(x, half, _CMP_GE_OQ);
+  const __m256i lower = _mm256_cvtps_epi32(_mm256_sub_ps(x, _mm256_and_ps(upper, half)));
+  const __m256i whole = _mm256_xor_si256(lower, _mm256_and_si256(_mm256_castps_si256(upper), top));
+  const __m256i small = _mm256_castps_si256(_mm256_cmp_ps(s, one, _CMP_LT_OQ));
+  const __m256i next = _mm256_add_epi32(f, _mm256_and_si256(whole, small));
+  const __m256i passed = _mm256_cmpgt_epi32(_mm256_xor_si256(f, top), _mm256_xor_si256(next, top));
+  const __m256 flags = _mm256_or_ps(_mm256_castsi256_ps(passed), _mm256_cmp_ps(s, one, _CMP_GE_OQ));
+  f = next;
+  return uint32_t(_mm256_movemask_ps(flags));
+}
+inline uint32_t advance(Fraction& f, Vec s) { return advance(f.lo, s.lo) | advance(f.hi, s.hi) << 8; }
 
 inline Vec load(const bf16* p) {
   const __m128i* half = reinterpret_cast<const __m128i*>(p);

@@ -15,6 +15,7 @@ struct Vec {
 struct Lanes {
   __mmask16 m;
 };
+constexpr int64_t ACCUMULATORS = 16;
 
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -52,6 +53,22 @@ inline Vec expand(const float* p, uint32_t flags) {
 inline uint32_t flags_of(const uint8_t* bytes) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
   return _mm_test_epi8_mask(b, b);
+}
+
+struct Fraction {
+  __m512i v;
+};
+inline Fraction load_fraction(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_fraction(uint32_t* p, Fraction f) { _mm512_storeu_si512(p, f.v); }
+
+inline uint32_t advance(Fraction& f, Vec s) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __mmask16 small = _mm512_cmp_ps_mask(s.v, one, _CMP_LT_OQ), large = _mm512_cmp_ps_mask(s.v, one, _CMP_GE_OQ);
+  const __m512i steps = _mm512_cvtps_epu32(_mm512_mul_ps(s.v, _mm512_set1_ps(0x1p32f)));
+  const __m512i next = _mm512_mask_add_epi32(f.v, small, f.v, steps);
+  const __mmask16 passed = _mm512_cmplt_epu32_mask(next, f.v);
+  f.v = next;
+  return passed | large;
 }
 
 inline Vec widened(bf16, __m256i halves) {

@@ -18,6 +18,7 @@ struct Vec {
 struct Lanes {  // one flag per lane
   bool lane[LANES];
 };
+constexpr int64_t ACCUMULATORS = 4;  // vectors that fit into registers beside what a sum reads
 
 #define KLQ_EACH(expression)                        \
   Vec r;                                            \
@@ -82,6 +83,29 @@ inline Vec expand(const float* p, uint32_t flags) {
 inline uint32_t flags_of(const uint8_t* bytes) {
   uint32_t flags = 0;
   for (int i = 0; i < LANES; ++i) flags |= uint32_t(bytes[i] != 0) << i;
+  return flags;
+}
+
+// Sums of numbers below 1 modulo 1, in units of 2^-32.
+struct Fraction {
+  uint32_t lane[LANES];
+};
+inline Fraction load_fraction(const uint32_t* p) {
+  Fraction r;
+  memcpy(r.lane, p, sizeof r.lane);
+  return r;
+}
+inline void store_fraction(uint32_t* p, Fraction f) { memcpy(p, f.lane, sizeof f.lane); }
+
+// Adds the lanes of s (>= 0) that are below 1. Flags where the sum passed 1, and where s is not below it; none for NaN.
+inline uint32_t advance(Fraction& f, Vec s) {
+  uint32_t flags = 0;
+  for (int i = 0; i < LANES; ++i) {
+    const bool small = s.lane[i] < 1.0f;
+    const uint32_t next = f.lane[i] + (small ? uint32_t(int64_t(s.lane[i] * 0x1p32f + 0.5f)) : 0);
+    flags |= uint32_t(next < f.lane[i] || s.lane[i] >= 1.0f) << i;
+    f.lane[i] = next;
+  }
   return flags;
 }
 

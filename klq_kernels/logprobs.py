@@ -24,6 +24,9 @@ def linear_logprobs(
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
     return_entropy: bool = False,
+    gradient: str = "dense",
+    samples: int = 64,
+    seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     process_group: object | None = None,
 ) -> LinearLogprobs:
@@ -48,6 +51,13 @@ def linear_logprobs(
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
         return_entropy: also the entropy of softmax(z), in nats.
+        gradient: "dense", or "sampled": an unbiased estimate from a few entries of each row of the logits' gradient,
+            for little more than the first product costs (``vocabulary.sampling``; ``reference.sampled_gradient`` states
+            it). It has no part by the entropy.
+        samples: K of the sampled gradient: at most K + 1 entries per token are kept on average, and the squared error
+            is at most 1 / K of the squared gradient by the logits.
+        seed: an int, or an int64 tensor of one number: the same seed gives the same entries. None draws one from
+            torch's generator on the device.
         workspace_bytes: memory for one chunk of logits; by default up to 256 MiB on a CPU, where the native backend
             holds a strip of the vocabulary and seldom more than 16 MiB, and up to 1 GiB on a GPU.
         process_group: reserved; must be None.
@@ -60,13 +70,14 @@ def linear_logprobs(
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their log-prob is NaN.
         NotImplementedError: where ``process_group`` is given.
-        RuntimeError: for a second derivative, and in forward mode.
+        RuntimeError: for a second derivative, and in forward mode; in backward, where a sampled gradient is asked for
+            one by the entropy.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        logits_dtype=logits_dtype, return_entropy=return_entropy, workspace_bytes=workspace_bytes,
-        process_group=process_group,
+        logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
+        workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
     found = operator.Results(
         *operator.linear_logprobs(

@@ -48,6 +48,9 @@ def fused_klq_loss(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     return_entropy: bool = False,
+    gradient: str = "dense",
+    samples: int = 64,
+    seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     process_group: object | None = None,
 ) -> KLQLoss:
@@ -85,6 +88,7 @@ def fused_klq_loss(
             is checked under ``KLQ_CHECK=1`` alone, since reading it would synchronise.
         bias, temperature, softcap, logits_dtype: of the head, as in ``linear_logprobs``.
         return_entropy: also the mean entropy in the metrics.
+        gradient, samples, seed: of the head, as in ``linear_logprobs``; also ``gradient_entries`` in the metrics.
         workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. In
             bf16 the logits of up to 2H tokens make one chunk, in place of the fp32 accumulator of the weight's
             gradient that several chunks would need. The native CPU backend needs no memory for up to H tokens, whose
@@ -104,8 +108,8 @@ def fused_klq_loss(
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
-        logits_dtype=logits_dtype, return_entropy=return_entropy, workspace_bytes=workspace_bytes,
-        process_group=process_group,
+        logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
+        workspace_bytes=workspace_bytes, process_group=process_group,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:
@@ -160,7 +164,11 @@ def fused_klq_loss(
         )
     )
     names = metric_names(
-        on_policy=targets is None, reference=ref_logprobs is not None, loss_type=loss_type, entropy=return_entropy
+        on_policy=targets is None,
+        reference=ref_logprobs is not None,
+        loss_type=loss_type,
+        entropy=return_entropy,
+        sampled=gradient == "sampled",
     )
     return KLQLoss(found.loss, dict(zip(names, found.metrics.detach().unbind(), strict=True)))
 

@@ -1,7 +1,7 @@
 """The compiled operations for CPU tensors (``csrc/``): finds and loads the library, or says why it is absent.
 
 A backend module like ``portable``, which documents what both have. Logits come in strips of the vocabulary here
-(``vocabulary_major``), so ``strip_stats`` and ``strip_grad`` stand in place of the row operations.
+(``vocabulary_major``), so ``strip_stats``, ``strip_grad`` and ``strip_select`` stand in place of the row operations.
 
 The library picks the best of its instruction sets (portable, avx2, avx512) for the processor at run time. Two
 environment variables are for testing it: ``KLQ_NATIVE_ISA`` names an instruction set to use instead,
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Terms
+from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Selection, Sums, Terms
 from .portable import klq_metrics as klq_metrics
 from .portable import scale as scale
 
@@ -106,6 +106,29 @@ def strip_grad(
         turned: [n, entries] contiguous, the same numbers once more, in the dtype of out; or None.
     """
     torch.ops.klq_native.strip_grad(logits, first, actions, *pull, out, turned, scale, softcap)
+
+
+def strip_select(
+    logits: Tensor,
+    first: int,
+    actions: Tensor,
+    pull: Pull,
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Takes one more strip of the vocabulary into the selection of ``portable.row_select``.
+
+    Args:
+        logits, first: as in ``strip_stats``; strips come in ascending order.
+        actions, pull, selection: [n], as in ``portable.row_select``; ``fractions`` holds the running sums.
+    """
+    torch.ops.klq_native.strip_select(logits, first, actions, *pull[:4], *selection, scale, softcap)
+
+
+def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
+    torch.ops.klq_native.weighted_sums(*sums, source, out)
 
 
 def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:

@@ -1,7 +1,7 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the seven functions below; ``triton`` holds the same seven as kernels, and ``native`` has
-functions on strips of logits in place of the first two, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
+A backend is a module with the nine functions below; ``triton`` holds the same nine as kernels, and ``native`` has
+functions on strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
 rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous
 fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.chunking import STRIP_ROWS
-from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Selection, Statistics, Sums, Terms, slices
 
 NAME = "torch"
 VOCABULARY_MAJOR = False
@@ -112,6 +112,69 @@ def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale:
         if tanh is not None:
             x.mul_(tanh.square_().neg_().add_(1.0))
         out[rows] = x
+
+
+def row_select(
+    logits: Tensor, actions: Tensor, pull: Pull, selection: Selection, *, scale: float, softcap: float | None
+) -> None:
+    """Writes the entries that the sampled gradient keeps of the gradient by each row of logits (``sampling``).
+
+    The taken token's, whatever it is; every other of magnitude ``threshold`` or more; and of the smaller ones those
+    whose share of the threshold carries the row's running sum over a whole number, at the value of the threshold with
+    the gradient's sign. A share is rounded to 2^-32. A row whose gradient is NaN keeps the taken token's entry alone.
+
+    Args:
+        logits, actions, pull: as in ``row_grad``; of ``pull`` the last two are None. An action outside 0 .. V-1 stands
+            for the nearest one, and has a ``d_action`` of NaN.
+        selection: what it names as written, is written.
+    """
+    threshold, fractions, offsets, columns, values, counts = selection
+    known = actions.clamp(0, logits.shape[1] - 1)
+    rate = pull.d_softmax.abs() * scale / threshold
+    for rows, x in _blocks(logits):
+        tanh = _cap_(x, softcap)
+        p = x.sub_(pull.top[rows, None]).mul_(scale).sub_(pull.log_total[rows, None]).exp_()
+        slope = None if tanh is None else tanh.square_().neg_().add_(1.0)
+        action = known[rows, None]
+        taken = (p.gather(1, action) * pull.d_softmax[rows, None] + pull.d_action[rows, None]) * scale
+        share = p.mul_(rate[rows, None])
+        if slope is not None:
+            taken *= slope.gather(1, action)
+            share.mul_(slope)
+        small = share < 1.0
+        small.scatter_(1, action, False)
+        steps = torch.where(small, share * 2.0**32, 0.0).round_().long()
+        start = fractions[rows, None].long() & 0xFFFFFFFF
+        sums = steps.cumsum(1).add_(start)
+        kept = torch.where(small, (sums >> 32) != (sums - steps >> 32), share >= 1.0)
+        kept.scatter_(1, action, True)
+        entry = torch.copysign(torch.where(small, threshold, share * threshold), pull.d_softmax[rows, None])
+        entry.scatter_(1, action, taken)
+        row, column = kept.nonzero(as_tuple=True)
+        slot = offsets[rows][row] + kept.cumsum(1)[row, column] - 1
+        columns[slot] = column.int()
+        values[slot] = entry[row, column]
+        counts[rows] = kept.sum(1, dtype=torch.int32)
+
+
+def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
+    """Writes ``out``, [rows, W], as ``Sums`` says: in fp32, rounded once.
+
+    Args:
+        source: [any, W] contiguous, of any floating dtype.
+        out: contiguous, of any floating dtype.
+    """
+    step = max(SCRATCH_ELEMENTS // source.shape[1], 1)
+    for rows in slices(out.shape[0], step):
+        counts = sums.ends[rows] - sums.begins[rows]
+        owners = torch.arange(counts.numel(), device=out.device).repeat_interleave(counts)
+        before = (sums.begins[rows] - counts.cumsum(0) + counts).repeat_interleave(counts)
+        entries = torch.arange(owners.numel(), device=out.device) + before
+        total = torch.zeros(counts.numel(), source.shape[1], dtype=torch.float32, device=out.device)
+        for piece in slices(entries.numel(), step):
+            some = entries[piece]
+            total.index_add_(0, owners[piece], source[sums.index[some]].float() * sums.values[some, None])
+        out[rows] = total
 
 
 def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..vocabulary import chunking
 from .checks import DTYPES, require, require_alike, require_flag, require_number, require_tensor
 from .layout import Layout
-from .transforms import refuse_tangents
+from .transforms import needs_gradient, refuse_tangents
 
 # Asked once, here, since torch.compile of torch 2.11 cannot trace the question.
 AUTOCASTS = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
@@ -24,9 +24,13 @@ WHOLE = (
 )
 
 
+GRADIENTS = ("dense", "sampled")
+MOST_SAMPLES = 2**16
+
+
 class HeadInputs(NamedTuple):
-    """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]; and whether 16-bit
-    products are to leave logits in fp32.
+    """Checked inputs, flat: hidden [M, H], weight [V, H], bias [V] or None, actions int64 [M]; whether 16-bit products
+    are to leave logits in fp32; and of a sampled gradient K (0: dense) and, where one is needed, the seed, int64 0-d.
     """
 
     hidden: Tensor
@@ -34,6 +38,8 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None
     actions: Tensor
     fp32_logits: bool
+    samples: int
+    seed: Tensor | None
 
 
 def check_head(
@@ -47,6 +53,9 @@ def check_head(
     softcap: float | None,
     logits_dtype: torch.dtype | None,
     return_entropy: bool,
+    gradient: str,
+    samples: int,
+    seed: int | Tensor | None,
     workspace_bytes: int | None,
     process_group: object | None,
 ) -> HeadInputs:
@@ -107,4 +116,39 @@ def check_head(
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     stored = chunking.head_dtypes(hidden.dtype, device, fp32_logits=fp32_logits).logits
     chunking.chunk_rows(1, vocab, stored, device, workspace_bytes)
-    return HeadInputs(hidden.reshape(-1, width), weight, bias, actions.reshape(-1).long().contiguous(), fp32_logits)
+    require(gradient in GRADIENTS, "gradient", f"must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+    _check_sampling(samples, seed, device)
+    sampled = gradient == "sampled"
+    needed = any(needs_gradient(tensor) for tensor in (hidden, weight, bias) if tensor is not None)
+    return HeadInputs(
+        hidden.reshape(-1, width),
+        weight,
+        bias,
+        actions.reshape(-1).long().contiguous(),
+        fp32_logits,
+        samples if sampled else 0,
+        _seed_tensor(seed, device) if sampled and needed else None,
+    )
+
+
+def _check_sampling(samples: int, seed: int | Tensor | None, device: torch.device) -> None:
+    whole = isinstance(samples, int) and not isinstance(samples, bool)
+    require(whole and 1 <= samples <= MOST_SAMPLES, "samples", f"must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
+    if isinstance(seed, Tensor):
+        require_tensor("seed", seed)
+        given = f"{seed.dtype} {list(seed.shape)}"
+        require(seed.numel() == 1 and seed.dtype == torch.int64, "seed", f"must be one int64 number, got {given}")
+        here = seed.device.type in (device.type, "cpu")
+        require(here, "seed", f"must be on {device} or the CPU, got {seed.device}")
+    elif seed is not None:
+        whole = isinstance(seed, int) and not isinstance(seed, bool)
+        require(whole and -(2**63) <= seed < 2**63, "seed", f"must be None, an int64 tensor or an int, got {seed!r}")
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """int64, 0-d, on the device, without waiting for it. None draws from torch's generator there."""
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(()).to(device)
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -17,6 +17,7 @@ from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
 from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
+from ..vocabulary.sampling import Sampling
 from .gradients import scaled_gradient
 from .operator import Operator, Parts, fields_of
 from .scans import tail_values
@@ -66,13 +67,13 @@ def make_head(
 
 
 def weight_gradient_dtype(
-    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, fp32_logits: bool, keep: bool = True
+    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, fp32_logits: bool, sampled: bool, keep: bool = True
 ) -> torch.dtype:
     """``chunking.weight_gradient_dtype`` of these inputs."""
     dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
     return chunking.weight_gradient_dtype(
         hidden.shape[0], weight.shape[0], weight.shape[1], dtypes, weight.dtype, hidden.device, workspace_bytes,
-        vocabulary_major=vocabulary_major(hidden.device), keep=keep,
+        vocabulary_major=vocabulary_major(hidden.device), keep=keep, sampled=sampled,
     )  # fmt: skip
 
 
@@ -114,6 +115,8 @@ class Arguments(NamedTuple):
     fp32_logits: bool
     return_entropy: bool
     workspace_bytes: int | None
+    samples: int  # of a sampled gradient, 0 for the dense one
+    seed: Tensor | None  # int64, 0-d: of a sampled gradient, where the head wants one
     # the caller's word that it drops the gradients among the results, so that backward may scale them in place
     own_gradients: bool
     need_hidden: bool
@@ -154,6 +157,7 @@ def _fake(given: Arguments) -> Results:
         reference=given.ref_logp is not None,
         loss_type=given.loss_type,
         entropy=given.return_entropy,
+        sampled=given.samples > 0,
     )
     hidden, weight = given.hidden, given.weight
     scalar = hidden.new_empty((), dtype=torch.float32)
@@ -161,7 +165,9 @@ def _fake(given: Arguments) -> Results:
     def shaped(needed: bool, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if needed else scalar.new_empty(0)
 
-    weight_dtype = weight_gradient_dtype(hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits)
+    weight_dtype = weight_gradient_dtype(
+        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0
+    )
     products = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=given.fp32_logits).products
     return Results(
         loss=scalar,
@@ -205,7 +211,7 @@ def _forward(given: Arguments) -> Results:
     layout.check_actions(taken, given.weight.shape[0])
     layout.check_denom(given.denom)
     weight_dtype = weight_gradient_dtype(
-        given.hidden, given.weight, given.workspace_bytes, fp32_logits=given.fp32_logits
+        given.hidden, given.weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0
     )
     head = make_head(
         given.hidden, given.weight, given.bias, given.temperature, given.softcap, weight_dtype,
@@ -229,11 +235,15 @@ def _forward(given: Arguments) -> Results:
             shape,
             grad_scale=scale.grad_scale,
             entropy=given.return_entropy,
+            sampling=None if given.seed is None else Sampling(given.samples, given.seed),
             workspace_bytes=given.workspace_bytes,
         )
     loss = scale.mean(found.losses)
     decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
     metrics = klq_metrics(backend, loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
+    if given.samples:
+        entries = torch.zeros_like(loss) if found.entries_per_token is None else found.entries_per_token
+        metrics = torch.cat((metrics, entries.reshape(1)))
     d_values = layout.put_rows(found.d_values, index, positions) if given.need_values else None
 
     def given_or_empty(gradient: Tensor | None) -> Tensor:

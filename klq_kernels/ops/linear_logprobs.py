@@ -16,6 +16,7 @@ from ..call import layout
 from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from ..vocabulary.precision import own_settings
+from ..vocabulary.sampling import Sampling
 from .fused_loss import make_head, weight_gradient_dtype
 from .operator import Operator, Parts
 
@@ -35,6 +36,7 @@ class BackwardArguments(NamedTuple):
     top: Tensor
     log_total: Tensor
     entropy: Tensor | None
+    logp: Tensor | None  # for a sampled gradient
     # fp32 [M]
     d_logp: Tensor | None
     d_lse: Tensor | None
@@ -43,6 +45,9 @@ class BackwardArguments(NamedTuple):
     softcap: float | None
     fp32_logits: bool
     workspace_bytes: int | None
+    # as in ``fused_loss.Arguments``
+    samples: int
+    seed: Tensor | None
     need_hidden: bool
     need_weight: bool
     need_bias: bool
@@ -87,7 +92,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
     by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
     weight_dtype = weight_gradient_dtype(
-        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, keep=False
+        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0, keep=False
     )
     head = make_head(
         hidden, weight, bias, given.temperature, given.softcap, weight_dtype, fp32_logits=given.fp32_logits
@@ -99,6 +104,8 @@ def _gradients(given: BackwardArguments) -> Gradients:
             head,
             Needs(given.need_hidden, given.need_weight, given.need_bias),
             Pull(top, log_total, by_logp, by_lse, take(given.d_entropy), take(given.entropy)),
+            take(given.logp),
+            sampling=None if given.seed is None else Sampling(given.samples, given.seed),
             workspace_bytes=given.workspace_bytes,
         )
 
@@ -130,6 +137,9 @@ class Arguments(NamedTuple):
     fp32_logits: bool
     return_entropy: bool
     workspace_bytes: int | None
+    # as in ``fused_loss.Arguments``
+    samples: int
+    seed: Tensor | None
 
 
 class Results(NamedTuple):
@@ -151,20 +161,25 @@ def _fake(given: Arguments) -> Results:
     return Results(logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp))
 
 
-SETTINGS = ("temperature", "softcap", "fp32_logits", "workspace_bytes")
-SAVED = ("hidden", "weight", "bias", "actions", "mask", "cu_seqlens", "rows")
+SETTINGS = ("temperature", "softcap", "fp32_logits", "workspace_bytes", "samples")
+SAVED = ("hidden", "weight", "bias", "actions", "mask", "cu_seqlens", "rows", "seed")
 
 
 def _setup(ctx: Any, given: Arguments, found: Results) -> None:
     ctx.mark_non_differentiable(found.top, found.log_total)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(getattr(given, name) for name in SAVED), found.top, found.log_total, found.entropy)
+    logp = None if given.seed is None else found.logp
+    ctx.save_for_backward(*(getattr(given, name) for name in SAVED), found.top, found.log_total, found.entropy, logp)
     ctx.settings = {name: getattr(given, name) for name in SETTINGS}
     ctx.return_entropy = given.return_entropy
 
 
 def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor | None]:
-    *inputs, top, log_total, entropy = ctx.saved_tensors
+    *inputs, top, log_total, entropy, logp = ctx.saved_tensors
+    if logp is not None and ctx.return_entropy and by.entropy is not None:
+        raise RuntimeError(
+            "linear_logprobs: a sampled gradient has no part by the entropy; detach it, or use gradient='dense'"
+        )
     gradients = Gradients(
         *linear_logprobs_backward(
             *BackwardArguments(
@@ -172,6 +187,7 @@ def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor
                 top=top,
                 log_total=log_total,
                 entropy=entropy if ctx.return_entropy else None,
+                logp=logp,
                 d_logp=by.logp,
                 d_lse=by.lse,
                 d_entropy=by.entropy if ctx.return_entropy else None,

@@ -7,6 +7,9 @@ only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the defau
 One chunk needs no fp32 accumulator beside a 16-bit gradient: its product is rounded once, as it is written. So where
 all rows of logits take no more memory than that accumulator would (up to 2 H rows of 16 bits), they make one chunk.
 
+A sampled gradient has neither an accumulator nor a second use of its logits: they lie where the weight's gradient is
+going to be (``rows_inside``).
+
 A backend that stores logits entry by entry of the vocabulary needs no chunk of them where they fit into the weight's
 gradient (``strip_chunk_rows``). Callers say how the backend stores them; ``backends.vocabulary_major`` knows.
 """
@@ -26,6 +29,8 @@ GPU_WORKSPACE = 1024 * MIB
 # 8 V H bytes at bandwidth b against 6 rows V H FLOP at rate f is a share of (8 f / 6 b) / rows; data-centre GPUs have
 # f / b near 200 FLOP per byte, which makes 1% of 24k rows.
 ROWS_WORTHWHILE = 24_576
+# A product of so many rows with the weight runs at full speed.
+ROWS_OF_A_PRODUCT = 512
 # Rows of a logits buffer start at multiples of this many elements, so that every row can be read 16 bytes at a time.
 ROW_ALIGNMENT = 64
 # Rows of the fp32 accumulator updated at a time where the device's GEMM cannot write fp32 from 16-bit inputs.
@@ -82,6 +87,17 @@ def chunk_rows(
 def rows_in_gradient(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype) -> int:
     """How many rows of logits [V, rows] fit into the memory of the weight's gradient [V, width]."""
     return width * gradient_dtype.itemsize // dtype.itemsize
+
+
+def rows_inside(n: int, row_bytes: int, memory_bytes: int) -> int:
+    """Rows per chunk of logits that lie in the memory of a gradient which is written after the last chunk; 0 where so
+    few fit in that products of them would be slow.
+    """
+    fit = memory_bytes // max(row_bytes, 1)
+    if fit >= n:
+        return n
+    fit = fit // 16 * 16
+    return 0 if fit < ROWS_OF_A_PRODUCT else min(_round_up(math.ceil(n / math.ceil(n / fit)), 16), n)
 
 
 def rows_for_accumulator(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype) -> int:
@@ -171,17 +187,21 @@ def weight_gradient_dtype(
     *,
     vocabulary_major: bool,
     keep: bool = True,
+    sampled: bool = False,
 ) -> torch.dtype:
-    """The dtype that the weight's gradient adds up in: fp32, unless a single 16-bit product is all of it.
+    """The dtype that the weight's gradient adds up in: fp32, unless it is rounded to 16 bits just once.
 
     Where one chunk holds all ``positions``, the product, rounded to 16 bits as it is written, is the gradient as it
     stands, and an fp32 copy would hold the same numbers in twice the memory. Not in fp16, where gradients are carried
-    at a scale (``GradientScale``) at which their sum over tokens may be too large.
+    at a scale (``GradientScale``) at which their sum over tokens may be too large. A ``sampled`` gradient is always
+    written once.
 
     ``vocabulary_major``: how the backend stores logits. ``keep``: whether they are kept from the forward to the
     gradient, as the loss does and the backward of log-probabilities does not.
     """
     dtype = dtypes.products
+    if sampled:
+        return torch.float32 if torch.float16 in (dtype, weight_dtype) else weight_dtype
     if dtype != torch.bfloat16 or weight_dtype != torch.bfloat16:
         return torch.float32
     if vocabulary_major:

@@ -8,6 +8,7 @@ a pass, or of the chunk that ``part`` cuts out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -51,6 +52,26 @@ class Residuals(NamedTuple):
     losses: Tensor
     d_logp: Tensor
     d_values: Tensor
+
+
+class Selection(NamedTuple):
+    """The further inputs, and the results, of a selection among the gradients by n rows of logits (``sampling``)."""
+
+    threshold: Tensor  # fp32 [1]
+    fractions: Tensor  # int32 [n]: where each row's running sum begins, in 2^-32; a backend may keep the sum in it
+    offsets: Tensor  # int64 [n + 1]: row t may fill offsets[t] .. offsets[t + 1] - 1 of the next two
+    columns: Tensor  # int32 [room], written: an entry's place in the vocabulary, ascending in a row
+    values: Tensor  # fp32 [room], written
+    counts: Tensor  # int32 [n], 0 before, written: how many entries each row has
+
+
+class Sums(NamedTuple):
+    """Weighted sums of rows: out[i] = sum of values[e] source[index[e]] over e in begins[i] .. ends[i] - 1."""
+
+    begins: Tensor  # int64 [rows]
+    ends: Tensor  # int64 [rows]
+    index: Tensor  # int32 [entries]
+    values: Tensor  # fp32 [entries]
 
 
 class ScanTerms(NamedTuple):
@@ -138,6 +159,7 @@ class VocabularyWork(Protocol):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    entries_per_token: Tensor | None = None  # fp32, 0-d: how many a sampled gradient keeps, on average
 
     def statistics(self, chunk: slice, out: Statistics) -> None:
         """GEMM 1 and the statistics of each row (``portable.row_stats``)."""
@@ -155,15 +177,48 @@ class VocabularyWork(Protocol):
         grad_scale: Tensor,
         shape: LossShape,
     ) -> bool:
-        """All of the above at once, and the loss between them, for terms that hold the lambda-errors already: where
+        """The two above at once, and the loss between them, for terms that hold the lambda-errors already: where
         the backend can, reading the logits once less. False where it cannot, with nothing done.
         """
         return False
+
+    def finish(self) -> None:
+        """After the last chunk: whatever is left to do before the gradients are there."""
+
+
+class VocabularyForm(VocabularyWork, Protocol):
+    """The work in one of the two forms, by how a chunk of logits is stored: ``token_major``, ``vocabulary_major``.
+
+    With ``keep`` the logits of ``statistics`` are those that ``gradients`` and ``select`` continue with; otherwise they
+    are computed again. ``memory`` may hold them, where enough rows fit in (``chunking.rows_inside``).
+    """
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        rows: Rows,
+        head: Head,
+        needs: Needs,
+        *,
+        keep: bool,
+        workspace_bytes: int | None,
+        memory: Tensor | None = None,
+    ) -> None: ...
+
+    def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
+        """Writes the kept entries of the chunk's gradient by the logits (``portable.row_select``)."""
 
 
 def slices(n: int, size: int) -> list[slice]:
     """The slices that cut n rows, or entries, into pieces of at most ``size``, in order."""
     return [slice(start, min(start + size, n)) for start in range(0, n, max(size, 1))]
+
+
+def as_dtype(memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a contiguous tensor, flat, as numbers of this dtype."""
+    flat = memory.view(-1)
+    whole = flat.numel() * flat.itemsize // dtype.itemsize * dtype.itemsize
+    return flat[: whole // flat.itemsize].view(dtype)
 
 
 def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

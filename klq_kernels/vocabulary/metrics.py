@@ -14,8 +14,12 @@ from torch import Tensor
 from .chunks import LossShape, Terms
 
 
-def metric_names(*, on_policy: bool, reference: bool, loss_type: str, entropy: bool) -> list[str]:
-    """The keys of ``KLQLoss.metrics`` for such a call, in the order in which ``portable.klq_metrics`` gives them."""
+def metric_names(
+    *, on_policy: bool, reference: bool, loss_type: str, entropy: bool, sampled: bool = False
+) -> list[str]:
+    """The keys of ``KLQLoss.metrics`` for such a call, in the order in which ``portable.klq_metrics`` gives them, and
+    last that of a ``sampled`` gradient: the mean number of entries that it keeps of a token's.
+    """
     names = ["loss", "value_mean", "advantage_mean", "residual_rms", "explained_variance"]
     if on_policy:
         names += ["td_error_rms"]
@@ -29,6 +33,8 @@ def metric_names(*, on_policy: bool, reference: bool, loss_type: str, entropy: b
         names += ["log_ratio_clip_fraction"]
     if entropy:
         names += ["entropy"]
+    if sampled:
+        names += ["gradient_entries"]
     return names
 
 

@@ -13,6 +13,8 @@ and one scalar is carried over the boundary; the gradient is exact and is ready 
 A is given and the same loop runs without the scan; a backend may then do all that lies between GEMM 1 and GEMM 2 at
 once (``VocabularyWork.update``). A product whose result is not needed is left out.
 
+With a sampled gradient GEMM 2 and 3 are sums of a few rows each, after the last chunk (``sampling``).
+
 fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
 backward, so that those of a mean over many thousand tokens do not underflow on the way.
 
@@ -38,14 +40,14 @@ from .chunks import (
     ScanTerms,
     Statistics,
     Terms,
+    VocabularyForm,
     VocabularyWork,
     part,
     slices,
 )
+from .sampling import NOTHING, Sampled, Sampling
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor
-
-NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class ScanInputs(NamedTuple):
@@ -67,14 +69,36 @@ class PassResult(NamedTuple):
     d_hidden: Tensor | None
     d_weight: Tensor | None
     d_bias: Tensor | None
+    entries_per_token: Tensor | None  # fp32, 0-d: the mean, where the gradient is sampled
 
 
 def _vocabulary_work(
     backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
 ) -> VocabularyWork:
     """Products and row operations in the form that suits the backend."""
-    form = VocabularyMajor if backend.VOCABULARY_MAJOR else TokenMajor
-    return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
+    return _form(backend)(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
+
+
+def _gradient_work(
+    backend: ModuleType,
+    rows: Rows,
+    head: Head,
+    needs: Needs,
+    sampling: Sampling | None,
+    logp: Tensor,
+    *,
+    keep: bool,
+    workspace_bytes: int | None,
+) -> VocabularyWork:
+    """The same, or with a sampled gradient."""
+    if sampling is None or not any(needs):
+        return _vocabulary_work(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
+    form = _form(backend)
+    return Sampled(form, backend, rows, head, needs, sampling, logp, keep=keep, workspace_bytes=workspace_bytes)
+
+
+def _form(backend: ModuleType) -> type[VocabularyForm]:
+    return VocabularyMajor if backend.VOCABULARY_MAJOR else TokenMajor
 
 
 def _empty_statistics(logp: Tensor, *, entropy: bool) -> Statistics:
@@ -97,12 +121,23 @@ def logprobs_pass(
 
 
 def logprobs_backward_pass(
-    backend: ModuleType, rows: Rows, head: Head, needs: Needs, pull: Pull, *, workspace_bytes: int | None
+    backend: ModuleType,
+    rows: Rows,
+    head: Head,
+    needs: Needs,
+    pull: Pull,
+    logp: Tensor,
+    *,
+    sampling: Sampling | None,
+    workspace_bytes: int | None,
 ) -> VocabularyWork:
     """Gradients of the head from those of its per-row outputs: recomputes each chunk of logits, then GEMM 2 and 3."""
-    work = _vocabulary_work(backend, rows, head, needs, keep=False, workspace_bytes=workspace_bytes)
+    work = _gradient_work(
+        backend, rows, head, needs, sampling, logp, keep=False, workspace_bytes=workspace_bytes
+    )
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
         work.gradients(chunk, part(pull, chunk))
+    work.finish()
     return work
 
 
@@ -117,13 +152,16 @@ def klq_pass(
     *,
     grad_scale: Tensor,
     entropy: bool,
+    sampling: Sampling | None,
     workspace_bytes: int | None,
 ) -> PassResult:
     """The loop at the top of this file. Writes ``terms.logp`` and, with ``scan``, ``terms.advantages``."""
     found = _empty_statistics(terms.logp, entropy=entropy)
     residuals = Residuals(*(torch.empty_like(terms.logp) for _ in range(3)))
     carry = terms.logp.new_zeros(1)
-    work = _vocabulary_work(backend, rows, head, needs, keep=any(needs), workspace_bytes=workspace_bytes)
+    work = _gradient_work(
+        backend, rows, head, needs, sampling, terms.logp, keep=any(needs), workspace_bytes=workspace_bytes
+    )
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
         rows_found, rows_terms, rows_loss = part(found, chunk), part(terms, chunk), part(residuals, chunk)
         given = scan is None and any(needs)  # targets, so that the rows need not wait for each other
@@ -139,4 +177,7 @@ def klq_pass(
         if any(needs):
             d_logp = residuals.d_logp[chunk]
             work.gradients(chunk, Pull(found.top[chunk], found.log_total[chunk], d_logp, -d_logp))
-    return PassResult(found.entropy, residuals.losses, residuals.d_values, work.hidden, work.weight, work.bias)
+    work.finish()
+    return PassResult(
+        found.entropy, residuals.losses, residuals.d_values, work.hidden, work.weight, work.bias, work.entries_per_token
+    )

@@ -20,33 +20,48 @@ from .chunks import (
     Pull,
     Residuals,
     Rows,
+    Selection,
     Statistics,
     Terms,
-    VocabularyWork,
+    VocabularyForm,
+    as_dtype,
     empty_gradients,
 )
 
 
-class TokenMajor(VocabularyWork):
-    """With ``keep`` the logits of ``statistics`` are those that ``gradients`` continues with; otherwise it computes
-    them again.
-    """
+class TokenMajor(VocabularyForm):
+    """For a backend with the row operations."""
 
     def __init__(
-        self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+        self,
+        backend: ModuleType,
+        rows: Rows,
+        head: Head,
+        needs: Needs,
+        *,
+        keep: bool,
+        workspace_bytes: int | None,
+        memory: Tensor | None = None,
     ) -> None:
         self._backend, self._rows, self._head, self._keep = backend, rows, head, keep
         n = rows.actions.numel()
         (vocab, width), dtype = head.weight.shape, head.logits_dtype
         room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
-        self.chunk_rows = chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
         # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
         stride = chunking.row_stride(vocab) if backend.PADS_ROWS else vocab
         # (Kernels made for a GPU run on a CPU in tests: there the padding is 0.)
         padded_on_cpu = stride != vocab and head.weight.device.type == "cpu"
-        make = head.weight.new_zeros if padded_on_cpu else head.weight.new_empty
-        self._buffer = make(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
+        inside = 0
+        if memory is not None and not padded_on_cpu:
+            inside = chunking.rows_inside(n, stride * dtype.itemsize, memory.numel() * memory.itemsize)
+        if memory is not None and inside:
+            self.chunk_rows = inside
+            self._buffer = as_dtype(memory, dtype)[: inside * stride].view(inside, stride)[:, :vocab]
+        else:
+            make = head.weight.new_zeros if padded_on_cpu else head.weight.new_empty
+            self.chunk_rows = chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
+            self._buffer = make(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
         self._needs = needs
         one_chunk = 0 < self.chunk_rows == rows.hidden.shape[0]  # whose gradient of hidden is the product itself
         apart = needs._replace(hidden=needs.hidden and not one_chunk)
@@ -67,6 +82,13 @@ class TokenMajor(VocabularyWork):
             self._logits, self._rows.actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
         )
         self._multiply(chunk, dlogits)
+
+    def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
+        if not self._keep:
+            self._project(chunk)
+        self._backend.row_select(
+            self._logits, self._rows.actions[chunk], pull, selection, scale=self._head.scale, softcap=self._head.softcap
+        )
 
     def update(
         self,

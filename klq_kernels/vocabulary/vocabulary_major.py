@@ -27,15 +27,23 @@ import torch
 from torch import Tensor
 
 from . import chunking
-from .chunks import Head, Needs, Pull, Rows, Statistics, VocabularyWork, empty_gradients, slices
+from .chunks import Head, Needs, Pull, Rows, Selection, Statistics, VocabularyForm, as_dtype, empty_gradients, slices
 from .products import add_product
 
 
-class VocabularyMajor(VocabularyWork):
-    """For a backend with ``strip_stats`` and ``strip_grad``; ``keep`` as in ``TokenMajor``."""
+class VocabularyMajor(VocabularyForm):
+    """For a backend with the operations on strips."""
 
     def __init__(
-        self, backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
+        self,
+        backend: ModuleType,
+        rows: Rows,
+        head: Head,
+        needs: Needs,
+        *,
+        keep: bool,
+        workspace_bytes: int | None,
+        memory: Tensor | None = None,
     ) -> None:
         self._backend, self._rows, self._head = backend, rows, head
         n = rows.actions.numel()
@@ -45,12 +53,15 @@ class VocabularyMajor(VocabularyWork):
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
         room = chunking.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
         self.chunk_rows = chunking.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
+        inside = self.weight if keep and n <= chunking.rows_in_gradient(width, stored, head.gradient_dtype) else None
+        if keep and memory is not None:
+            fit = chunking.rows_inside(n, vocab * stored.itemsize, memory.numel() * memory.itemsize)
+            self.chunk_rows, inside = (fit, memory) if fit else (self.chunk_rows, None)
         size = chunking.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
         self._strips = slices(vocab, size)
-        inside = self.weight if keep and n <= chunking.rows_in_gradient(width, stored, head.gradient_dtype) else None
         own = vocab * self.chunk_rows if keep and inside is None else 0
         # Flat buffers, of which each chunk takes what it needs.
-        self._kept = None if inside is None else inside.view(-1).view(stored)
+        self._kept = None if inside is None else as_dtype(inside, stored)
         self._strip = self._turned = self._rounded = None
         if own:
             self._kept = head.weight.new_empty(own)
@@ -60,7 +71,7 @@ class VocabularyMajor(VocabularyWork):
             self._strip = head.weight.new_empty(size * self.chunk_rows, dtype=self._computed)
         if needs.hidden and self._computed != torch.float32:
             self._turned = head.weight.new_empty(size * self.chunk_rows)
-        for buffer in (self.weight, self._kept if own else None, self._strip, self._turned):
+        for buffer in (self.weight, memory, self._kept if own else None, self._strip, self._turned):
             if buffer is not None:
                 backend.populate(buffer)
         self._first = True
@@ -108,6 +119,16 @@ class VocabularyMajor(VocabularyWork):
         if self.hidden is not None and d_hidden is not None:
             self._rows.put(self.hidden, chunk, d_hidden.to(self.hidden.dtype))
         self._first = False
+
+    def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
+        if self._kept is None:
+            self._hidden = self._rows.take(chunk).to(self._computed)
+        for strip in self._strips:
+            logits = self._project(strip) if self._kept is None else self._stored(strip)
+            self._backend.strip_select(
+                logits, strip.start, self._rows.actions[chunk], pull, selection, scale=self._head.scale,
+                softcap=self._head.softcap,
+            )  # fmt: skip
 
     def _stored(self, strip: slice) -> Tensor | None:
         """Where a strip's logits are in the model's dtype; None where the products run in it, and nothing is kept."""
