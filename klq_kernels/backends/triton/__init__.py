@@ -10,10 +10,12 @@ next row is padding that ``row_grad`` may overwrite. So every access is 16 bytes
 from .klq_metrics import klq_metrics
 from .klq_residual import klq_residual
 from .row_grad import row_grad
+from .row_select import row_select
 from .row_stats import row_stats
 from .row_update import row_update, updates
 from .scale import scale
 from .scans import lambda_errors, reverse_scan
+from .weighted_sums import weighted_sums
 
 NAME = "triton"
 VOCABULARY_MAJOR = False
@@ -28,8 +30,10 @@ __all__ = [
     "lambda_errors",
     "reverse_scan",
     "row_grad",
+    "row_select",
     "row_stats",
     "row_update",
     "scale",
     "updates",
+    "weighted_sums",
 ]
