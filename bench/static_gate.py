@@ -106,6 +106,21 @@ def variants() -> Iterator[Variant]:
                         dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])) | {"NARROW": True},
                         launch.ROW_GRAD,
                     )  # fmt: skip
+    select = row | dict.fromkeys(("d_action", "d_softmax", "threshold", "values"), "*fp32") | {"vocab": "i32"}
+    select |= {"fractions": "*i32", "offsets": "*i64", "columns": "*i32", "counts": "*i32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for softcap in (False, True):
+            yield Variant(
+                f"row_select[{dtype}{'+softcap' if softcap else ''}]", "row_select", "row_select_kernel",
+                select | {"logits": f"*{dtype}"}, {} if softcap else {"softcap": None}, launch.ROW_SELECT,
+                launch.ROW_SELECT.sizes["LANES"] // (32 * launch.ROW_SELECT.num_warps),
+            )  # fmt: skip
+    sums = {"begins": "*i64", "ends": "*i64", "index": "*i32", "values": "*fp32", "width": "i32"}
+    for source, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32")):
+        yield Variant(
+            f"weighted_sums[{source} to {out}]", "weighted_sums", "weighted_sums_kernel",
+            sums | {"source": f"*{source}", "out": f"*{out}"}, {}, launch.WEIGHTED_SUMS,
+        )  # fmt: skip
     vectors = ("logp", "values", "old_logp", "old_values", "advantages", "weights", "losses", "d_logp", "d_values")
     numbers = ("tau", "alpha", "huber_delta", "value_clip", "log_ratio_clip")
     update = dict.fromkeys(numbers, "fp32") | dict.fromkeys((*vectors[1:], "grad_scale"), "*fp32")
@@ -180,11 +195,11 @@ def variants() -> Iterator[Variant]:
 
 # Bytes of stack that another version of Triton than the recorded one may need: a pair of registers.
 SPILL_OF_OTHERS = 8
-MULTIPLES = ("stride", "out_stride", "elements")
+MULTIPLES = ("stride", "out_stride", "elements", "width")
 
 
 def compile_for(variant: Variant, target: GPUTarget) -> Any:
-    """The compiled kernel. Pointers, row strides and the elements of a weight are taken as multiples of 16."""
+    """The compiled kernel. Pointers, row strides, widths and the elements of a weight are taken as multiples of 16."""
     kernel = getattr(import_module(f"klq_kernels.backends.triton.{variant.module}"), variant.kernel)
     constants = variant.constants | variant.config.sizes
     names = kernel.arg_names
