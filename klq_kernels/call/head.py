@@ -116,8 +116,8 @@ def check_head(
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     stored = chunking.head_dtypes(hidden.dtype, device, fp32_logits=fp32_logits).logits
     chunking.chunk_rows(1, vocab, stored, device, workspace_bytes)
-    require(gradient in GRADIENTS, "gradient", f"must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
-    _check_sampling(samples, seed, device)
+    check_sampling("gradient", gradient, "samples", samples)
+    _check_seed(seed, device)
     sampled = gradient == "sampled"
     needed = any(needs_gradient(tensor) for tensor in (hidden, weight, bias) if tensor is not None)
     return HeadInputs(
@@ -131,9 +131,14 @@ def check_head(
     )
 
 
-def _check_sampling(samples: int, seed: int | Tensor | None, device: torch.device) -> None:
-    whole = isinstance(samples, int) and not isinstance(samples, bool)
-    require(whole and 1 <= samples <= MOST_SAMPLES, "samples", f"must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
+def check_sampling(gradient_name: str, gradient: str, samples_name: str, samples: int) -> None:
+    """Raises the ValueError that names one of the two arguments unless it is one of a head's gradient."""
+    require(gradient in GRADIENTS, gradient_name, f"must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+    fits = isinstance(samples, int) and not isinstance(samples, bool) and 1 <= samples <= MOST_SAMPLES
+    require(fits, samples_name, f"must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
+
+
+def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         require_tensor("seed", seed)
         given = f"{seed.dtype} {list(seed.shape)}"

@@ -143,7 +143,10 @@ def train(
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="constant, lambda, klq-vs-ppo, equivalence, or all.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="One of the experiments, or sampled-gradient or all for several; a wrong name lists them."),
+    ],
     out: Annotated[Path, typer.Option(help="A folder for results and pictures; the page goes beside it.")] = Path(
         "experiments"
     ),

@@ -20,6 +20,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..call.checks import require, require_number
+from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
@@ -106,6 +107,12 @@ class KLQConfig(TrainingArguments):
         "Logits in fp32 where the model runs in 16 bits, as samplers with an fp32 head have them (logits_dtype of "
         "fused_klq_loss).",
     )
+    head_gradient: str = option(
+        "dense",
+        "'sampled' estimates the gradient through the head without bias from a few entries per token, for little more "
+        "than a forward pass costs (gradient of fused_klq_loss).",
+    )
+    head_samples: int = option(64, "Entries per token that a sampled gradient keeps on average, at most, less one.")
     workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
@@ -178,6 +185,7 @@ class KLQConfig(TrainingArguments):
                 warnings.warn(f"{name}: has no effect on algorithm={self.algorithm!r}", stacklevel=4)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
+        check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
             require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)

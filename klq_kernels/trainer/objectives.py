@@ -30,7 +30,9 @@ class Scored(NamedTuple):
     last_values: Tensor
 
 
-def logprobs(states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool = False) -> LinearLogprobs:
+def logprobs(
+    states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool = False, seed: int | None = None
+) -> LinearLogprobs:
     """Log-probabilities of the sampled tokens under any policy, and its entropy where asked for."""
     return linear_logprobs(
         states.hidden,
@@ -39,6 +41,9 @@ def logprobs(states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool
         cu_seqlens=inputs.cu_seqlens,
         return_entropy=entropy,
         logits_dtype=config.logits_dtype,
+        gradient=config.head_gradient,
+        samples=config.head_samples,
+        seed=seed,
         workspace_bytes=config.workspace_bytes,
     )
 
@@ -51,9 +56,17 @@ def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
 
 
 def klq(
-    states: States, inputs: Inputs, experience: Experience, denom: Tensor, config: KLQConfig
+    states: States,
+    inputs: Inputs,
+    experience: Experience,
+    denom: Tensor,
+    config: KLQConfig,
+    seed: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The KLQ loss (arXiv 2508.17000, eq. 6) over the tokens of a micro-batch, divided by ``denom``."""
+    """The KLQ loss (arXiv 2508.17000, eq. 6) over the tokens of a micro-batch, divided by ``denom``.
+
+    ``seed`` is that of a sampled gradient, as in ``ppo``.
+    """
     return fused_klq_loss(
         states.hidden,
         **states.head._asdict(),
@@ -70,19 +83,27 @@ def klq(
         cu_seqlens=inputs.cu_seqlens,
         denom=denom,
         logits_dtype=config.logits_dtype,
+        gradient=config.head_gradient,
+        samples=config.head_samples,
+        seed=seed,
         workspace_bytes=config.workspace_bytes,
     )
 
 
 def ppo(
-    states: States, inputs: Inputs, experience: Experience, denom: Tensor, config: KLQConfig
+    states: States,
+    inputs: Inputs,
+    experience: Experience,
+    denom: Tensor,
+    config: KLQConfig,
+    seed: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7) with a clipped value loss, divided by ``denom``.
 
     The KL penalty is in the rewards, so in the advantages already (PPO-penalty as in arXiv 1909.08593).
     """
     old_logprobs, old_values, errors = experience.targets
-    change = logprobs(states, inputs, config).logprobs - old_logprobs
+    change = logprobs(states, inputs, config, seed=seed).logprobs - old_logprobs
     ratio = change.exp()
     clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
     policy = torch.maximum(-experience.advantages * ratio, -experience.advantages * clipped)

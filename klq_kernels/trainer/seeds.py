@@ -1,6 +1,6 @@
 """Randomness as a function of where a run is, not of how it got there.
 
-Each use of randomness (the samples of a cycle, the order of its mini-batches) draws from a generator seeded with (seed,
+Each use of randomness (the samples of a cycle, the order of its mini-batches, a sampled gradient) draws from a generator seeded with (seed,
 purpose, cycle, process). So a run that was killed and resumed, or one that was evaluated in between, goes on with the
 same samples as one that was not.
 """
@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     ROLLOUT = 0
     SHUFFLE = 1
     EVALUATION = 2
+    GRADIENT = 3
 
 
 def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:

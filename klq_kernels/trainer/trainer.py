@@ -53,6 +53,7 @@ LOGGED = {
     "value_clip_fraction": "val/clipfrac_avg",
     "ratio": "val/ratio",
     "value_mean": "val/value_mean",
+    "gradient_entries": "policy/gradient_entries",
 }
 RMS = {"residual_rms"}  # those that are root mean squares
 
@@ -250,19 +251,26 @@ class KLQTrainer(Evaluation, Checkpoints):
         if self.micro_step == 0 and (step_in_cycle == 0 or len(self.step_rows) == 0):
             self._begin_updates()
         indices = self._plan.indices[step_in_cycle, self.micro_step]
+        args = self.args
+        seed = derived_seed(args.seed, Purpose.GRADIENT, self.state.global_step, self.micro_step, args.process_index)
         self.micro_step = (self.micro_step + 1) % self.args.gradient_accumulation_steps
         denom = self.step_rows[step_in_cycle] / self.accelerator.num_processes  # gradients are averaged over processes
         with self._timed("time/update"):
-            return super().training_step(model, (self.experience.select(indices), denom), num_items_in_batch=1)  # type: ignore[arg-type]
+            return super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, its share of the mean over all tokens of the optimizer step on all processes."""
-        experience, denom = inputs
+        experience, denom, seed = inputs
         batch = self.collate(experience.sequences)
         objective = partial(
-            OBJECTIVES[self.args.algorithm], inputs=batch, experience=experience, denom=denom, config=self.args
+            OBJECTIVES[self.args.algorithm],
+            inputs=batch,
+            experience=experience,
+            denom=denom,
+            config=self.args,
+            seed=seed,
         )
         loss, metrics = model(batch, objective)
         tokens = batch.actions.numel()

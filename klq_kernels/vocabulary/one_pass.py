@@ -132,9 +132,7 @@ def logprobs_backward_pass(
     workspace_bytes: int | None,
 ) -> VocabularyWork:
     """Gradients of the head from those of its per-row outputs: recomputes each chunk of logits, then GEMM 2 and 3."""
-    work = _gradient_work(
-        backend, rows, head, needs, sampling, logp, keep=False, workspace_bytes=workspace_bytes
-    )
+    work = _gradient_work(backend, rows, head, needs, sampling, logp, keep=False, workspace_bytes=workspace_bytes)
     for chunk in reversed(slices(rows.actions.numel(), work.chunk_rows)):
         work.gradients(chunk, part(pull, chunk))
     work.finish()

@@ -126,9 +126,7 @@ class Sampled(VocabularyWork):
         self._backend, self._rows, self._head, self._needs, self._logp = backend, rows, head, needs, logp
         self.weight = head.weight.new_empty(head.weight.shape, dtype=head.gradient_dtype) if needs.weight else None
         self.hidden = self.bias = None
-        self._form = form(
-            backend, rows, head, NOTHING, keep=keep, workspace_bytes=workspace_bytes, memory=self.weight
-        )
+        self._form = form(backend, rows, head, NOTHING, keep=keep, workspace_bytes=workspace_bytes, memory=self.weight)
         self.chunk_rows = self._form.chunk_rows
         self._entries = Entries(rows.actions.numel(), head.weight.shape[0], sampling)
 

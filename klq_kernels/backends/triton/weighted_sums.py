@@ -15,9 +15,7 @@ from .launch import WEIGHTED_SUMS, on_device
 
 
 @triton.jit
-def weighted_sums_kernel(
-    begins, ends, index, values, source, out, width, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
+def weighted_sums_kernel(begins, ends, index, values, source, out, width, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width

@@ -5,6 +5,8 @@ job               one job, and its file
 train             what most jobs do: train a policy and measure it
 equivalence       ... compare the gradients of KLQ and of PPO
 timing            ... take the times of their updates
+noise             ... measure what a sampled gradient adds to the noise of a mini-batch
+optimizers        optimisers that treat the head in another way than the rest
 pool              jobs side by side, each in a process of its own
 statistics        means with confidence intervals
 analysis          from the jobs' files to ``results.json``

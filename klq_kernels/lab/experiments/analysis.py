@@ -14,6 +14,10 @@ from .statistics import interval, paired, win_share
 
 Results = dict[str, Any]
 WINDOW = 5  # cycles that a curve averages
+MEASURED = {  # what a single job of this kind measures
+    "gradients": ("alphas", "whitened", "tokens", "tau"),
+    "noise": ("unbiased", "variance"),
+}
 HELD_OUT = ("reward", "kl", "objective", "length")
 
 
@@ -47,8 +51,8 @@ def analyse(
         "settings": experiment.settings, "seeds": experiment.seeds,
         "seconds": sum(job["seconds"] for job in [*jobs, *sweep, *timing]),
     }  # fmt: skip
-    if experiment.kind == "gradients":
-        return results | {name: jobs[0][name] for name in ("alphas", "whitened", "tokens", "tau")}
+    if experiment.kind in MEASURED:
+        return results | {name: jobs[0][name] for name in MEASURED[experiment.kind]}
     groups = [(v, [job for job in jobs if v.items() <= job["job"]["settings"].items()]) for v in experiment.variants()]
     results["variants"] = [summary(variant, group) for variant, group in groups]
     if experiment.sweep is not None:
@@ -63,8 +67,8 @@ def analyse(
             for name, found in timing[0]["times"].items()
         }
         results["timing"] = {"update_ms": times, "rounds": timing[0]["rounds"], "tokens": timing[0]["tokens"]}
-    if "algorithm" in experiment.grid:
-        results["pairs"] = pairs(groups)
+    if experiment.compare:
+        results["pairs"] = pairs(groups, experiment.compare)
     return results
 
 
@@ -89,14 +93,16 @@ def curves(jobs: list[Results]) -> Results:
     return dict(sorted(out.items()))
 
 
-def pairs(groups: list[tuple[Settings, list[Results]]]) -> list[Results]:
-    """KLQ less PPO, seed by seed, for each of the other settings; and how often the judge prefers KLQ."""
+def pairs(groups: list[tuple[Settings, list[Results]]], base: Settings) -> list[Results]:
+    """Each variant less the one that differs from it in the setting of ``base`` alone, which has the value there, seed
+    by seed; and how often the judge prefers it.
+    """
     by_name = {label(variant): jobs for variant, jobs in groups}
     out = []
     for variant, ours in groups:
-        if variant["algorithm"] != "klq":
+        if base.items() <= variant.items():
             continue
-        theirs = by_name[label({**variant, "algorithm": "ppo"})]
+        theirs = by_name[label({**variant, **base})]
         both = list(zip(ours, theirs, strict=True))
         difference = {
             name: paired([job["after"][name] for job in ours], [job["after"][name] for job in theirs])
@@ -108,7 +114,7 @@ def pairs(groups: list[tuple[Settings, list[Results]]]) -> list[Results]:
         wins = [win_share(a["judged"], b["judged"]) for a, b in both]
         out.append(
             {
-                "variant": {name: value for name, value in variant.items() if name != "algorithm"},
+                "variant": variant,
                 "difference": difference,
                 "win_rate": interval(wins),
             }

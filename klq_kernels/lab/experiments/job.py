@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging
 
 from .equivalence import compare_gradients
+from .noise import measure_noise
 from .spec import Job, Settings
 from .timing import update_times
 from .train import build_trainer, train
@@ -64,4 +65,5 @@ KINDS: dict[str, Callable[[Settings, Path], dict[str, Any]]] = {
     "train": train,
     "gradients": gradients,
     "timing": update_times,
+    "noise": measure_noise,
 }

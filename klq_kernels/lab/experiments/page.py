@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..display import markdown_table
-from .analysis import Results
+from .analysis import MEASURED, Results
 from .plots import name_of
 from .statistics import Interval
 
@@ -45,7 +45,7 @@ def section(name: str, found: Results, pictures: str) -> str:
     words = WORDS[name](found)
     image = f"![{found['title']}]({pictures}/{name}.png)"
     settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
-    seeds = "" if found["kind"] == "gradients" else f" Seeds: {found['seeds']}."
+    seeds = "" if found["kind"] in MEASURED else f" Seeds: {found['seeds']}."
     parts = (f"## {found['title']}", found["question"], words, image, prose(f"Settings: {settings}.{seeds}"))
     return "\n\n".join(parts) + "\n"
 
@@ -122,7 +122,7 @@ def versus(found: Results) -> str:
     digits = {"reward": 3, "kl": 2, "objective": 3}
     rows = [
         [
-            name_of(pair["variant"]),
+            name_of(setting_of(pair)),
             *(of(pair["difference"][name]).text(d) for name, d in digits.items()),
             of(pair["win_rate"]).text(),
         ]
@@ -151,6 +151,11 @@ def versus(found: Results) -> str:
     )
 
 
+def setting_of(pair: Results) -> dict[str, Any]:
+    """What KLQ and PPO have in common in a pair."""
+    return {name: value for name, value in pair["variant"].items() if name != "algorithm"}
+
+
 def tally(pairs: list[Results]) -> str:
     """How often either was better, by the objective."""
     signs = [of(pair["difference"]["objective"]).sign for pair in pairs]
@@ -169,7 +174,7 @@ def verdict(pair: Results) -> str:
     said += [f"the judge prefers {'KLQ' if preferred > 0 else 'PPO'}"] if preferred else []
     unclear = [name for name, sign in signs.items() if not sign] + ([] if preferred else ["the judge's preference"])
     said += [f"no clear difference in {' and '.join(unclear)}"] if unclear else []
-    return f"- KLQ at {name_of(pair['variant'])}: {'; '.join(said)}."
+    return f"- KLQ at {name_of(setting_of(pair))}: {'; '.join(said)}."
 
 
 def times(timing: Results) -> str:
@@ -212,6 +217,99 @@ def equivalence(found: Results) -> str:
     return f"{why}\n\n{what}\n\n{markdown_table(columns, rows)}"
 
 
+def noise(found: Results) -> str:
+    rows = [
+        [
+            entry["batch"],
+            str(entry["samples"]),
+            f"{entry['entries']:.1f}",
+            f"{entry['squared_error']:.2g}",
+            f"{entry['bound']:.2g}",
+            f"{entry['share']['head']:.2%}",
+            f"{entry['share']['parameters']:.2%}" if "parameters" in entry["share"] else "",
+        ]
+        for entry in found["variance"]
+    ]
+    columns = ("rows", "K", "entries", "squared error", "bound 1/K", "of dW's variance", "of all parameters'")
+    means = found["unbiased"]
+    errors = [
+        [str(n), *(f"{means['errors'][name][i]:.2g}" for name in means["errors"])] for i, n in enumerate(means["seeds"])
+    ]
+    falls = ", ".join(f"{name} {numbers[0] / numbers[-1]:.0f}" for name, numbers in means["errors"].items())
+    inside = all(entry["squared_error"] <= entry["bound"] for entry in found["variance"])
+    largest = (
+        max(max(e["share"].values()) for e in found["variance"] if e["samples"] == 64)
+        if any(e["samples"] == 64 for e in found["variance"])
+        else None
+    )
+    at_64 = "" if largest is None else f" At K = 64 the largest share was {largest:.2%}."
+    mean = prose(
+        f"""The gradient of a rollout's loss, sampled with K = {means["samples"]}, averaged over seeds: the relative
+        distance of that mean from the dense gradient, of the head's weight, the hidden states and all of the policy's
+        parameters. Over {means["seeds"][-1]} seeds the errors fell by factors of {falls}; independent errors of mean 0
+        fall by {means["seeds"][-1] ** 0.5:.0f}."""
+    )
+    share = prose(
+        f"""The squared error of the gradient by the logits, relative to its own square, was
+        {"never" if inside else "not always"} above the bound. The last two columns set the variance that sampling adds
+        to the gradient of the head, and of all parameters of the policy, against the variance that the mini-batch's
+        gradient has anyway, because other sequences (of made-up rows: other tokens) would have given another.{at_64}"""
+    )
+    return "\n\n".join(
+        [mean, markdown_table(("seeds", *means["errors"]), errors), share, markdown_table(columns, rows)]
+    )
+
+
+def against_dense(found: Results) -> str:
+    """The runs with a sampled gradient less those with the dense one, and where each ended."""
+    digits = {"reward": 3, "kl": 2, "objective": 3}
+    rows = [
+        [name_of(pair["variant"]), *(of(pair["difference"][name]).text(d) for name, d in digits.items())]
+        for pair in found["pairs"]
+    ]
+    clear = [
+        f"{name_of(pair['variant'])}: {' and '.join(said)}" for pair in found["pairs"] if (said := differences(pair))
+    ]
+    verdict = (
+        f"Beyond the noise of these seeds: {'; '.join(clear)}."
+        if clear
+        else "No difference leaves the noise of these seeds."
+    )
+    columns = ("sampled less dense", "reward", "KL", "objective")
+    return "\n\n".join([prose(verdict), markdown_table(columns, rows), finals(found, first="")])
+
+
+def differences(pair: Results) -> list[str]:
+    """What of a pair is different, in words."""
+    signs = {name: of(pair["difference"][name.lower()]).sign for name in ("objective", "reward", "KL")}
+    return [f"{name} {'higher' if sign > 0 else 'lower'}" for name, sign in signs.items() if sign]
+
+
+def learning(found: Results) -> str:
+    words = prose(
+        """The same runs with the gradient through the head dense, and sampled with 64 and 8 samples per token. Seeds
+        are shared: the first rollout of a seed is the same in all of them."""
+    )
+    return f"{words}\n\n{against_dense(found)}"
+
+
+def optimizers(found: Results) -> str:
+    rates = ", ".join(
+        f"{settings['sgd_learning_rate']:g} for {group.partition('=')[2]}"
+        for group, settings in found["chosen"].items()
+        if group.partition("=")[2].endswith("sgd")
+    )
+    words = prose(
+        f"""Adam divides a step by the root of the mean square of earlier gradients, element by element. A sampled
+        gradient has the same mean and a larger mean square, so an element that is tiny but always there moves more
+        slowly. `adamw` is the trainer's optimiser. `head-rows` is AdamW with one mean square per row of the head,
+        `head-sgd` AdamW with SGD for the head, `sgd` is SGD throughout; the rate of SGD was chosen before, on another
+        seed, with the dense gradient: {rates}."""
+    )
+    return f"{words}\n\n{against_dense(found)}"
+
+
 WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
+    "sampled-noise": noise, "sampled-learning": learning, "sampled-optimizers": optimizers,
 }  # fmt: skip

@@ -22,6 +22,10 @@ def draw(name: str, results: Results, path: Path) -> None:
     """Draws the picture of an experiment, if its kind has one."""
     if results["kind"] == "gradients":
         draw_errors(results, path)
+    elif results["kind"] == "noise":
+        draw_noise(results, path)
+    elif "samples" in results["variants"][0]["variant"]:
+        draw_against_dense(results, path)
     elif "pairs" in results:
         draw_comparison(results, path)
     else:
@@ -29,9 +33,11 @@ def draw(name: str, results: Results, path: Path) -> None:
 
 
 def name_of(variant: dict[str, Any]) -> str:
-    names = {"lam": "λ", "tau": "τ"}
+    names = {"lam": "λ", "tau": "τ", "samples": "K"}
     return ", ".join(
-        f"{names[n]} = {value}" if n in names else str(value).replace("klq", "KLQ").replace("ppo", "PPO")
+        f"{names[n]} = {value}"
+        if n in names and value != "dense"
+        else str(value).replace("klq", "KLQ").replace("ppo", "PPO")
         for n, value in variant.items()
     )
 
@@ -81,6 +87,53 @@ def draw_comparison(results: Results, path: Path) -> None:
     ends.set(title="Held-out reward against KL, at the end", xlabel="KL, nats per completion", ylabel="mean score")
     ends.legend(frameon=False, fontsize=9)
     finish(figure, path, *panels)
+
+
+def draw_noise(results: Results, path: Path) -> None:
+    """The error of a mean over seeds, and the share of a mini-batch's variance that sampling adds."""
+    figure, (means, shares) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    found = results["unbiased"]
+    for (name, errors), colour in zip(found["errors"].items(), COLOURS, strict=False):
+        means.plot(found["seeds"], errors, marker="o", color=colour, label=name)
+        ideal = [errors[0] / n**0.5 for n in found["seeds"]]
+        means.plot(found["seeds"], ideal, color=GREY, linewidth=1, linestyle="--")
+    means.set(
+        title=f"Mean over seeds, K = {found['samples']} (dashed: 1/√n)", xlabel="seeds",
+        ylabel="relative distance from dense", xscale="log", yscale="log",
+    )  # fmt: skip
+    names = list(dict.fromkeys(entry["batch"] for entry in results["variance"]))
+    for name, colour in zip(names, COLOURS, strict=False):
+        entries = [entry for entry in results["variance"] if entry["batch"] == name]
+        samples = [entry["samples"] for entry in entries]
+        shares.plot(samples, [e["share"]["head"] for e in entries], marker="o", color=colour, label=f"{name}, dW")
+        if "parameters" in entries[0]["share"]:
+            numbers = [e["share"]["parameters"] for e in entries]
+            shares.plot(samples, numbers, marker="s", color=colour, linestyle=":", label=f"{name}, all parameters")
+    shares.axhline(0.02, color=GREY, linewidth=1)
+    shares.set(
+        title="Added variance (line: 2%)", xlabel="K", ylabel="share of the mini-batch's own", xscale="log",
+        yscale="log",
+    )  # fmt: skip
+    for axes in (means, shares):
+        axes.legend(frameon=False, fontsize=9)
+    finish(figure, path, means, shares)
+
+
+def draw_against_dense(results: Results, path: Path) -> None:
+    """Reward and KL over the run, a column for each value of the other setting."""
+    other = next(name for name in results["variants"][0]["variant"] if name != "samples")
+    values = list(dict.fromkeys(entry["variant"][other] for entry in results["variants"]))
+    size = (4 * len(values), 6.4)
+    figure, panels = plt.subplots(2, len(values), figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for row, (name, (title, unit)) in enumerate(AXES.items()):
+        for axes, value in zip(panels[row], values, strict=True):
+            entries = [entry for entry in results["variants"] if entry["variant"][other] == value]
+            for entry, colour in zip(entries, COLOURS, strict=False):
+                label = name_of({"samples": entry["variant"]["samples"]})
+                band(axes, entry["curves"], name, color=colour, label=label)
+            axes.set(title=f"{title}, {name_of({other: value})}", xlabel="optimizer steps", ylabel=unit)
+    panels[0][0].legend(frameon=False)
+    finish(figure, path, *panels.flatten())
 
 
 def draw_errors(results: Results, path: Path) -> None:

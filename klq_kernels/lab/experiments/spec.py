@@ -4,6 +4,7 @@ title, question   for the page
 kind              what a job does (see ``job.KINDS``)
 settings          the same for every job: ``task``, ``eval_size``, ``value_model``, and fields of ``KLQConfig``
 grid              setting -> values; a job for each combination and each seed
+compare           optional, setting -> value: every other value of this setting is compared with that one, seed by seed
 seeds             how many, counted from 0
 sweep             optional: settings that are chosen first, by jobs of their own on other seeds, for each
                   combination of ``per`` (the rest of the grid at ``at``): the values with the best held-out
@@ -23,7 +24,13 @@ from ...call.checks import require
 from ...trainer.loading import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
-NAMES = ("constant", "lambda", "klq-vs-ppo", "equivalence")  # in the order of the page
+NAMES = (  # in the order of the page
+    "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-optimizers",
+)  # fmt: skip
+GROUPS = {  # names that stand for several
+    "all": NAMES,
+    "sampled-gradient": ("sampled-noise", "sampled-learning", "sampled-optimizers"),
+}
 SWEEP_SEED = 1000  # the first of the seeds that only sweeps use
 
 Settings = dict[str, Any]
@@ -54,6 +61,7 @@ class Experiment:
     settings: Settings
     kind: str = "train"
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    compare: Settings = field(default_factory=dict)
     seeds: int = 1
     sweep: Sweep | None = None
     timing: Settings | None = None
@@ -114,7 +122,7 @@ def load(name: str, *, seeds: int | None = None, quick: bool = False) -> Experim
     Raises:
         ValueError: naming the argument that is wrong.
     """
-    require(name in NAMES, "name", f"must be one of {', '.join(NAMES)} or all; got {name!r}")
+    require(name in NAMES, "name", f"must be one of {', '.join([*NAMES, *GROUPS])}; got {name!r}")
     require(seeds is None or seeds >= 1, "seeds", f"must be at least 1, got {seeds}")
     content = read_yaml(CONFIGS / f"{name}.yaml")
     smaller = content.pop("quick", {})

@@ -50,7 +50,7 @@ class Step:
         rows: Any = self.trainer.train_dataset
         experience = self.trainer.collect([rows[i] for i in range(size)])
         self.tokens = int(experience.rows.sum())
-        self.inputs = (experience.select(torch.arange(size)), torch.tensor(float(self.tokens)))
+        self.inputs = (experience.select(torch.arange(size)), torch.tensor(float(self.tokens)), 0)
 
     def __call__(self) -> tuple[float, float]:
         model: Any = self.trainer.model

@@ -12,8 +12,10 @@ from transformers import PrinterCallback
 from ...trainer import KLQConfig, KLQTrainer
 from ...trainer.evaluation import answers
 from ..tasks import Task, load_task, warm_started
+from .optimizers import optimizer_for
 from .spec import Settings
 
+DENSE = "dense"  # in place of a number of samples
 CURVES = {
     "reward": "objective/scores",
     "kl": "objective/kl",
@@ -29,6 +31,10 @@ def build_trainer(settings: Settings, warm: Path, folder: str) -> tuple[KLQTrain
     held_out = task.dataset("eval", settings.pop("eval_size"))
     policy = warm_started(task, steps=settings.pop("warm_steps", None), cache=warm)
     value = copy.deepcopy(policy) if settings.pop("value_model", None) == "copy" else None
+    samples = settings.pop("samples", DENSE)
+    if samples != DENSE:
+        settings |= {"head_gradient": "sampled", "head_samples": samples}
+    optimizer, rate = settings.pop("optimizer", "adamw"), settings.pop("sgd_learning_rate", None)
     config = KLQConfig(
         folder,
         **settings,
@@ -48,6 +54,8 @@ def build_trainer(settings: Settings, warm: Path, folder: str) -> tuple[KLQTrain
         value_model=value,
     )
     trainer.remove_callback(PrinterCallback)
+    if optimizer != "adamw":
+        trainer.optimizer = optimizer_for(optimizer, trainer, rate)
     return trainer, task, list(held_out)
 
 

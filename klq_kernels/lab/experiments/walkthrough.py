@@ -23,7 +23,7 @@ from ...call.checks import require
 from . import analysis, page, plots
 from .job import result
 from .pool import run_all
-from .spec import NAMES, Experiment, Job, load
+from .spec import GROUPS, NAMES, Experiment, Job, load
 
 RESULTS = "results.json"
 
@@ -32,7 +32,7 @@ def run(names: Sequence[str], out: Path, *, seeds: int | None = None, workers: i
     """Runs experiments and writes their results, pictures and page.
 
     Args:
-        names: of ``NAMES``; ("all",) for every one of them.
+        names: of ``NAMES`` and ``GROUPS``.
         out: a folder.
         seeds: how many, in place of what the experiments say.
         workers: jobs at a time, each of them on one thread.
@@ -43,7 +43,7 @@ def run(names: Sequence[str], out: Path, *, seeds: int | None = None, workers: i
         RuntimeError: where a job failed.
     """
     require(workers >= 1, "workers", f"must be at least 1, got {workers}")
-    wanted = NAMES if tuple(names) == ("all",) else names
+    wanted = [each for name in names for each in GROUPS.get(name, (name,))]
     experiments = [load(name, seeds=seeds, quick=quick) for name in wanted]
     console, began = Console(), time.perf_counter()
     columns = TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn()
