@@ -44,6 +44,8 @@ __all__ = [
     "linear_logprobs",
     "naive_klq_loss",
     "reverse_scan",
+    "sampled_gradient",
+    "sampling_threshold",
 ]
 
 
@@ -280,3 +282,46 @@ def naive_klq_loss(
             bootstrap_values=bootstrap_values, trace=trace, mask=mask, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     return klq_loss(logprobs, values, targets, mask=mask, denom=denom, weights=weights, tau=tau, **loss)
+
+
+def sampling_threshold(dense: Tensor, actions: Tensor, samples: int) -> Tensor:
+    """eps = (1/n) sum_t w_t / K with w_t = sum_{j != a_t} |d_tj|, 0-d: the threshold of ``sampled_gradient``.
+
+    Args:
+        dense: d, the gradient by the logits of a chunk of n tokens, [n, V].
+        actions: a, int64 [n].
+        samples: K.
+    """
+    return dense.scatter(1, actions[:, None], 0.0).abs().sum(1).mean() / samples
+
+
+def sampled_gradient(dense: Tensor, actions: Tensor, threshold: Tensor | float, uniforms: Tensor) -> Tensor:
+    """An estimate of the gradient by the logits with few entries, from one uniform number per token: [n, V].
+
+    With s_tj = |d_tj| / eps at the small entries, those with |d_tj| < eps and j != a_t, else 0, and
+    c_tj = s_t0 + ... + s_tj,
+
+        estimate_tj = sign(d_tj) eps    at small entries with floor(c_tj + u_t) > floor(c_{t,j-1} + u_t),
+                      0                 at the other small entries,
+                      d_tj              elsewhere.
+
+    Over u_t uniform in [0, 1), and for any d:
+
+    - E estimate = d, since the interval (c_{t,j-1} + u_t, c_tj + u_t] holds a whole number with probability s_tj;
+    - a row has within 1 of sum_j s_tj small entries, and their sum is within eps of that of the small d_tj, where all
+      have one sign; so, with eps of ``sampling_threshold``, at most K + 1 entries per row on average;
+    - E sum_tj (estimate - d)^2 = sum_small (eps |d_tj| - d_tj^2) <= eps sum_t w_t = n eps^2 K <= (1/K) sum_t w_t^2, the
+      last since (mean of w)^2 <= mean of w^2. That is at most |d|^2 / K where w_t <= |d_ta|, as it is in the gradient of
+      a log-probability: d_ta = g_t (1 - p_a), w_t = |g_t| (1 - p_a).
+
+    Args:
+        dense, actions: as in ``sampling_threshold``.
+        threshold: eps > 0.
+        uniforms: u, [n], in [0, 1).
+    """
+    column = torch.arange(dense.shape[1], device=dense.device)
+    small = (dense.abs() < threshold) & (column != actions[:, None])
+    sums = torch.where(small, dense.abs() / threshold, 0.0).cumsum(1) + uniforms[:, None]
+    before = torch.cat([uniforms[:, None], sums[:, :-1]], 1)
+    kept = torch.where(sums.floor() > before.floor(), dense.sign() * threshold, torch.zeros_like(dense))
+    return torch.where(small, kept, dense)

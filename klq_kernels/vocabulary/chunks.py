@@ -95,7 +95,7 @@ class LossShape(NamedTuple):
     log_ratio_clip: float
 
 
-Bundle = TypeVar("Bundle", Statistics, Pull, Terms, Residuals, ScanTerms)
+Bundle = TypeVar("Bundle", Statistics, Pull, Terms, Residuals, ScanTerms, Sums)
 
 
 def each(bundle: Bundle, change: Callable[[Tensor], Tensor]) -> Bundle:

@@ -15,6 +15,7 @@ import os
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import pytest
+import sampled
 import torch
 from torch import Tensor
 
@@ -22,8 +23,20 @@ import klq_kernels
 from klq_kernels import reference
 from klq_kernels.backends import portable
 from klq_kernels.vocabulary import chunking
-from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms, each, part
+from klq_kernels.vocabulary.chunks import (
+    LossShape,
+    Pull,
+    Residuals,
+    ScanTerms,
+    Selection,
+    Statistics,
+    Sums,
+    Terms,
+    each,
+    part,
+)
 from klq_kernels.vocabulary.metrics import klq_metrics
+from klq_kernels.vocabulary.sampling import Entries, Sampling
 
 pytest.importorskip("triton")
 
@@ -55,6 +68,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(kernel_module("row_stats"), "ROW_STATS", row_stats)
     sizes = {
         "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
+        "row_select": ("ROW_SELECT", {"GROUPS": 2, "SEGMENT": 16, "BLOCK": 4, "HITS": 2}),
+        "weighted_sums": ("WEIGHTED_SUMS", {"ENTRIES": 2, "BLOCK": 32}),
         "klq_residual": ("KLQ_RESIDUAL", {"BLOCK": 16}),
         "scans": ("SCAN", {"TILE": 16, "SLOTS": 4}),
     }
@@ -148,6 +163,102 @@ def test_row_grad(
     )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
+
+
+SAMPLING_SEED = 11
+
+
+def select(
+    logits: Tensor, actions: Tensor, g: Tensor, samples: int, scale: float, softcap: float | None, *, room: int | None = None
+) -> tuple[Tensor, Selection, float]:
+    """(estimate [n, V] as the kernel's entries make it, what it wrote, threshold), by log-probabilities of weight g."""
+    n, vocab = logits.shape
+    z = z_of(logits, scale, softcap)
+    logp = z.log_softmax(1).gather(1, actions[:, None].clamp(0, vocab - 1))[:, 0].float()
+    top = (logits.double() if softcap is None else softcap * torch.tanh(logits.double() / softcap)).amax(1).float()
+    log_total = (z.logsumexp(1) - scale * top.double()).float()
+    sampling = Sampling(samples, torch.tensor(SAMPLING_SEED, device=logits.device))
+    pull, selection = Entries(n, vocab, sampling).selection(slice(0, n), Pull(top, log_total, g, -g), logp, scale)
+    if room is not None:
+        selection.offsets.copy_(torch.arange(n + 1, device=logits.device) * room)
+    selection.values.fill_(float("nan"))
+    kernel_module("row_select").row_select(logits, actions, pull, selection, scale=scale, softcap=softcap)
+    estimate = torch.zeros(n, vocab, device=logits.device)
+    for t, (begin, count) in enumerate(zip(selection.offsets.tolist(), selection.counts.tolist(), strict=False)):
+        columns = selection.columns[begin : begin + count].long()
+        assert (columns.diff() > 0).all()  # in the order of the vocabulary
+        estimate[t, columns] = selection.values[begin : begin + count]
+    return estimate, selection, float(selection.threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 131, 1000])
+@pytest.mark.parametrize("kind", ["peaked", "tied"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1 / 0.7, 30.0)])
+def test_row_select(
+    device: str, dtype: torch.dtype, vocab: int, kind: str, scale: float, softcap: float | None
+) -> None:
+    n = 5
+    z, actions = (tensor.to(device) for tensor in sampled.rows(kind, n, vocab))
+    buffer = torch.full((n, chunking.row_stride(vocab)), float("nan"), dtype=dtype, device=device)
+    logits = buffer[:, :vocab].copy_(z)
+    g = torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0], device=device)
+    estimate, selection, threshold = select(logits, actions, g, 6, scale, softcap)
+    raw = logits.double().requires_grad_()
+    capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    logp = (scale * capped).log_softmax(1).gather(1, actions[:, None])[:, 0]
+    (logp * g).sum().backward()
+    assert raw.grad is not None
+    sampled.assert_selected(estimate.cpu(), raw.grad.cpu(), actions.cpu(), threshold, SAMPLING_SEED)
+    room = selection.offsets.diff()
+    assert (selection.counts <= room).all()
+    assert (selection.counts >= 1).all()
+
+
+def test_row_select_of_rows_that_are_not_finite(device: str) -> None:
+    """The entry of the taken token, or of the nearest where there is none, is NaN, and no other is kept."""
+    logits, actions = logits_like_a_model(4, 131, torch.float32, device)
+    actions[0], actions[1] = 131, -1
+    g = torch.tensor([1.0, 1.0, float("nan"), float("inf")], device=device)
+    estimate, selection, _ = select(logits, actions, g, 6, 1.0, None)
+    assert selection.counts.tolist() == [1, 1, 1, 1]
+    assert estimate[torch.arange(4), actions.clamp(0, 130)].isnan().all()
+
+
+def test_row_select_without_enough_room_is_nan(device: str) -> None:
+    """Which cannot be, and would not be silent."""
+    z, actions = sampled.rows("flat", 4, 500)
+    logits = torch.nn.functional.pad(z, (0, 12)).to(device)[:, :500]
+    g = torch.ones(4, device=device)
+    _, selection, _ = select(logits, actions.to(device), g, 40, 1.0, None, room=3)
+    assert selection.counts.tolist() == [3] * 4
+    assert selection.values[:12].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])  # the interpreter mis-rounds bf16 stores
+@pytest.mark.parametrize("width", [1, 16, 100, 1500])
+def test_weighted_sums(device: str, dtype: torch.dtype, out_dtype: torch.dtype, width: int) -> None:
+    """Of no rows, of some, of more than are taken at a time; entries that no sum names are not read."""
+    g = torch.Generator().manual_seed(0)
+    counts = torch.tensor([0, 1, 2, 5, 9, 0, 40])
+    ends = (counts + 3).cumsum(0)  # with entries in between that belong to none
+    begins = ends - counts
+    index = torch.randint(30, (int(ends[-1]) + 3,), generator=g).int()
+    values = torch.randn(index.numel(), generator=g)
+    owned = torch.zeros(index.numel(), dtype=torch.bool)
+    for begin, end in zip(begins, ends, strict=True):
+        owned[begin:end] = True
+    index[~owned], values[~owned] = 2**30, float("nan")
+    source = torch.randn(30, width, generator=g).to(dtype)
+    out = torch.full((len(counts), width), float("nan"), dtype=out_dtype, device=device)
+    sums = Sums(begins, ends, index, values)
+    kernel_module("weighted_sums").weighted_sums(each(sums, lambda t: t.to(device)), source.to(device), out)
+    wanted = torch.stack(
+        [values[b:e].double() @ source[index[b:e].long()].double() for b, e in zip(begins, ends, strict=True)]
+    )
+    rounding = torch.finfo(out_dtype).eps
+    torch.testing.assert_close(out.cpu().double(), wanted, rtol=2 * rounding + 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

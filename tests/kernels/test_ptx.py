@@ -19,10 +19,15 @@ TESTS = Path(__file__).parents[1]
 # Files, which of their tests, and how many there are at least. Whole passes take the machine minutes, so the loss is
 # held to its contract in one of its types; every kernel's own tests run.
 SUITES = {
-    "kernels": ("kernels/test_kernels.py", "cpu", 200),
+    "kernels": ("kernels/test_kernels.py", "cpu", 260),
     "scans": ("core/test_returns.py", "triton-cpu and not long", 15),
     "logprobs": ("core/test_logprobs.py", "triton-cpu and not long", 20),
     "loss": ("core/test_loss.py", "triton-cpu and precision_contract and double and (peaked or large)", 20),
+    "sampled": (
+        "core/test_sampled.py",
+        "triton-cpu and (threads or kept_entries and 131 and 0.7 or 16_bits or needed or finite)",
+        15,
+    ),
     "fp32 logits": ("core/test_logits_dtype.py", "triton-cpu and unrounded", 4),
 }
 

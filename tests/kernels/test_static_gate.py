@@ -102,6 +102,6 @@ def test_the_inner_loop_is_found_in_a_listing() -> None:
 .L_x_2:
     /*0050*/ EXIT ;
 """
-    loop = static_gate.longest_loop(listing)
+    [loop] = static_gate.loops(listing)
     assert len(loop) == 3
     assert sum("MUFU" in line for line in loop) == 1

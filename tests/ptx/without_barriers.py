@@ -20,10 +20,12 @@ from ptx_machine import Fault
 from klq_kernels.vocabulary.chunking import row_stride
 from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
 from klq_kernels.vocabulary.metrics import klq_metrics
+from klq_kernels.vocabulary.sampling import Entries, Sampling
 
 device: Any = import_module("device")
 BARRIER = re.compile(r"^\s*bar\.sync\s.*$", re.MULTILINE)
 N, VOCAB = 2, 40_000
+LARGE = (60_000, 150_000)  # segments of one block of row_select, and of two, the last by other warps than read them
 SHAPE = LossShape(0.3, 0.8, "double_clipped", 1.0, 0.2, 0.2)
 
 
@@ -33,8 +35,8 @@ def kernels() -> dict[str, Callable[[], object]]:
     def module(name: str) -> ModuleType:
         return import_module(f"klq_kernels.backends.triton.{name}")
 
-    def rows(dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(N, row_stride(VOCAB)).to(dtype)[:, :VOCAB]
+    def rows(dtype: torch.dtype, vocab: int = VOCAB) -> torch.Tensor:
+        return torch.randn(N, row_stride(vocab)).to(dtype)[:, :vocab]
 
     def columns(count: int, n: int = N) -> list[torch.Tensor]:
         return list(torch.randn(count, n))
@@ -52,6 +54,13 @@ def kernels() -> dict[str, Callable[[], object]]:
             Statistics(top, log_total, logp, None), Residuals(*three), grad_scale=torch.tensor(1.0), shape=SHAPE,
             scale=1.0,
         )  # fmt: skip
+
+    def select(vocab: int) -> None:
+        logits = rows(torch.bfloat16, vocab)
+        pull = Pull(logits.float().amax(1), torch.full((N,), 8.0), torch.ones(N), -torch.ones(N))
+        sampling = Sampling(32, torch.tensor(1))
+        pull, selection = Entries(N, vocab, sampling).selection(slice(0, N), pull, torch.full((N,), -8.0), 1.0)
+        module("row_select").row_select(logits, actions, pull, selection, **head)
 
     def scan(masked: bool) -> None:
         mask = torch.rand(n) < 0.8 if masked else None
@@ -74,6 +83,7 @@ def kernels() -> dict[str, Callable[[], object]]:
             fp32, actions, Pull(*columns(4)), fp32.view(torch.bfloat16)[:, :VOCAB], **head
         ),
         "row_update": update,
+        "row_select": lambda: [select(vocab) for vocab in LARGE],
         "reverse_scan": lambda: scan(False),
         "reverse_scan, masked": lambda: scan(True),
         "lambda_errors": errors,

@@ -30,7 +30,7 @@ ROW_STATS = {
 ROW_GRAD = Config({"BLOCK": 4096}, num_warps=4)
 # As many threads as a multiprocessor takes in one program, so that only one row of each is in flight.
 ROW_UPDATE = Config({"GROUPS": 4, "LANES": 8192, "BLOCK": 16384}, num_warps=32)
-ROW_SELECT = Config({"LANES": 1024}, num_warps=4)
+ROW_SELECT = Config({"GROUPS": 8, "SEGMENT": 256, "BLOCK": 512, "HITS": 4}, num_warps=4)
 WEIGHTED_SUMS = Config({"ENTRIES": 4, "BLOCK": 1024}, num_warps=4)
 KLQ_RESIDUAL = Config({"BLOCK": 1024}, num_warps=4)
 KLQ_METRICS = Config({"BLOCK": 2048}, num_warps=8)
