@@ -36,6 +36,8 @@ class Settings:
     lr: float = 5e-4
     value_lr: float = 3e-3  # the value head starts from nothing and has to follow the policy
     max_grad_norm: float = 1.0
+    gradient: str = "dense"  # or "sampled", with so many samples per token
+    samples: int = 64
 
 
 class Rollout(NamedTuple):
@@ -151,6 +153,8 @@ class Learner:
                     mask=part.mask,
                     denom=tokens_per_minibatch,
                     tau=settings.tau,
+                    gradient=settings.gradient,
+                    samples=settings.samples,
                 )
                 self.optimizer.zero_grad()
                 loss.backward()

@@ -6,6 +6,7 @@ train             what most jobs do: train a policy and measure it
 equivalence       ... compare the gradients of KLQ and of PPO
 timing            ... take the times of their updates
 noise             ... measure what a sampled gradient adds to the noise of a mini-batch
+demo_loop         ... train the demonstration's policy in its own loop
 optimizers        optimisers that treat the head in another way than the rest
 pool              jobs side by side, each in a process of its own
 statistics        means with confidence intervals

@@ -95,7 +95,7 @@ def curves(jobs: list[Results]) -> Results:
 
 def pairs(groups: list[tuple[Settings, list[Results]]], base: Settings) -> list[Results]:
     """Each variant less the one that differs from it in the setting of ``base`` alone, which has the value there, seed
-    by seed; and how often the judge prefers it.
+    by seed; and how often the judge, where there is one, prefers it.
     """
     by_name = {label(variant): jobs for variant, jobs in groups}
     out = []
@@ -111,14 +111,9 @@ def pairs(groups: list[tuple[Settings, list[Results]]], base: Settings) -> list[
         difference["objective"] = paired(
             *([objective(job["after"], tau_of(job)) for job in jobs] for jobs in (ours, theirs))
         )
-        wins = [win_share(a["judged"], b["judged"]) for a, b in both]
-        out.append(
-            {
-                "variant": variant,
-                "difference": difference,
-                "win_rate": interval(wins),
-            }
-        )
+        out.append({"variant": variant, "difference": difference})
+        if all("judged" in job for pair in both for job in pair):
+            out[-1]["win_rate"] = interval([win_share(a["judged"], b["judged"]) for a, b in both])
     return out
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .demo_loop import train_demo
 from .equivalence import compare_gradients
 from .noise import measure_noise
 from .spec import Job, Settings
@@ -66,4 +67,5 @@ KINDS: dict[str, Callable[[Settings, Path], dict[str, Any]]] = {
     "gradients": gradients,
     "timing": update_times,
     "noise": measure_noise,
+    "demo": train_demo,
 }

@@ -293,6 +293,15 @@ def learning(found: Results) -> str:
     return f"{words}\n\n{against_dense(found)}"
 
 
+def demo_loop(found: Results) -> str:
+    words = prose(
+        """The loop of `klq demo`: a GPT-NeoX of 512 tokens, warm-started, then steps of two epochs of two mini-batches at
+        a learning rate of 5e-4, V a head on the policy's own hidden states. K = 4 keeps two or three entries of a
+        token's 512."""
+    )
+    return f"{words}\n\n{against_dense(found)}"
+
+
 def optimizers(found: Results) -> str:
     rates = ", ".join(
         f"{settings['sgd_learning_rate']:g} for {group.partition('=')[2]}"
@@ -311,5 +320,5 @@ def optimizers(found: Results) -> str:
 
 WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
-    "sampled-noise": noise, "sampled-learning": learning, "sampled-optimizers": optimizers,
+    "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
 }  # fmt: skip

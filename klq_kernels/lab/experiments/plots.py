@@ -121,17 +121,18 @@ def draw_noise(results: Results, path: Path) -> None:
 
 def draw_against_dense(results: Results, path: Path) -> None:
     """Reward and KL over the run, a column for each value of the other setting."""
-    other = next(name for name in results["variants"][0]["variant"] if name != "samples")
-    values = list(dict.fromkeys(entry["variant"][other] for entry in results["variants"]))
-    size = (4 * len(values), 6.4)
+    other = next((name for name in results["variants"][0]["variant"] if name != "samples"), None)
+    values = list(dict.fromkeys(entry["variant"].get(other) for entry in results["variants"]))
+    size = (max(4 * len(values), 6), 6.4)
     figure, panels = plt.subplots(2, len(values), figsize=size, layout="constrained", sharey="row", squeeze=False)
     for row, (name, (title, unit)) in enumerate(AXES.items()):
         for axes, value in zip(panels[row], values, strict=True):
-            entries = [entry for entry in results["variants"] if entry["variant"][other] == value]
+            entries = [entry for entry in results["variants"] if entry["variant"].get(other) == value]
             for entry, colour in zip(entries, COLOURS, strict=False):
                 label = name_of({"samples": entry["variant"]["samples"]})
                 band(axes, entry["curves"], name, color=colour, label=label)
-            axes.set(title=f"{title}, {name_of({other: value})}", xlabel="optimizer steps", ylabel=unit)
+            of = "" if other is None else f", {name_of({other: value})}"
+            axes.set(title=title + of, xlabel="steps", ylabel=unit)
     panels[0][0].legend(frameon=False)
     finish(figure, path, *panels.flatten())
 

@@ -25,11 +25,12 @@ from ...trainer.loading import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = (  # in the order of the page
-    "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-optimizers",
+    "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-demo",
+    "sampled-optimizers",
 )  # fmt: skip
 GROUPS = {  # names that stand for several
     "all": NAMES,
-    "sampled-gradient": ("sampled-noise", "sampled-learning", "sampled-optimizers"),
+    "sampled-gradient": ("sampled-noise", "sampled-learning", "sampled-demo", "sampled-optimizers"),
 }
 SWEEP_SEED = 1000  # the first of the seeds that only sweeps use
 
