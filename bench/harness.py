@@ -90,11 +90,11 @@ def relative_error(name: str, got: Tensor, want: Tensor) -> float:
     return float(difference.norm() / want.norm().clamp(min=1e-30))
 
 
-def judge(errors: dict[str, float], usual: dict[str, float], dtype: torch.dtype) -> str | None:
-    """None where the errors are in proportion, else which is not, in words."""
+def judge(errors: dict[str, float], usual: dict[str, float], dtype: torch.dtype, noise: float = 0.0) -> str | None:
+    """None where the errors are in proportion, else which is not, in words. ``noise``: of ``Contender``."""
     for name, error in errors.items():
         smallest = max(FLOOR_ERROR, 4 * torch.finfo(dtype).eps if name == "loss" else 0.0)  # one number can err by luck
-        limit = max(TOLERANCE * usual.get(name, 0.0), smallest)
+        limit = max(TOLERANCE * usual.get(name, 0.0), smallest, noise if name in ("hidden", "weight") else 0.0)
         if not error <= limit:
             return f"{name} is off by {error:.1e}, naively {usual.get(name, 0.0):.1e}"
     return None
@@ -120,7 +120,7 @@ class Gate:
             self._usual[objective] = errors_of(self._task.yardstick(self._inputs, objective), right)
         record.errors = errors_of(contender.make(self._inputs)(), self._answers[objective])
         record.error = max(record.errors.values())
-        complaint = judge(record.errors, self._usual[objective], self._dtype)
+        complaint = judge(record.errors, self._usual[objective], self._dtype, contender.noise)
         if complaint is not None:
             record.status, record.note = "wrong", complaint
 
@@ -141,7 +141,9 @@ class Gate:
             "weight": relative_error("weight", *oracle.both_sides(self._whole, found)),
         }
         usual = self._usual[objective]
-        complaint = judge(errors, {**usual, "weight": usual["weight"] + usual["hidden"]}, self._dtype)
+        of_both = {**usual, "weight": usual["weight"] + usual["hidden"]}
+        noise = 2 * contender.noise  # of a few rows, which may have fewer entries than others
+        complaint = judge(errors, of_both, self._dtype, noise)
         if complaint is not None:
             record.status, record.note = "wrong", f"at full size {complaint}"
             record.error = max(record.error or 0.0, *errors.values())

@@ -32,7 +32,7 @@ from klq_kernels.vocabulary import chunking
 from klq_kernels.vocabulary.chunks import ScanTerms, slices
 from klq_kernels.vocabulary.products import add_product
 
-from . import environment, oracle, report
+from . import environment, memory, oracle, report
 from .contenders import Call, Contender, Outputs, ours, plain, scans
 from .harness import Gate, Record, errors_of, judge, take_turns
 from .inputs import HeadInputs, ScanInputs, head_inputs, scan_inputs
@@ -72,12 +72,12 @@ class Section(NamedTuple):
     bars: Callable[[dict[str, float]], list[Bar]]
 
 
-def checker(task: Task, inputs: Any, dtype: torch.dtype) -> Callable[[Callable[[Any], Call]], Call]:
+def checker(task: Task, inputs: Any, dtype: torch.dtype) -> Callable[..., Call]:
     """A function that makes a call on these inputs and raises RuntimeError where its answer is not that of float64."""
     gate = Gate(task, inputs, dtype)
 
-    def checked(make: Callable[[Any], Call]) -> Call:
-        contender, record = Contender("", make), Record(task.name, "", "klq", "ok", "", "", "", {})
+    def checked(make: Callable[[Any], Call], noise: float = 0.0) -> Call:
+        contender, record = Contender("", make, noise=noise), Record(task.name, "", "klq", "ok", "", "", "", {})
         gate.check(contender, record)
         call = make(inputs)
         gate.check_whole(contender, record, call())
@@ -171,6 +171,34 @@ def head(shape: Shape, gemm_bar: float) -> Section:
             ratio("linear_logprobs / one GEMM", "logprobs", "one GEMM", 1.10),
             ratio("one GEMM into fresh memory / one GEMM", "one GEMM, fresh", "one GEMM"),
         ]
+
+    return Section(calls, bars)
+
+
+def sampled(shape: Shape, limit: float, frozen_limit: float) -> Section:
+    """The loss with a sampled gradient against the three bare products, and its peak memory against the dense loss."""
+    inputs = head_inputs(shape, CPU)
+    checked = checker(TASKS["loss"], inputs, shape.dtype)
+    peaks = [memory.on_cpu("loss", [shape], name)[0] for name in (f"{ours.NAME}, sampled", ours.NAME)]
+    calls = {
+        "sampled": checked(ours.sampled, noise=ours.NOISE),
+        "sampled, frozen head": ours.sampled_for_hidden(inputs),
+        "fused": checked(ours.fused),
+        "three GEMMs": three_gemms(inputs),
+        "one GEMM": one_gemm(inputs),
+    }
+
+    def bars(ms: dict[str, float]) -> list[Bar]:
+        at, floor = f"{shape.dtype_name} {shape.tokens}x{shape.hidden}x{shape.vocab}", ms["three GEMMs"]
+        out = [
+            Bar(f"{at}: loss with sampled gradient / three GEMMs", ms["sampled"] / floor, limit),
+            Bar(f"{at}: the same, head frozen / three GEMMs", ms["sampled, frozen head"] / floor, frozen_limit),
+            Bar(f"{at}: dense loss / three GEMMs", ms["fused"] / floor),
+            Bar(f"{at}: one GEMM / three GEMMs", ms["one GEMM"] / floor),
+        ]
+        if all(isinstance(peak, int) for peak in peaks):
+            out.append(Bar(f"{at}: peak memory, sampled / dense", peaks[0] / peaks[1], 1.0))  # type: ignore[operator]
+        return out
 
     return Section(calls, bars)
 
@@ -359,11 +387,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    # where AMX makes the first product cheap, what is left weighs more
+    bf16_limits = (0.65, 0.65) if torch.cpu._is_amx_tile_supported() else (0.45, 0.42)
     sections: dict[str, Callable[[], Section]] = {
         "head-bf16": lambda: head(Shape("bar", 1024, 1024, 50_304), 1.12),
         "head-fp32": lambda: head(Shape("bar", 1024, 1024, 50_304, torch.float32), 1.06),
         "large-bf16": lambda: head(Shape("bar", 2048, 1024, 128_256), 1.12),
         "large-fp32": lambda: head(Shape("bar", 2048, 1024, 128_256, torch.float32), 1.06),
+        **{
+            f"sampled{size}-{name}": partial(sampled, Shape("bar", *sizes, dtype), *limits)
+            for size, sizes in (("", (1024, 1024, 50_304)), ("-large", (2048, 1024, 128_256)))
+            for name, dtype, limits in (("bf16", torch.bfloat16, bf16_limits), ("fp32", torch.float32, (0.40, 0.38)))
+        },
         "scan": lambda: scan(arguments.threads),
         "trajectory": trajectory,
     }

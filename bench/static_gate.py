@@ -109,7 +109,14 @@ def variants() -> Iterator[Variant]:
                         launch.ROW_GRAD,
                     )  # fmt: skip
     select = row | dict.fromkeys(("d_action", "d_softmax", "threshold", "values"), "*fp32") | {"vocab": "i32"}
-    select |= {"sums": "*i64", "segments": "i32", "fractions": "*i32", "offsets": "*i64", "columns": "*i32", "counts": "*i32"}
+    select |= {
+        "sums": "*i64",
+        "segments": "i32",
+        "fractions": "*i32",
+        "offsets": "*i64",
+        "columns": "*i32",
+        "counts": "*i32",
+    }
     chosen = launch.ROW_SELECT.sizes
     for dtype in ("bf16", "fp16", "fp32"):
         for softcap in (False, True):

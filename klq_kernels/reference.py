@@ -311,8 +311,8 @@ def sampled_gradient(dense: Tensor, actions: Tensor, threshold: Tensor | float, 
     - a row has within 1 of sum_j s_tj small entries, and their sum is within eps of that of the small d_tj, where all
       have one sign; so, with eps of ``sampling_threshold``, at most K + 1 entries per row on average;
     - E sum_tj (estimate - d)^2 = sum_small (eps |d_tj| - d_tj^2) <= eps sum_t w_t = n eps^2 K <= (1/K) sum_t w_t^2, the
-      last since (mean of w)^2 <= mean of w^2. That is at most |d|^2 / K where w_t <= |d_ta|, as it is in the gradient of
-      a log-probability: d_ta = g_t (1 - p_a), w_t = |g_t| (1 - p_a).
+      last since (mean of w)^2 <= mean of w^2. That is at most |d|^2 / K where w_t <= |d_ta|, as it is in the gradient
+      of a log-probability: d_ta = g_t (1 - p_a), w_t = |g_t| (1 - p_a).
 
     Args:
         dense, actions: as in ``sampling_threshold``.

@@ -30,6 +30,7 @@ class Contender:
     module: str | None = None
     install: str = ""
     needs_gpu: bool = False
+    noise: float = 0.0  # relative error that the head's gradients may have beyond rounding: they are an estimate
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from . import Call, Contender, Outputs, gradients
 from .plain import TAU
 
 NAME = "klq_kernels"
+NOISE = 0.25  # of the default 64 samples: twice the bound on the error by the logits
 
 
 def _layout(inputs: HeadInputs) -> dict[str, Any]:
@@ -23,16 +25,36 @@ def _layout(inputs: HeadInputs) -> dict[str, Any]:
     return {"packing": pack(inputs.mask, cu_seqlens=inputs.cu_seqlens)}
 
 
-def fused(inputs: HeadInputs) -> Call:
+def fused(inputs: HeadInputs, **options: Any) -> Call:
     """Three products, gradients formed in the forward."""
     layout = _layout(inputs)
 
     def call() -> Outputs:
         loss = fused_klq_loss(
             inputs.hidden, inputs.weight, inputs.actions, inputs.values, targets=inputs.targets, tau=TAU,
-            **layout, softcap=inputs.softcap,
+            **layout, softcap=inputs.softcap, **options,
         ).loss  # fmt: skip
         return gradients(loss, hidden=inputs.hidden, weight=inputs.weight, values=inputs.values)
+
+    return call
+
+
+def sampled(inputs: HeadInputs) -> Call:
+    """One product, and sums of a few rows per token in place of the other two, by the library's default of samples."""
+    return fused(inputs, gradient="sampled", seed=1)
+
+
+def sampled_for_hidden(inputs: HeadInputs) -> Call:
+    """The same for a head that is frozen."""
+    frozen = replace(inputs, weight=inputs.weight.detach())
+    layout = _layout(inputs)
+
+    def call() -> Outputs:
+        loss = fused_klq_loss(
+            frozen.hidden, frozen.weight, frozen.actions, frozen.values, targets=frozen.targets, tau=TAU,
+            **layout, softcap=frozen.softcap, gradient="sampled", seed=1,
+        ).loss  # fmt: skip
+        return gradients(loss, hidden=frozen.hidden, values=frozen.values)
 
     return call
 
@@ -83,7 +105,11 @@ def targets(inputs: ScanInputs) -> Call:
     return call
 
 
-LOSS = [Contender(NAME, fused), Contender(f"{NAME}, recomputing", recomputed)]
+LOSS = [
+    Contender(NAME, fused),
+    Contender(f"{NAME}, recomputing", recomputed),
+    Contender(f"{NAME}, sampled", sampled, noise=NOISE),
+]
 LOGPROBS = [Contender(NAME, score)]
 SCAN = [Contender(NAME, advantages)]
 TARGETS = [Contender(NAME, targets)]

@@ -1,9 +1,9 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
 A backend is a module with the nine functions below; ``triton`` holds the same nine as kernels, and ``native`` has
-functions on strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the
-rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous
-fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
+functions on strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether
+the rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are
+contiguous fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
 logits is read from memory once per operation and never copied whole.
@@ -173,7 +173,7 @@ def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
         total = torch.zeros(counts.numel(), source.shape[1], dtype=torch.float32, device=out.device)
         for piece in slices(entries.numel(), step):
             some = entries[piece]
-            total.index_add_(0, owners[piece], source[sums.index[some]].float() * sums.values[some, None])
+            total.index_add_(0, owners[piece], source[sums.places[some]].float() * sums.values[some, None])
         out[rows] = total
 
 

@@ -78,6 +78,8 @@ def plan(
         str | None, typer.Option(help="What weights are stored in: fp32 under autocast. By default as dtype.")
     ] = None,
     fp32_head: Annotated[bool, typer.Option("--fp32-head", help="Logits in fp32.")] = False,
+    gradient: Annotated[str, typer.Option(help="Through the head: dense or sampled.")] = "dense",
+    samples: Annotated[int, typer.Option(help="Entries per token of a sampled gradient.")] = 64,
     lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains every parameter.")] = 0,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
     models: Annotated[
@@ -99,12 +101,14 @@ def plan(
     import torch
 
     from ..call.checks import require_number
+    from ..call.head import check_sampling
     from . import memory_plan as planning
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     for name, value in (("dtype", dtype), ("weights", weights or dtype)):
         if value not in dtypes:
             raise ValueError(f"{name}: must be one of {', '.join(dtypes)}; got {value!r}")
+    check_sampling("gradient", gradient, "samples", samples)
     if tflops is not None:
         require_number("tflops", tflops, positive=True)
     model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
@@ -114,6 +118,7 @@ def plan(
     run = planning.Run(
         batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
         checkpointing, planning.device_for(device, measure), workspace, dtypes[weights or dtype], fp32_head,
+        samples if gradient == "sampled" else 0,
     )  # fmt: skip
     rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
     budget = None if budget_gib is None else int(budget_gib * 2**30)

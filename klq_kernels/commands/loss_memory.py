@@ -9,6 +9,9 @@ import torch
 
 from .. import backends
 from ..vocabulary import chunking
+from ..vocabulary.sampling import room_per_row
+
+SEGMENT = 256  # columns of which a GPU's kernel keeps a sum (``backends.triton.row_select``)
 
 
 class Problem(NamedTuple):
@@ -25,6 +28,7 @@ class Problem(NamedTuple):
     weight_gradient: bool = True
     workspace_bytes: int | None = None
     fp32_logits: bool = False
+    samples: int = 0  # of a sampled gradient; 0: dense
 
     @property
     def places(self) -> int:
@@ -47,8 +51,29 @@ class Problem(NamedTuple):
         return self.hidden_gradient or self.weight_gradient
 
     @property
+    def sampled(self) -> bool:
+        """Whether a gradient is sampled, if one is needed."""
+        return self.samples > 0 and self.keeps_logits
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of logits."""
+        padded = self.device.type != "cpu"
+        return (chunking.row_stride(self.vocab) if padded else self.vocab) * self.dtypes.logits.itemsize
+
+    @property
+    def _rows_inside(self) -> int:
+        """Rows of logits, of a sampled gradient, at a time in the memory of the weight's gradient; 0: they are not."""
+        if not (self.sampled and self.weight_gradient):
+            return 0
+        memory = self.vocab * self.hidden * self.weight_gradient_dtype.itemsize
+        return chunking.rows_inside(self.tokens, self.row_bytes, memory)
+
+    @property
     def rows(self) -> int:
         """Rows of logits held at a time."""
+        if self._rows_inside:
+            return self._rows_inside
         if not self.vocabulary_major:
             return chunking.chunk_rows(
                 self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, room=self._room
@@ -69,7 +94,7 @@ class Problem(NamedTuple):
 
     @property
     def _room(self) -> int:
-        if not self.weight_gradient:
+        if not self.weight_gradient or self.sampled:
             return 0
         if not self.vocabulary_major:
             return chunking.rows_for_accumulator(self.hidden, self.dtypes.logits, self.weight_gradient_dtype)
@@ -80,6 +105,8 @@ class Problem(NamedTuple):
     @property
     def in_gradient(self) -> bool:
         """Whether the logits lie in the memory that becomes the weight's gradient."""
+        if self.sampled:
+            return self._rows_inside > 0
         if not (self.weight_gradient and self.vocabulary_major):
             return False
         return self.tokens <= chunking.rows_in_gradient(self.hidden, self.dtypes.logits, self.weight_gradient_dtype)
@@ -94,7 +121,7 @@ class Problem(NamedTuple):
         weight_dtype = self.weight_dtype or self.dtype
         return chunking.weight_gradient_dtype(
             self.places, self.vocab, self.hidden, self.dtypes, weight_dtype, self.device, self.workspace_bytes,
-            vocabulary_major=self.vocabulary_major,
+            vocabulary_major=self.vocabulary_major, sampled=self.sampled,
         )  # fmt: skip
 
     @property
@@ -152,6 +179,8 @@ def fused_memory(p: Problem) -> Memory:
         hidden_cast=p.places * row_bytes * widened,
         gathered_hidden_chunk=p.rows * row_bytes * masked,
         weight_cast=p.vocab * row_bytes if (p.weight_dtype or p.dtype) != products else 0,
+        entries=_entries(p) if p.sampled else 0,
+        valid_hidden_gradient=p.tokens * row_bytes * (p.sampled and masked and p.hidden_gradient),
         **(_strip_buffers(p) if p.vocabulary_major else _chunk_buffers(p)),
     )
     backward = _nonzero(
@@ -163,12 +192,28 @@ def fused_memory(p: Problem) -> Memory:
     return Memory(forward, backward)
 
 
+def _entries(p: Problem) -> int:
+    """What a sampled gradient keeps: column and value of each entry, and, sorted by columns for the weight's gradient,
+    token, value, column and place of each, with the bounds of each column.
+    """
+    room = p.tokens * room_per_row(p.samples, p.vocab)
+    by_segment = p.rows * math.ceil(p.vocab / SEGMENT) * 8 * (p.device.type != "cpu")
+    return room * (8 + 24 * p.weight_gradient) + 16 * p.vocab * p.weight_gradient + by_segment
+
+
 def _chunk_buffers(p: Problem) -> dict[str, int]:
     """The buffers of ``token_major``. On a CPU a 16-bit accumulation in fp32 goes through an extra strip of products; a
     CPU without 16-bit products widens strips instead (``chunking.widens``), of which the allocator keeps as much again.
     """
     products, logits = p.dtypes
     wide = chunking.widens(products, p.device)
+    if p.sampled:
+        return {
+            "logits_chunk": p.rows * p.row_bytes * (not p.in_gradient),
+            "widened_strips": 8
+            * (min(chunking.WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden)
+            * wide,
+        }
     strips = p.weight_gradient and p.device.type == "cpu" and products != p.weight_gradient_dtype and not wide
     return {
         "logits_chunk": p.rows * chunking.row_stride(p.vocab) * logits.itemsize,
@@ -186,6 +231,13 @@ def _strip_buffers(p: Problem) -> dict[str, int]:
     entries = p.strip_entries
     own = 0 if p.in_gradient else p.vocab * p.rows * logits.itemsize
     strip = entries * p.rows * computed.itemsize
+    if p.sampled:
+        return {
+            "logits_chunk": own,
+            "logits_strip": strip * (not own or wide),
+            "widened_weight_strip": 4 * entries * p.hidden * wide,
+            "widened_hidden_chunk": 4 * p.rows * p.hidden * wide,
+        }
     narrow = computed != torch.float32
     rounded = p.weight_gradient and p.weight_gradient_dtype != computed
     return {
@@ -229,6 +281,8 @@ def why_chunks(p: Problem) -> str:
     """The chunk size that ``chunk_rows`` chose and the reason for it, in a sentence."""
     row_bytes = chunking.row_stride(p.vocab) * p.dtypes.logits.itemsize
     size = f"{p.rows:,} rows of logits at a time, {p.rows * row_bytes / chunking.MIB:,.0f} MiB"
+    if p.in_gradient and p.chunks > 1:
+        return f"{size}, in {p.chunks} even chunks, in the memory that becomes the weight's gradient: no workspace"
     if p.in_gradient:
         return f"all {size}, in the memory that becomes the weight's gradient: no workspace, one chunk"
     if p.chunks <= 1:

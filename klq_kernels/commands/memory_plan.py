@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..call.checks import require
+from ..call.head import MOST_SAMPLES
 from . import loss_memory
 from .loss_memory import Memory, Problem
 
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     workspace_bytes: int | None = None
     weights: torch.dtype | None = None  # what the weights are stored in; fp32 under autocast; None: as dtype
     fp32_logits: bool = False
+    samples: int = 0  # of a sampled gradient through the head; 0: dense
 
     @property
     def stored(self) -> torch.dtype:
@@ -175,6 +177,7 @@ def problem(model: Model, run: Run) -> Problem:
         workspace_bytes=run.workspace_bytes,
         weight_dtype=run.stored,
         fp32_logits=run.fp32_logits,
+        samples=run.samples,
     )
 
 
@@ -193,6 +196,9 @@ def plan(model: Model, run: Run) -> Plan:
         "must be as dtype, or fp32, which autocast casts for each use",
     )
     require(run.response <= run.length, "response", f"must not exceed length {run.length}, got {run.response}")
+    require(
+        0 <= run.samples <= MOST_SAMPLES, "samples", f"must be in [1, {MOST_SAMPLES}], or 0: dense; got {run.samples}"
+    )
     require(run.lora >= 0, "lora", f"must be a rank, or 0 to train every parameter; got {run.lora}")
     require(
         run.optimizer in OPTIMIZER_BYTES,
@@ -250,9 +256,14 @@ def largest(model: Model, run: Run, budget: int, *, fused: bool, axis: str) -> i
     return most(fits)
 
 
+def products(head: Problem) -> int:
+    """Matrix products over the vocabulary: one, and one for each gradient that is needed and not sampled."""
+    return 1 if head.sampled else 1 + head.hidden_gradient + head.weight_gradient
+
+
 def loss_seconds(head: Problem, flop_per_second: float) -> float:
-    """Time of the loss's matrix products: one, and one for each gradient that is needed."""
-    return (1 + head.hidden_gradient + head.weight_gradient) * head.gemm_flop / flop_per_second
+    """Time of the loss's matrix products."""
+    return products(head) * head.gemm_flop / flop_per_second
 
 
 def step_seconds(model: Model, run: Run, flop_per_second: float) -> float:
@@ -282,11 +293,15 @@ def measured_gemm_rate(head: Problem) -> float:
 
 def strategy(found: Plan) -> str:
     """The way in which the library will compute this head, and the reason."""
-    products = 1 + found.problem.hidden_gradient + found.problem.weight_gradient
     skipped = (
         "" if found.problem.weight_gradient else " (the head is frozen: its gradient and accumulator are left out)"
     )
-    return f"one pass, {products} matrix products{skipped}; {loss_memory.why_chunks(found.problem)}"
+    made = f"one pass, {products(found.problem)} matrix products"
+    if found.problem.sampled:
+        made = (
+            f"one pass, 1 matrix product, gradients from at most {found.problem.samples + 1} entries a token on average"
+        )
+    return f"{made}{skipped}; {loss_memory.why_chunks(found.problem)}"
 
 
 def report(model: Model, run: Run, budget: int | None, flop_per_second: float | None) -> dict[str, Any]:

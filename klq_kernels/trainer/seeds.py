@@ -1,8 +1,8 @@
 """Randomness as a function of where a run is, not of how it got there.
 
-Each use of randomness (the samples of a cycle, the order of its mini-batches, a sampled gradient) draws from a generator seeded with (seed,
-purpose, cycle, process). So a run that was killed and resumed, or one that was evaluated in between, goes on with the
-same samples as one that was not.
+Each use of randomness (the samples of a cycle, the order of its mini-batches, a sampled gradient) draws from a
+generator seeded with (seed, purpose, place in the run, process). So a run that was killed and resumed, or one that was
+evaluated in between, goes on with the same samples as one that was not.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ class Selection(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Weighted sums of rows: out[i] = sum of values[e] source[index[e]] over e in begins[i] .. ends[i] - 1."""
+    """Weighted sums of rows: out[i] = sum of values[e] source[places[e]] over e in begins[i] .. ends[i] - 1."""
 
     begins: Tensor  # int64 [rows]
     ends: Tensor  # int64 [rows]
-    index: Tensor  # int32 [entries]
+    places: Tensor  # int32 [entries]
     values: Tensor  # fp32 [entries]
 
 

@@ -95,7 +95,7 @@ class Entries:
         return Sums(self.begins, self.begins + self.counts, self.columns, self.values)
 
     def by_column(self) -> Sums:
-        """The sum over the entries in each column, in the order of the tokens; ``index`` holds tokens."""
+        """The sum over the entries in each column, in the order of the tokens; ``places`` holds tokens."""
         columns, order = torch.sort(self.columns, stable=True)
         bounds = torch.searchsorted(columns, torch.arange(self._vocab + 1, dtype=torch.int32, device=columns.device))
         tokens = torch.searchsorted(self.begins, order, right=True, out_int32=True) - 1
@@ -125,7 +125,8 @@ class Sampled(VocabularyWork):
     ) -> None:
         self._backend, self._rows, self._head, self._needs, self._logp = backend, rows, head, needs, logp
         self.weight = head.weight.new_empty(head.weight.shape, dtype=head.gradient_dtype) if needs.weight else None
-        self.hidden = self.bias = None
+        self.hidden: Tensor | None = None
+        self.bias: Tensor | None = None
         self._form = form(backend, rows, head, NOTHING, keep=keep, workspace_bytes=workspace_bytes, memory=self.weight)
         self.chunk_rows = self._form.chunk_rows
         self._entries = Entries(rows.actions.numel(), head.weight.shape[0], sampling)
@@ -161,11 +162,12 @@ class Sampled(VocabularyWork):
         rows, sum_up = self._rows, self._backend.weighted_sums
         if self._needs.bias:
             ones = torch.ones(rows.actions.numel(), 1, dtype=torch.float32, device=self._head.weight.device)
-            self.bias = ones.new_empty(self._head.weight.shape[0])
-            sum_up(sums, ones, self.bias[:, None])
+            bias = ones.new_empty(self._head.weight.shape[0])
+            sum_up(sums, ones, bias[:, None])
+            self.bias = bias
         if self.weight is not None:
             if rows.positions is not None:
-                sums = sums._replace(index=rows.positions[sums.index].int())
+                sums = sums._replace(places=rows.positions[sums.places].int())
             sum_up(sums, rows.hidden.contiguous(), self.weight)
 
 

@@ -37,9 +37,7 @@ def dense_rows(kind: str, vocab: int = 101, seed: int = 0) -> tuple[Tensor, Tens
 # ---- the reference --------------------------------------------------------------------------------------------------
 
 
-def estimates(
-    dense: Tensor, actions: Tensor, eps: Tensor, sample: Callable[..., Tensor], grid: int
-) -> list[Tensor]:
+def estimates(dense: Tensor, actions: Tensor, eps: Tensor, sample: Callable[..., Tensor], grid: int) -> list[Tensor]:
     """Of a grid of uniform numbers, whose mean is the expectation to within 1 / grid."""
     points = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     return [sample(dense, actions, eps, u.expand(len(dense))) for u in points]
@@ -99,7 +97,13 @@ def test_a_planted_bias_is_caught(factor: float) -> None:
 
 
 def gradients(
-    logits: Tensor, actions: Tensor, g: Tensor, *, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
+    logits: Tensor,
+    actions: Tensor,
+    g: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Of sum(g * logp) by the logits (``by_logits``), and by the further columns and the hidden states."""
     r = torch.Generator().manual_seed(3)
@@ -152,7 +156,8 @@ def test_the_kept_entries_are_those_of_the_reference(
     assert raw.grad is not None
     assert_selected(found["by_logits"], raw.grad, actions, eps, SAMPLED["seed"])
     estimate = found["by_logits"].double()
-    torch.testing.assert_close(found["extra"].double(), estimate.T @ found["extra_hidden"].double(), rtol=1e-4, atol=1e-5)
+    extra = estimate.T @ found["extra_hidden"].double()
+    torch.testing.assert_close(found["extra"].double(), extra, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["bias"].double(), estimate.sum(0), rtol=1e-4, atol=1e-5)
     if kind != "masked":
         wanted = estimate @ found["weight"].double()
@@ -248,9 +253,7 @@ def test_the_entries_do_not_depend_on_threads_or_layout(device: torch.device) ->
     packed = run(case.packed())
     for name in ("weight", "bias"):
         torch.testing.assert_close(padded.gradients[name], packed.gradients[name], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        padded.gradients["hidden"][case.valid], packed.gradients["hidden"], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(padded.gradients["hidden"][case.valid], packed.gradients["hidden"], rtol=1e-4, atol=1e-6)
     assert (padded.gradients["hidden"][~case.valid] == 0).all()
     assert padded.metrics["gradient_entries"] == packed.metrics["gradient_entries"]
 

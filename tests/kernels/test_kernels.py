@@ -169,7 +169,14 @@ SAMPLING_SEED = 11
 
 
 def select(
-    logits: Tensor, actions: Tensor, g: Tensor, samples: int, scale: float, softcap: float | None, *, room: int | None = None
+    logits: Tensor,
+    actions: Tensor,
+    g: Tensor,
+    samples: int,
+    scale: float,
+    softcap: float | None,
+    *,
+    room: int | None = None,
 ) -> tuple[Tensor, Selection, float]:
     """(estimate [n, V] as the kernel's entries make it, what it wrote, threshold), by log-probabilities of weight g."""
     n, vocab = logits.shape

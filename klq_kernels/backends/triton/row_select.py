@@ -83,9 +83,7 @@ def row_select_kernel(
     kept = (total >> 32).to(tl.int32)
     tl.store(counts + row, tl.minimum(kept, room))
     x = tl.load(base + action).to(tl.float32)
-    d = gradient(
-        x, action, action, action, highest, rest, by_action, by_softmax, None, None, scale, softcap, 1
-    )
+    d = gradient(x, action, action, action, highest, rest, by_action, by_softmax, None, None, scale, softcap, 1)
     signed = tl.where(by_softmax < 0, -least, least)
     if kept > room:  # never a plausible wrong number
         signed *= float("nan")

@@ -111,9 +111,10 @@ def pairs(groups: list[tuple[Settings, list[Results]]], base: Settings) -> list[
         difference["objective"] = paired(
             *([objective(job["after"], tau_of(job)) for job in jobs] for jobs in (ours, theirs))
         )
-        out.append({"variant": variant, "difference": difference})
+        entry: Results = {"variant": variant, "difference": difference}
         if all("judged" in job for pair in both for job in pair):
-            out[-1]["win_rate"] = interval([win_share(a["judged"], b["judged"]) for a, b in both])
+            entry["win_rate"] = interval([win_share(a["judged"], b["judged"]) for a, b in both])
+        out.append(entry)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The demonstration's loop as a job: a policy that shares its backbone with V, and a learning rate five times as high."""
+"""The demonstration's loop as a job: its policy shares a backbone with V, and learns at five times the rate."""
 
 from __future__ import annotations
 

@@ -54,13 +54,13 @@ def measure_noise(settings: Settings, warm: Path) -> dict[str, Any]:
         trainer.train()
         rollout = Rollout(trainer, rows)
     found = []
-    for name, batch, gradient, own in (
-        ("rollout", rollout.batch(), rollout.gradient, rollout.own_variance()),
-        *(
-            (name, batch, partial(head_gradient, batch), own_variance_of_tokens(batch))
-            for name, batch in (("peaked", made_up(vocabulary, 1.0)), ("flat", made_up(vocabulary, 0.02)))
-        ),
-    ):
+    batches: list[tuple[str, Batch, Gradient, dict[str, float]]] = [
+        ("rollout", rollout.batch(), rollout.gradient, rollout.own_variance())
+    ]
+    for name, size in (("peaked", 1.0), ("flat", 0.02)):
+        batch = made_up(vocabulary, size)
+        batches.append((name, batch, partial(head_gradient, batch), own_variance_of_tokens(batch)))
+    for name, batch, gradient, own in batches:
         found += [variance(name, batch, gradient, own, k, repeats) for k in samples]
     return {"variance": found, "unbiased": unbiased(rollout.gradient, 16, averaged)}
 
@@ -141,7 +141,7 @@ def head_gradient(batch: Batch, samples: int | None, seed: int) -> dict[str, Ten
 
 
 def logits_gradient(batch: Batch, samples: int | None, seed: int) -> tuple[Tensor, float]:
-    """(the gradient by the logits [V, n], kept entries per token): that of a head whose hidden states are a unit matrix."""
+    """(gradient by the logits [V, n], kept entries per token): of a head whose hidden states are a unit matrix."""
     n = len(batch.actions)
     logits = (batch.weight @ batch.hidden.T).requires_grad_()
     loss, metrics = fused_klq_loss(

@@ -237,12 +237,8 @@ def noise(found: Results) -> str:
     ]
     falls = ", ".join(f"{name} {numbers[0] / numbers[-1]:.0f}" for name, numbers in means["errors"].items())
     inside = all(entry["squared_error"] <= entry["bound"] for entry in found["variance"])
-    largest = (
-        max(max(e["share"].values()) for e in found["variance"] if e["samples"] == 64)
-        if any(e["samples"] == 64 for e in found["variance"])
-        else None
-    )
-    at_64 = "" if largest is None else f" At K = 64 the largest share was {largest:.2%}."
+    shares = [max(e["share"].values()) for e in found["variance"] if e["samples"] == 64]
+    at_64 = f" At K = 64 the largest share was {max(shares):.2%}." if shares else ""
     mean = prose(
         f"""The gradient of a rollout's loss, sampled with K = {means["samples"]}, averaged over seeds: the relative
         distance of that mean from the dense gradient, of the head's weight, the hidden states and all of the policy's
@@ -295,9 +291,8 @@ def learning(found: Results) -> str:
 
 def demo_loop(found: Results) -> str:
     words = prose(
-        """The loop of `klq demo`: a GPT-NeoX of 512 tokens, warm-started, then steps of two epochs of two mini-batches at
-        a learning rate of 5e-4, V a head on the policy's own hidden states. K = 4 keeps two or three entries of a
-        token's 512."""
+        """The loop of `klq demo`: a GPT-NeoX of 512 tokens, warm-started, then steps of two epochs of two mini-batches
+        at a learning rate of 5e-4, V a head on the policy's own hidden states."""
     )
     return f"{words}\n\n{against_dense(found)}"
 
