@@ -134,8 +134,9 @@ def check_head(
 def check_sampling(gradient_name: str, gradient: str, samples_name: str, samples: int) -> None:
     """Raises the ValueError that names one of the two arguments unless it is one of a head's gradient."""
     require(gradient in GRADIENTS, gradient_name, f"must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
-    fits = isinstance(samples, int) and not isinstance(samples, bool) and 1 <= samples <= MOST_SAMPLES
-    require(fits, samples_name, f"must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
+    # the message is made where it is needed: torch.compile makes no words of a number that changes from call to call
+    if not (isinstance(samples, int) and not isinstance(samples, bool) and 1 <= samples <= MOST_SAMPLES):
+        raise ValueError(f"{samples_name}: must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
 
 
 def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
@@ -145,9 +146,8 @@ def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
         require(seed.numel() == 1 and seed.dtype == torch.int64, "seed", f"must be one int64 number, got {given}")
         here = seed.device.type in (device.type, "cpu")
         require(here, "seed", f"must be on {device} or the CPU, got {seed.device}")
-    elif seed is not None:
-        whole = isinstance(seed, int) and not isinstance(seed, bool)
-        require(whole and -(2**63) <= seed < 2**63, "seed", f"must be None, an int64 tensor or an int, got {seed!r}")
+    elif seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed: must be None, an int64 tensor or an int of 64 bits, got {seed!r}")
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -49,6 +49,7 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     per_row = torch.randn(c.actions.shape, device=ends.device)
     denom = torch.tensor(7.0, device=ends.device)
     settings = (0.7, 9.0, False, True, None)
+    dense, sampled = (0, None), (4, torch.tensor(3, device=ends.device))
     none3 = (None, None, None)
     return {
         "reverse_scan": (scans.reverse_scan, (c.rewards, c.trace, mask, ends)),
@@ -57,29 +58,46 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "lambda_errors gae": (scans.lambda_errors, (*bare_rollout, tail, None, ends, *discounts)),
         "klq_targets": (scans.klq_targets, (*rollout, tail, mask, ends, *discounts)),
         "klq_targets gae": (scans.klq_targets, (*bare_rollout, tail, None, ends, *discounts)),
-        "linear_logprobs": (logprobs_op.linear_logprobs, (*head, mask, ends, None, *settings)),
+        "linear_logprobs": (logprobs_op.linear_logprobs, (*head, mask, ends, None, *settings, *dense)),
+        "linear_logprobs sampled": (
+            logprobs_op.linear_logprobs, (*head, mask, ends, None, 0.7, 9.0, False, False, None, *sampled)
+        ),
         "linear_logprobs bare": (
-            logprobs_op.linear_logprobs, (*bare_head, None, row_ends, rows, 1.0, None, True, False, None)
+            logprobs_op.linear_logprobs, (*bare_head, None, row_ends, rows, 1.0, None, True, False, None, *dense)
         ),
         "linear_logprobs_backward": (
             logprobs_op.linear_logprobs_backward,
             (
                 *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
-                per_row.abs(), per_row, per_row, per_row, 0.7, 9.0, False, None, True, True, True,
+                per_row.abs(), None, per_row, per_row, per_row, 0.7, 9.0, False, None, *dense, True, True, True,
+            ),
+        ),
+        "linear_logprobs_backward sampled": (
+            logprobs_op.linear_logprobs_backward,
+            (
+                *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
+                None, -per_row.abs(), per_row, per_row, None, 0.7, 9.0, False, None, *sampled, True, True, True,
             ),
         ),
         "fused_klq_loss on-policy": (
             fused_loss.fused_klq_loss,
             (
                 *head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
-                0.7, 9.0, False, True, None, False, True, True, True, True,
+                0.7, 9.0, False, True, None, *dense, False, True, True, True, True,
+            ),
+        ),
+        "fused_klq_loss sampled": (
+            fused_loss.fused_klq_loss,
+            (
+                *head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
+                0.7, 9.0, False, True, None, *sampled, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss targets": (
             fused_loss.fused_klq_loss,
             (
                 *bare_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0, 1.0,
-                *shape, 1.0, None, True, False, None, False, True, False, False, True,
+                *shape, 1.0, None, True, False, None, *dense, False, True, False, False, True,
             ),
         ),
         "klq_loss": (loss_op.klq_loss, (c.ref_logprobs, c.values, *old, None, None, mask, ends, None, denom, *shape)),
@@ -201,6 +219,18 @@ def test_compiled_scans_and_targets(device: torch.device) -> None:
     outs = [f(*arguments[:4], decay, case.mask)[-2].square().sum() for f in (everything, compiled(everything))]
     gradients = [torch.autograd.grad(out, decay)[0] for out in outs]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("seed", [None, 5, torch.tensor(5)], ids=str)
+def test_compiled_sampled_gradient(device: torch.device, seed: Any) -> None:
+    """A seed that is drawn follows torch's generator, traced as it is eager."""
+    case = make_case(ragged_mask(3, 6), device=device, **SMALL)
+    arguments = {**case.loss_arguments(on_policy=True), "gradient": "sampled", "samples": 4, "seed": seed}
+    found = []
+    for function in (fused_klq_loss, compiled(fused_klq_loss)):
+        torch.manual_seed(11)
+        found.append(differentiate(function, case, **arguments))
+    assert_same_bits(*found)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")

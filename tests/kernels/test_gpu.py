@@ -80,6 +80,8 @@ def test_the_packed_layout_never_synchronises(loss_type: str) -> None:
 
     def everything() -> None:
         step(leaves, given, loss_type=loss_type, workspace_bytes=2 * 1024 * 16)
+        step(leaves, given, loss_type=loss_type, gradient="sampled", samples=8)
+        step(leaves, given, loss_type=loss_type, gradient="sampled", samples=8, seed=3)
         targets = klq_kernels.klq_targets(ref, ref, values, given["rewards"], cu_seqlens=cu_seqlens)
         klq_kernels.klq_loss(ref, values, targets, cu_seqlens=cu_seqlens, denom=count)
         klq_kernels.klq_loss(ref, values, targets, cu_seqlens=cu_seqlens, denom=torch.tensor(7.0))
@@ -102,16 +104,18 @@ def test_a_packing_pays_the_synchronisation_once() -> None:
     assert torch.equal(first, again)
 
 
-def test_the_packed_step_can_be_captured_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("gradient", ["dense", "sampled"])
+def test_the_packed_step_can_be_captured_in_a_cuda_graph(gradient: str) -> None:
     leaves, given = packed_case([40, 1, 23], 64, 1000, torch.bfloat16)
-    wanted = step(leaves, given)
+    how = {"gradient": gradient, "seed": torch.tensor(5, device="cuda")}
+    wanted = step(leaves, given, **how)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step(leaves, given)
+        step(leaves, given, **how)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(leaves, given)
+        captured = step(leaves, given, **how)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(wanted, captured, strict=True))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from klq_kernels.backends import native, portable
-from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Terms, part, slices
+from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Sums, Terms, part, slices
+from klq_kernels.vocabulary.sampling import Entries, Sampling
 
 pytestmark = pytest.mark.skipif(native.WHY_UNAVAILABLE is not None, reason=f"native: {native.WHY_UNAVAILABLE}")
 
@@ -295,6 +296,25 @@ def test_klq_residual(isa: str, loss_type: str, on_policy: bool) -> None:
     torch.testing.assert_close(found[native], found[portable], rtol=1e-5, atol=1e-6)
 
 
+def selected(logits: Tensor, actions: Tensor, pull: Pull) -> list[Tensor]:
+    """The entries of a sampled gradient, strip by strip, and the sums that they make of rows of a matrix."""
+    vocab, n = logits.shape
+    pull = pull._replace(d_entropy=None, entropy=None)
+    logp = torch.full((n,), -3.0)
+    pull, selection = Entries(n, vocab, Sampling(40, torch.tensor(3))).selection(slice(0, n), pull, logp, 0.9)
+    for start in range(0, vocab, 1000):
+        native.strip_select(logits[start : start + 1000], start, actions, pull, selection, scale=0.9, softcap=30.0)
+    begins = selection.offsets[:-1].clone()
+    sums = Sums(begins, begins + selection.counts, selection.columns, selection.values)
+    source = torch.randn(vocab, 75, generator=generator()).to(logits.dtype)
+    out = torch.empty(n, 75, dtype=logits.dtype)
+    native.weighted_sums(sums, source, out)
+    held = torch.arange(selection.columns.numel()) < 0
+    for begin, count in zip(begins.tolist(), selection.counts.tolist(), strict=True):
+        held[begin : begin + count] = True
+    return [selection.counts.float(), selection.columns[held].float(), selection.values[held], out.float()]
+
+
 def everything(isa: str) -> list[Tensor]:
     """Every kernel once, over enough work for several threads, in this instruction set."""
     native.use_isa(isa)
@@ -305,6 +325,7 @@ def everything(isa: str) -> list[Tensor]:
         logits = logits_of(n, vocab, dtype)
         found = statistics(logits, actions, size=1000)
         pull = Pull(*found[:2], torch.ones(n), -torch.ones(n), torch.ones(n), found[3])
+        out += selected(logits, actions, pull)
         out += [*found, gradient(logits, actions, pull, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
     return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 

@@ -178,12 +178,18 @@ def history(folder: Path, name: str) -> list[float]:
 SAVING = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "num_mini_batches": 2, "logging_steps": 1}
 
 
-def test_a_run_killed_in_an_update_resumes_to_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"head_gradient": "sampled", "head_samples": 4}, {"head_gradient": "sampled", "algorithm": "ppo"}],
+    ids=str,
+)
+def test_a_run_killed_in_an_update_resumes_to_the_same_losses(changes: dict[str, Any], tmp_path: Path) -> None:
     """Step 5 is in the middle of a cycle of eight: its experience has to be in the checkpoint."""
-    killed = {"folder": str(tmp_path / "killed"), "config": SAVING, "kill_at": 8}
+    config = SAVING | changes
+    killed = {"folder": str(tmp_path / "killed"), "config": config, "kill_at": 8}
     start([trainer_process.__file__, json.dumps([killed])], expect=-9)
     assert (tmp_path / "killed" / "checkpoint-5" / "experience_0.pt").exists()
-    whole, resumed = (tiny.trainer(tmp_path / name, **SAVING) for name in ("whole", "killed"))
+    whole, resumed = (tiny.trainer(tmp_path / name, **config) for name in ("whole", "killed"))
     whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert len(tiny.losses(whole)) == 12
@@ -646,7 +652,7 @@ def test_the_loss_is_klq_loss_of_the_plain_log_probs(tmp_path: Path) -> None:
     experience, singles, _ = targets_of(run, completions, tiny.even)
     moved = experience.targets._replace(old_values=experience.targets.old_values + 0.1)
     experience.targets = moved
-    loss = run.compute_loss(run.actor_critic, (experience, torch.tensor(5.0)))
+    loss = run.compute_loss(run.actor_critic, (experience, torch.tensor(5.0), 0))
     logp, _, values, _ = (torch.cat([torch.atleast_1d(s[i]) for s in singles]) for i in range(4))
     expected = klq_loss(
         logp, values, moved, alpha=0.7, loss_type="value_clipped", cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32)
