@@ -37,7 +37,7 @@ MOST_STEPS = 10_000  # of a Python loop over time, each of them several launches
 TEST_FILES = (
     "kernels/test_gpu.py", "kernels/test_kernels.py", "core/test_returns.py", "core/test_logprobs.py",
     "core/test_loss.py", "core/test_compile.py", "core/test_bad_input.py", "core/test_complaints.py",
-    "core/test_logits_dtype.py", "core/test_planner.py", "core/test_silent_input.py",
+    "core/test_sampled.py", "core/test_logits_dtype.py", "core/test_planner.py", "core/test_silent_input.py",
 )  # fmt: skip
 Outcome = dict[str, Any]
 LARGE, SMALL = (8192, 4096, 128_256), (512, 4096, 128_256)
@@ -141,6 +141,7 @@ def _contact_calls(x: SimpleNamespace) -> dict[str, Callable[[], list[torch.Tens
         "fused_klq_loss, on-policy": lambda: loss(**on_policy),
         "fused_klq_loss, in chunks": lambda: loss(**on_policy, workspace_bytes=2**24),
         "fused_klq_loss, soft cap": lambda: loss(**on_policy, softcap=20.0),
+        "fused_klq_loss, sampled": lambda: loss(**on_policy, gradient="sampled", samples=16, seed=3),
         "fused_klq_loss, fp32 logits": lambda: loss(**on_policy, logits_dtype=torch.float32),
     }
 
@@ -259,11 +260,21 @@ def _calls_of(context: Context, sizes: tuple[int, int, int]) -> dict[str, Callab
 
         return call
 
+    def frozen_and_sampled() -> dict[str, Any]:
+        weight = inputs.weight.detach()
+        loss = fused_klq_loss(
+            inputs.hidden, weight, inputs.actions, inputs.values, **off, gradient="sampled", seed=1
+        ).loss
+        return gradients(loss, hidden=inputs.hidden, values=inputs.values)
+
     return {
         "three GEMMs": three_gemms(inputs),
         "from targets": ours(**off),
         "from targets, rows in three kernels": in_three_kernels,
         "on-policy": ours(**on),
+        "sampled gradient": ours(**off, gradient="sampled", seed=1),
+        "sampled gradient, on-policy": ours(**on, gradient="sampled", seed=1),
+        "sampled gradient, head frozen": frozen_and_sampled,
         "with entropy": ours(**off, return_entropy=True),
         "fp32 logits": ours(**off, logits_dtype=torch.float32),
         "fp32 master weight": ours(master, **off),

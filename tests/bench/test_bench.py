@@ -20,7 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import caps, environment, gpu_parts, gpu_suite, harness, memory, native_bars, oracle, page, plot, report
+from bench import (
+    caps,
+    environment,
+    gpu_parts,
+    gpu_suite,
+    harness,
+    memory,
+    native_bars,
+    oracle,
+    page,
+    plot,
+    report,
+    sampled_model,
+)
 from bench.cli import chosen_contenders, chosen_shapes, run_task
 from bench.contenders import Call, Contender, Outputs, gradients, ours, peers, plain, scans
 from bench.environment import describe
@@ -691,3 +704,10 @@ def test_inputs_of_scans_mask_a_suffix() -> None:
     assert mask is not None
     assert bool((mask[:, :-1] >= mask[:, 1:]).all())
     assert not bool(mask.all())
+
+
+def test_the_page_of_the_sampled_gradient_is_that_of_the_results() -> None:
+    """And the model of a GPU keeps its promise: at most half of three products."""
+    assert sampled_model.filled(sampled_model.PAGE.read_text()) == sampled_model.PAGE.read_text()
+    _, total, three = sampled_model.model()
+    assert total <= 0.5 * three
