@@ -28,10 +28,10 @@ measures what is on this page, and writes it. `klq experiment NAME --quick` trie
 COMMON = """All are small: tasks and a model that the package brings along, on CPU threads; {minutes:.0f} minutes of
 one thread in all, beside other work. They show that the algorithms behave as they should, not how they rank on large
 models. Every run (but those of the demonstration's loop, whose seeds have warm starts of their own) starts from the
-same warm-started policy, with a second copy of it as the backbone of V, and is evaluated on the same held-out prompts.
-A seed decides the training prompts, the samples and the mini-batches. Intervals are 95% confidence intervals over the seeds, by Student's t. Two algorithms are compared by the interval of their
-differences, seed by seed. KL is to the reference, in nats per completion; the objective is reward − τ·KL. Curves are
-means of the last five cycles."""
+same warm-started policy, with a second copy of it as the backbone of V, and is evaluated on the same held-out
+prompts. A seed decides the training prompts, the samples and the mini-batches. Intervals are 95% confidence intervals
+over the seeds, by Student's t. Two algorithms are compared by the interval of their differences, seed by seed. KL is
+to the reference, in nats per completion; the objective is reward − τ·KL. Curves are means of the last five cycles."""
 
 
 def page(results: dict[str, Results], *, pictures: str) -> str:
