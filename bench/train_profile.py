@@ -114,7 +114,7 @@ def naive_score(states: States, inputs: Any, config: Any) -> Scored:
 
 
 def naive_klq(
-    states: States, inputs: Any, experience: Any, denom: Tensor, config: Any
+    states: States, inputs: Any, experience: Any, denom: Tensor, config: Any, seed: int | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """The loss through the logits of all tokens, and autograd."""
     old_logprobs, old_values, advantages = experience.targets
