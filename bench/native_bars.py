@@ -186,6 +186,7 @@ def sampled(shape: Shape, limit: float, frozen_limit: float) -> Section:
         "fused": checked(ours.fused),
         "three GEMMs": three_gemms(inputs),
         "one GEMM": one_gemm(inputs),
+        "memory": quiet(lambda: native.populate(torch.empty_like(inputs.weight))),
     }
 
     def bars(ms: dict[str, float]) -> list[Bar]:
@@ -195,6 +196,7 @@ def sampled(shape: Shape, limit: float, frozen_limit: float) -> Section:
             Bar(f"{at}: the same, head frozen / three GEMMs", ms["sampled, frozen head"] / floor, frozen_limit),
             Bar(f"{at}: dense loss / three GEMMs", ms["fused"] / floor),
             Bar(f"{at}: one GEMM / three GEMMs", ms["one GEMM"] / floor),
+            Bar(f"{at}: fresh memory for the weight's gradient / three GEMMs", ms["memory"] / floor),
         ]
         if all(isinstance(peak, int) for peak in peaks):
             out.append(Bar(f"{at}: peak memory, sampled / dense", peaks[0] / peaks[1], 1.0))  # type: ignore[operator]

@@ -52,7 +52,8 @@ def _importable(module: str) -> bool:
 
 
 def gradients(loss: Tensor, **inputs: Tensor) -> Outputs:
-    """The loss and its gradients by the named inputs, those it depends on."""
-    found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-    named = {name: g for name, g in zip(inputs, found, strict=True) if g is not None}
+    """The loss and its gradients by the named inputs: those that require one and that it depends on."""
+    leaves = {name: leaf for name, leaf in inputs.items() if leaf.requires_grad}
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    named = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     return {"loss": loss.detach(), **named}

@@ -26,7 +26,7 @@ def _layout(inputs: HeadInputs) -> dict[str, Any]:
 
 
 def fused(inputs: HeadInputs, **options: Any) -> Call:
-    """Three products, gradients formed in the forward."""
+    """Three products, gradients formed in the forward; a frozen head gets none."""
     layout = _layout(inputs)
 
     def call() -> Outputs:
@@ -46,17 +46,7 @@ def sampled(inputs: HeadInputs) -> Call:
 
 def sampled_for_hidden(inputs: HeadInputs) -> Call:
     """The same for a head that is frozen."""
-    frozen = replace(inputs, weight=inputs.weight.detach())
-    layout = _layout(inputs)
-
-    def call() -> Outputs:
-        loss = fused_klq_loss(
-            frozen.hidden, frozen.weight, frozen.actions, frozen.values, targets=frozen.targets, tau=TAU,
-            **layout, softcap=frozen.softcap, gradient="sampled", seed=1,
-        ).loss  # fmt: skip
-        return gradients(loss, hidden=frozen.hidden, values=frozen.values)
-
-    return call
+    return sampled(replace(inputs, weight=inputs.weight.detach()))
 
 
 def recomputed(inputs: HeadInputs) -> Call:

@@ -7,7 +7,7 @@ their targets from ``klq_targets``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,22 +30,28 @@ class Scored(NamedTuple):
     last_values: Tensor
 
 
+def _head(states: States, inputs: Inputs, config: KLQConfig, seed: int | None) -> dict[str, Any]:
+    """What ``linear_logprobs`` and ``fused_klq_loss`` are both told of the head, the tokens and the gradient."""
+    return {
+        **states.head._asdict(),
+        "actions": inputs.actions,
+        "cu_seqlens": inputs.cu_seqlens,
+        "logits_dtype": config.logits_dtype,
+        "gradient": config.head_gradient,
+        "samples": config.head_samples,
+        "seed": seed,
+        "workspace_bytes": config.workspace_bytes,
+    }
+
+
 def logprobs(
     states: States, inputs: Inputs, config: KLQConfig, *, entropy: bool = False, seed: int | None = None
 ) -> LinearLogprobs:
-    """Log-probabilities of the sampled tokens under any policy, and its entropy where asked for."""
-    return linear_logprobs(
-        states.hidden,
-        **states.head._asdict(),
-        actions=inputs.actions,
-        cu_seqlens=inputs.cu_seqlens,
-        return_entropy=entropy,
-        logits_dtype=config.logits_dtype,
-        gradient=config.head_gradient,
-        samples=config.head_samples,
-        seed=seed,
-        workspace_bytes=config.workspace_bytes,
-    )
+    """Log-probabilities of the sampled tokens under any policy, and its entropy where asked for.
+
+    ``seed`` is that of a sampled gradient.
+    """
+    return linear_logprobs(states.hidden, **_head(states, inputs, config, seed), return_entropy=entropy)
 
 
 def score(states: States, inputs: Inputs, config: KLQConfig) -> Scored:
@@ -65,12 +71,11 @@ def klq(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The KLQ loss (arXiv 2508.17000, eq. 6) over the tokens of a micro-batch, divided by ``denom``.
 
-    ``seed`` is that of a sampled gradient, as in ``ppo``.
+    ``seed`` is that of a sampled gradient.
     """
     return fused_klq_loss(
         states.hidden,
-        **states.head._asdict(),
-        actions=inputs.actions,
+        **_head(states, inputs, config, seed),
         values=states.values,
         targets=experience.targets,
         ref_logprobs=experience.ref_logprobs,
@@ -80,13 +85,7 @@ def klq(
         huber_delta=config.huber_delta,
         value_clip=config.value_clip,
         log_ratio_clip=config.log_ratio_clip,
-        cu_seqlens=inputs.cu_seqlens,
         denom=denom,
-        logits_dtype=config.logits_dtype,
-        gradient=config.head_gradient,
-        samples=config.head_samples,
-        seed=seed,
-        workspace_bytes=config.workspace_bytes,
     )
 
 
@@ -100,7 +99,8 @@ def ppo(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7) with a clipped value loss, divided by ``denom``.
 
-    The KL penalty is in the rewards, so in the advantages already (PPO-penalty as in arXiv 1909.08593).
+    The KL penalty is in the rewards, so in the advantages already (PPO-penalty as in arXiv 1909.08593). ``seed`` is
+    that of a sampled gradient.
     """
     old_logprobs, old_values, errors = experience.targets
     change = logprobs(states, inputs, config, seed=seed).logprobs - old_logprobs

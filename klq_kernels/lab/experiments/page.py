@@ -119,14 +119,8 @@ def versus(found: Results) -> str:
         for group, settings in found["chosen"].items()
     )
     sweep = [[entry["name"].replace(",", ", "), f"{entry['objective']:.3f}"] for entry in found["sweep"]]
-    digits = {"reward": 3, "kl": 2, "objective": 3}
     rows = [
-        [
-            name_of(setting_of(pair)),
-            *(of(pair["difference"][name]).text(d) for name, d in digits.items()),
-            of(pair["win_rate"]).text(),
-        ]
-        for pair in found["pairs"]
+        [name_of(setting_of(pair)), *differences(pair), of(pair["win_rate"]).text()] for pair in found["pairs"]
     ]
     columns = ("KLQ less PPO", "reward", "KL", "objective", "judge prefers KLQ")
     about_the_table = prose(
@@ -165,9 +159,19 @@ def tally(pairs: list[Results]) -> str:
     )
 
 
+def differences(pair: Results) -> list[str]:
+    """The paired differences of reward, KL and objective, as a table shows them."""
+    return [of(pair["difference"][name]).text(d) for name, d in (("reward", 3), ("kl", 2), ("objective", 3))]
+
+
+def signs_of(pair: Results) -> dict[str, int]:
+    """The signs of those differences that are clear, and 0."""
+    return {name: of(pair["difference"][name.lower()]).sign for name in ("objective", "reward", "KL")}
+
+
 def verdict(pair: Results) -> str:
     """One line about objective, reward, KL and the judge's preference."""
-    signs = {name: of(pair["difference"][name.lower()]).sign for name in ("objective", "reward", "KL")}
+    signs = signs_of(pair)
     wins = of(pair["win_rate"])
     preferred = wins._replace(mean=wins.mean - 0.5).sign
     said = [f"its {name} is {'higher' if sign > 0 else 'lower'}" for name, sign in signs.items() if sign]
@@ -258,13 +262,11 @@ def noise(found: Results) -> str:
 
 def against_dense(found: Results) -> str:
     """The runs with a sampled gradient less those with the dense one, and where each ended."""
-    digits = {"reward": 3, "kl": 2, "objective": 3}
-    rows = [
-        [name_of(pair["variant"]), *(of(pair["difference"][name]).text(d) for name, d in digits.items())]
-        for pair in found["pairs"]
-    ]
+    rows = [[name_of(pair["variant"]), *differences(pair)] for pair in found["pairs"]]
     clear = [
-        f"{name_of(pair['variant'])}: {' and '.join(said)}" for pair in found["pairs"] if (said := differences(pair))
+        f"{name_of(pair['variant'])}: {' and '.join(said)}"
+        for pair in found["pairs"]
+        if (said := [f"{name} {'higher' if sign > 0 else 'lower'}" for name, sign in signs_of(pair).items() if sign])
     ]
     verdict = (
         f"Beyond the noise of these seeds: {'; '.join(clear)}."
@@ -273,12 +275,6 @@ def against_dense(found: Results) -> str:
     )
     columns = ("sampled less dense", "reward", "KL", "objective")
     return "\n\n".join([prose(verdict), markdown_table(columns, rows), finals(found, first="")])
-
-
-def differences(pair: Results) -> list[str]:
-    """What of a pair is different, in words."""
-    signs = {name: of(pair["difference"][name.lower()]).sign for name in ("objective", "reward", "KL")}
-    return [f"{name} {'higher' if sign > 0 else 'lower'}" for name, sign in signs.items() if sign]
 
 
 def learning(found: Results) -> str:
