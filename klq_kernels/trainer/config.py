@@ -112,7 +112,7 @@ class KLQConfig(TrainingArguments):
         "'sampled' estimates the gradient through the head without bias from a few entries per token, for little more "
         "than a forward pass costs (gradient of fused_klq_loss).",
     )
-    head_samples: int = option(64, "Samples per token: a sampled gradient keeps at most samples + 1 entries of a token on average.")
+    head_samples: int = option(64, "A sampled gradient keeps at most this many entries a token and one, on average.")
     workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
