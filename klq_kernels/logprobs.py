@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from .call.group import share_head, split_head
 from .call.head import check_head
 from .call.layout import Packing, layout_of
+from .call.tokens import AllTokens
 from .ops import linear_logprobs as operator
 from .types import LinearLogprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def linear_logprobs(
@@ -28,7 +36,7 @@ def linear_logprobs(
     samples: int = 64,
     seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
-    process_group: object | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> LinearLogprobs:
     """log softmax(z)[action] with z = softcap(hidden @ weight.T + bias) / temperature, differentiable in all three.
 
@@ -60,7 +68,11 @@ def linear_logprobs(
             torch's generator on the device.
         workspace_bytes: memory for one chunk of logits; by default up to 256 MiB on a CPU, where the native backend
             holds a strip of the vocabulary and seldom more than 16 MiB, and up to 1 GiB on a GPU.
-        process_group: reserved; must be None.
+        process_group: a torch.distributed group, or a DeviceMesh of one dimension, whose ranks share the head (tensor
+            parallelism): ``weight`` and ``bias`` are this rank's rows, in rank order, as many as it has, and V is that
+            of all. Every rank passes the same hidden states and tokens and gets the same results; the gradient by the
+            hidden states is that of all, those by weight and bias are of its own rows (``vocabulary.sharded``). Not
+            under ``torch.compile``.
 
     Returns:
         ``LinearLogprobs(logprobs, logsumexp, entropy)``: fp32, the shape of actions, 0 at masked tokens; entropy is
@@ -69,21 +81,30 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their log-prob is NaN.
-        NotImplementedError: where ``process_group`` is given.
         RuntimeError: for a second derivative, and in forward mode; in backward, where a sampled gradient is asked for
             one by the entropy.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
+    head = split_head(weight, bias, process_group)
     inputs = check_head(
-        layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
+        layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, process_group=process_group,
+        workspace_bytes=workspace_bytes, split=head.group is not None,
     )  # fmt: skip
+    settings = {
+        "temperature": temperature, "softcap": softcap, "return_entropy": return_entropy,
+        "workspace_bytes": workspace_bytes,
+    }  # fmt: skip
+    arguments = {**inputs._asdict(), **layout.row_args()}
+    tokens = None
+    if head.group is not None and head.apart:
+        tokens = AllTokens(head.group, layout, settings)
+        arguments = tokens.arguments(arguments)
     found = operator.Results(
         *operator.linear_logprobs(
             *operator.Arguments(
-                **inputs._asdict(),
-                **layout.row_args(),
+                **arguments,
+                **share_head(head.group, arguments, settings)._asdict(),
                 temperature=temperature,
                 softcap=softcap,
                 return_entropy=return_entropy,
@@ -91,8 +112,8 @@ def linear_logprobs(
             )
         )
     )
-    return LinearLogprobs(
-        found.logp.reshape(layout.shape),
-        found.lse.reshape(layout.shape),
-        found.entropy.reshape(layout.shape) if return_entropy else None,
-    )
+
+    def shaped(vector: Tensor) -> Tensor:
+        return (vector if tokens is None else tokens.own(vector)).reshape(layout.shape)
+
+    return LinearLogprobs(shaped(found.logp), shaped(found.lse), shaped(found.entropy) if return_entropy else None)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
+from .call.group import share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
+from .call.tokens import AllTokens
 from .call.transforms import needs_gradient, refuse_tangents
 from .ops import fused_loss
 from .ops import klq_loss as unfused_loss
 from .types import KLQLoss, KLQTargets
 from .vocabulary.metrics import metric_names
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
 
@@ -52,7 +58,7 @@ def fused_klq_loss(
     samples: int = 64,
     seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
-    process_group: object | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> KLQLoss:
     """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; the math: ``reference``).
 
@@ -93,7 +99,8 @@ def fused_klq_loss(
             bf16 the logits of up to 2H tokens make one chunk, in place of the fp32 accumulator of the weight's
             gradient that several chunks would need. The native CPU backend needs no memory for up to H tokens, whose
             logits lie where the weight's gradient is going to be.
-        process_group: reserved; must be None.
+        process_group: of the processes that share the head, as in ``linear_logprobs``. All pass the same tokens, values
+            and targets, and get the same loss and metrics.
 
     Returns:
         ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``vocabulary.metrics``).
@@ -102,14 +109,14 @@ def fused_klq_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
-        NotImplementedError: where ``process_group`` is given.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
+    head = split_head(weight, bias, process_group)
     inputs = check_head(
-        layout, hidden, weight, actions, bias, temperature=temperature, softcap=softcap,
+        layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, process_group=process_group,
+        workspace_bytes=workspace_bytes, split=head.group is not None,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:
@@ -129,20 +136,33 @@ def fused_klq_loss(
     require_alike("values", flat_values, "hidden", hidden)
     _check_weights(weights)
     refuse_tangents(values=values)
+    optional = {"targets": targets, "ref_logprobs": ref_logprobs, "bootstrap_values": bootstrap_values, "trace": trace}
+    settings = {
+        "gamma": gamma, "lam": lam, "tau": tau, "alpha": alpha, "loss_type": loss_type, "huber_delta": huber_delta,
+        "value_clip": value_clip, "log_ratio_clip": log_ratio_clip, "temperature": temperature, "softcap": softcap,
+        "return_entropy": return_entropy, "workspace_bytes": workspace_bytes,
+        "given": [name for name, tensor in optional.items() if tensor is not None],
+    }  # fmt: skip
+    arguments: dict[str, Any] = {
+        **inputs._asdict(),
+        "values": flat_values,
+        **old,
+        "ref_logp": layout.flat_or_none("ref_logprobs", ref_logprobs),
+        "rewards": per_token,
+        "scores": scores,
+        "bootstrap_values": layout.per_sequence("bootstrap_values", bootstrap_values),
+        "trace": layout.flat_or_none("trace", trace),
+        "weights": layout.flat_or_none("weights", weights),
+        **layout.row_args(),
+        "denom": _denominator(denom, hidden.device),
+    }
+    if head.group is not None and head.apart:
+        arguments = AllTokens(head.group, layout, settings).arguments(arguments)
     found = fused_loss.Results(
         *fused_loss.fused_klq_loss(
             *fused_loss.Arguments(
-                **inputs._asdict(),
-                values=flat_values,
-                **old,
-                ref_logp=layout.flat_or_none("ref_logprobs", ref_logprobs),
-                rewards=per_token,
-                scores=scores,
-                bootstrap_values=layout.per_sequence("bootstrap_values", bootstrap_values),
-                trace=layout.flat_or_none("trace", trace),
-                weights=layout.flat_or_none("weights", weights),
-                **layout.row_args(),
-                denom=_denominator(denom, hidden.device),
+                **arguments,
+                **share_head(head.group, arguments, settings)._asdict(),
                 gamma=gamma,
                 lam=lam,
                 tau=tau,
@@ -157,8 +177,8 @@ def fused_klq_loss(
                 workspace_bytes=workspace_bytes,
                 own_gradients=True,  # the gradients among the results are autograd's alone: they are dropped here
                 need_hidden=needs_gradient(inputs.hidden),
-                need_weight=needs_gradient(weight),
-                need_bias=bias is not None and needs_gradient(bias),
+                need_weight=needs_gradient(inputs.weight),
+                need_bias=inputs.bias is not None and needs_gradient(inputs.bias),
                 need_values=needs_gradient(flat_values),
             )
         )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .call.checks import require_float, require_number, require_tensor
+from .call.group import agree, group_of
 from .call.layout import Layout, Packing, layout_of
 from .call.transforms import refuse_tangents
-from .ops import scans
+from .ops import scans, spans
 from .types import KLQTargets
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def reverse_scan(
@@ -21,6 +26,7 @@ def reverse_scan(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """The reverse first-order linear recurrence A_t = delta_t + decay_t A_{t+1}, differentiable.
 
@@ -32,6 +38,9 @@ def reverse_scan(
         mask: bool, delta's shape; False tokens take no part, whatever they hold.
         cu_seqlens: int32 [B + 1], makes the layout packed.
         packing: a ``pack(...)`` in place of mask and cu_seqlens.
+        process_group: a torch.distributed group, or a DeviceMesh of one dimension, whose ranks share the time of every
+            sequence (context parallelism): each passes a span of each of the B sequences, of any length, also none,
+            in the order of the ranks, and gets its part of the result (``ops.spans``). Not under ``torch.compile``.
 
     Returns:
         fp32, delta's shape, 0 at masked tokens.
@@ -52,7 +61,12 @@ def reverse_scan(
         require_number("decay", decay)
         decays = torch.full((1,), decay, dtype=torch.float32, device=delta.device)
     refuse_tangents(delta=delta, decay=decays)
-    return scans.reverse_scan(flat, decays, *layout.scan_args()).reshape(delta.shape)
+    group = group_of(process_group)
+    if group is None:
+        return scans.reverse_scan(flat, decays, *layout.scan_args()).reshape(delta.shape)
+    alike = {"sequences": layout.cu_seqlens.numel() - 1, "requires_grad": (delta.requires_grad, decays.requires_grad)}
+    agree(group, delta.device, alike)
+    return spans.reverse_scan(flat, decays, *layout.scan_args(), group).reshape(delta.shape)
 
 
 def gae(
@@ -65,6 +79,7 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), without gradient.
 
@@ -76,7 +91,8 @@ def gae(
         values: [B, T] or [N].
         gamma, lam: discount and trace decay, in [0, 1].
         bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
-        mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
+        mask, cu_seqlens, packing, process_group: as in ``reverse_scan``. All ranks pass the same bootstrap values and
+            scores per sequence, which belong to its last valid token, on whichever rank that is.
 
     Returns:
         fp32, the shape of values, 0 at masked tokens.
@@ -85,7 +101,10 @@ def gae(
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
-    inputs = _scan_inputs(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    inputs = _scan_inputs(
+        layout, None, None, values, rewards, None, bootstrap_values,
+        process_group, tau=0.0, gamma=gamma, lam=lam,
+    )  # fmt: skip
     return scans.lambda_errors(*inputs).reshape(layout.shape)
 
 
@@ -99,10 +118,14 @@ def lambda_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """TD(lambda) returns: ``gae`` + values (arguments, result and errors as there), without gradient."""
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
-    inputs = _scan_inputs(layout, None, None, values, rewards, None, bootstrap_values, tau=0.0, gamma=gamma, lam=lam)
+    inputs = _scan_inputs(
+        layout, None, None, values, rewards, None, bootstrap_values,
+        process_group, tau=0.0, gamma=gamma, lam=lam,
+    )  # fmt: skip
     if layout.mask is None:
         return scans.lambda_errors(*inputs).reshape(layout.shape).add_(values.detach())
     _, valid_values, advantages = scans.klq_targets(*inputs)
@@ -123,6 +146,7 @@ def klq_targets(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     packing: Packing | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
 ) -> KLQTargets:
     """Rollout targets of KLQ (arXiv 2508.17000, eq. 13-14 and 7), without gradient.
 
@@ -138,7 +162,7 @@ def klq_targets(
         gamma, lam: discount and trace decay, in [0, 1].
         bootstrap_values: [B], V beyond the last valid token where the sequence was truncated, 0 where it terminated.
         trace: c_t per token (Retrace), same shape; 1 where None.
-        mask, cu_seqlens, packing: the layout, as in ``reverse_scan``.
+        mask, cu_seqlens, packing, process_group: as in ``gae``.
 
     Returns:
         ``KLQTargets(old_logprobs, old_values, advantages)``: fp32, the caller's layout, 0 at masked tokens.
@@ -150,8 +174,9 @@ def klq_targets(
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     require_tensor("ref_logprobs", ref_logprobs)
     inputs = _scan_inputs(
-        layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, tau=tau, gamma=gamma, lam=lam
-    )
+        layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, process_group,
+        tau=tau, gamma=gamma, lam=lam,
+    )  # fmt: skip
     return KLQTargets(*(t.reshape(layout.shape) for t in scans.klq_targets(*inputs)))
 
 
@@ -163,6 +188,7 @@ def _scan_inputs(
     rewards: Tensor,
     trace: Tensor | None,
     bootstrap_values: Tensor | None,
+    process_group: ProcessGroup | DeviceMesh | None,
     *,
     tau: float,
     gamma: float,
@@ -184,4 +210,11 @@ def _scan_inputs(
         per_token,
         layout.flat_or_none("trace", trace),
     )
+    group = group_of(process_group)
+    if group is not None:
+        names = ("logprobs", "ref_logprobs", "values", "rewards", "trace")
+        given = [name for name, column in zip(names, columns, strict=True) if column is not None]
+        alike = {"sequences": tail.numel(), "tau": tau, "gamma": gamma, "lam": lam, "given": given}
+        agree(group, tail.device, alike, given=(tail.view(torch.int32),))
+        tail = spans.tail_values(group, columns, tail, *layout.scan_args(), tau, gamma, lam)
     return *columns, tail, *layout.scan_args(), tau, gamma, lam

@@ -15,15 +15,6 @@ from .transforms import needs_gradient, refuse_tangents
 # Asked once, here, since torch.compile of torch 2.11 cannot trace the question.
 AUTOCASTS = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
 
-# A sharded parameter has the shape of the whole one, so it has to be refused by its kind. ``full_tensor()`` alone takes
-# the gradients of all ranks for equal ones and keeps its own share of its own.
-WHOLE = (
-    "is a DTensor; pass {name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), with Partial from "
-    "torch.distributed.tensor, which adds up the gradients of all ranks (each with other tokens); or call inside the "
-    "module that owns it"
-)
-
-
 GRADIENTS = ("dense", "sampled")
 MOST_SAMPLES = 2**16
 
@@ -57,14 +48,14 @@ def check_head(
     samples: int,
     seed: int | Tensor | None,
     workspace_bytes: int | None,
-    process_group: object | None,
+    split: bool,
 ) -> HeadInputs:
-    """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them."""
-    if process_group is not None:
-        raise NotImplementedError("process_group: a head split over processes is not supported; pass the whole weight")
-    for name, given in (("hidden", hidden), ("weight", weight)):
-        require(not hasattr(given, "full_tensor"), name, WHOLE.format(name=name))
-        require_tensor(name, given)
+    """Checks and flattens; under autocast hidden states take autocast's dtype, as ``F.linear`` would make them.
+
+    ``split``: other processes have other rows of the head, so that this one may have none.
+    """
+    require_tensor("hidden", hidden)
+    require_tensor("weight", weight)
     if bias is not None:
         require_tensor("bias", bias)
     require(
@@ -74,7 +65,8 @@ def check_head(
     )
     require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}")
     vocab, width = weight.shape
-    require(vocab > 0 and width > 0, "weight", f"must have at least one row and column, got {list(weight.shape)}")
+    enough = (vocab > 0 or split) and width > 0
+    require(enough, "weight", f"must have at least one row and column, got {list(weight.shape)}")
     require(
         width == hidden.shape[-1],
         "weight",
@@ -115,7 +107,7 @@ def check_head(
     )
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     stored = chunking.head_dtypes(hidden.dtype, device, fp32_logits=fp32_logits).logits
-    chunking.chunk_rows(1, vocab, stored, device, workspace_bytes)
+    chunking.chunk_rows(1, max(vocab, 1), stored, device, workspace_bytes)
     check_sampling("gradient", gradient, "samples", samples)
     _check_seed(seed, device)
     sampled = gradient == "sampled"

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import backend_for, vocabulary_major
+from ..backends import backend_for
 from ..call import layout
-from ..vocabulary import chunking
-from ..vocabulary.chunks import Head, LossShape, Needs, Rows, ScanTerms, Terms
+from ..vocabulary.chunks import LossShape, Needs, Rows, ScanTerms, Terms
 from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
 from ..vocabulary.sampling import Sampling
 from .gradients import scaled_gradient
+from .head import head_dtypes, make_head, vocabulary, weight_gradient_dtype
 from .operator import Operator, Parts, fields_of
 from .scans import tail_values
 
@@ -47,42 +47,14 @@ class GradientScale:
         return losses.sum() * self.grad_scale * self.unit
 
 
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    gradient_dtype: torch.dtype,
-    *,
-    fp32_logits: bool,
-) -> Head:
-    """The head in the dtype of its products (``chunking.head_dtypes``): an fp32 master weight is cast for them. The
-    bias is added to the logits, in their dtype.
-    """
-    dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
-    weight = weight.detach().to(dtypes.products)
-    bias = None if bias is None else bias.detach().to(dtypes.logits)
-    return Head(weight, bias, 1.0 / temperature, softcap, gradient_dtype, dtypes.logits)
-
-
-def weight_gradient_dtype(
-    hidden: Tensor, weight: Tensor, workspace_bytes: int | None, *, fp32_logits: bool, sampled: bool, keep: bool = True
-) -> torch.dtype:
-    """``chunking.weight_gradient_dtype`` of these inputs."""
-    dtypes = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=fp32_logits)
-    return chunking.weight_gradient_dtype(
-        hidden.shape[0], weight.shape[0], weight.shape[1], dtypes, weight.dtype, hidden.device, workspace_bytes,
-        vocabulary_major=vocabulary_major(hidden.device), keep=keep, sampled=sampled,
-    )  # fmt: skip
-
-
 class Arguments(NamedTuple):
     """Flat tensors of M positions, cut into B sequences; ``layout.valid_rows`` finds the valid ones."""
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
+    group: str  # ``head.HeadArguments``
+    shard_sizes: list[int]
     actions: Tensor  # int64 [M]
     values: Tensor  # [M]
     # targets of a rollout, all None on-policy
@@ -165,15 +137,11 @@ def _fake(given: Arguments) -> Results:
     def shaped(needed: bool, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype) if needed else scalar.new_empty(0)
 
-    weight_dtype = weight_gradient_dtype(
-        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0
-    )
-    products = chunking.head_dtypes(hidden.dtype, hidden.device, fp32_logits=given.fp32_logits).products
     return Results(
         loss=scalar,
         metrics=scalar.new_empty(len(names)),
-        d_hidden=shaped(given.need_hidden, *hidden.shape, dtype=products),
-        d_weight=shaped(given.need_weight, *weight.shape, dtype=weight_dtype),
+        d_hidden=shaped(given.need_hidden, *hidden.shape, dtype=head_dtypes(given).products),
+        d_weight=shaped(given.need_weight, *weight.shape, dtype=weight_gradient_dtype(given)),
         d_bias=shaped(given.need_bias, weight.shape[0]),
         d_values=shaped(given.need_values, given.actions.shape[0]),
         unit=scalar.new_empty(()),
@@ -208,15 +176,9 @@ def _forward(given: Arguments) -> Results:
     index, row_cu_seqlens = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
-    layout.check_actions(taken, given.weight.shape[0])
+    layout.check_actions(taken, vocabulary(given))
     layout.check_denom(given.denom)
-    weight_dtype = weight_gradient_dtype(
-        given.hidden, given.weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0
-    )
-    head = make_head(
-        given.hidden, given.weight, given.bias, given.temperature, given.softcap, weight_dtype,
-        fp32_logits=given.fp32_logits,
-    )  # fmt: skip
+    head = make_head(given, weight_gradient_dtype(given))
     rows = Rows(given.hidden.detach().to(head.weight.dtype), index, taken)
     terms = _terms(given, index)
     ref_logp = layout.fp32_rows(given.ref_logp, index)

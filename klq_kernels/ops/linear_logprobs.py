@@ -17,7 +17,7 @@ from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from ..vocabulary.precision import own_settings
 from ..vocabulary.sampling import Sampling
-from .fused_loss import make_head, weight_gradient_dtype
+from .head import make_head, vocabulary, weight_gradient_dtype
 from .operator import Operator, Parts
 
 
@@ -27,6 +27,8 @@ class BackwardArguments(NamedTuple):
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
+    group: str  # ``head.HeadArguments``
+    shard_sizes: list[int]
     actions: Tensor  # int64 [M]
     # ``Layout.row_args``
     mask: Tensor | None
@@ -91,12 +93,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     top, log_total = take(given.top), take(given.log_total)
     by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
     by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
-    weight_dtype = weight_gradient_dtype(
-        hidden, weight, given.workspace_bytes, fp32_logits=given.fp32_logits, sampled=given.samples > 0, keep=False
-    )
-    head = make_head(
-        hidden, weight, bias, given.temperature, given.softcap, weight_dtype, fp32_logits=given.fp32_logits
-    )
+    head = make_head(given, weight_gradient_dtype(given, keep=False))
     with own_settings(hidden.device):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
@@ -127,6 +124,8 @@ class Arguments(NamedTuple):
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
+    group: str  # ``head.HeadArguments``
+    shard_sizes: list[int]
     actions: Tensor  # int64 [M]
     # ``Layout.row_args``
     mask: Tensor | None
@@ -161,7 +160,7 @@ def _fake(given: Arguments) -> Results:
     return Results(logp, torch.empty_like(logp), entropy, torch.empty_like(logp), torch.empty_like(logp))
 
 
-SETTINGS = ("temperature", "softcap", "fp32_logits", "workspace_bytes", "samples")
+SETTINGS = ("group", "shard_sizes", "temperature", "softcap", "fp32_logits", "workspace_bytes", "samples")
 SAVED = ("hidden", "weight", "bias", "actions", "mask", "cu_seqlens", "rows", "seed")
 
 
@@ -207,11 +206,8 @@ def _forward(given: Arguments) -> Results:
     index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
-    layout.check_actions(taken, given.weight.shape[0])
-    head = make_head(
-        given.hidden, given.weight, given.bias, given.temperature, given.softcap, torch.float32,
-        fp32_logits=given.fp32_logits,
-    )  # fmt: skip
+    layout.check_actions(taken, vocabulary(given))
+    head = make_head(given, torch.float32)
     with own_settings(given.hidden.device):
         found = logprobs_pass(
             backend_for(given.hidden.device),

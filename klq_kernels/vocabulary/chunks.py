@@ -8,10 +8,12 @@ a pass, or of the chunk that ``part`` cuts out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from types import ModuleType
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -108,6 +110,25 @@ def part(bundle: Bundle, chunk: slice) -> Bundle:
     return each(bundle, lambda vector: vector[chunk])
 
 
+class Shard(NamedTuple):
+    """This rank's place in a head whose rows are split over the ranks of a group, in their order (``sharded``)."""
+
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]  # rows of each rank; some may be 0
+
+    @property
+    def first(self) -> int:
+        """The token of this rank's first row."""
+        return sum(self.sizes[: self.rank])
+
+    def owner(self, actions: Tensor) -> Tensor:
+        """int64, the shape of ``actions``: the rank that holds each token, and the number of ranks where none does."""
+        ends = torch.tensor(list(accumulate(self.sizes)), device=actions.device)
+        owner = torch.bucketize(actions, ends, right=True)
+        return owner.masked_fill(actions < 0, len(self.sizes))
+
+
 class Head(NamedTuple):
     """The linear head: z = softcap(hidden @ weight.T + bias) * scale, with scale = 1 / temperature."""
 
@@ -117,6 +138,17 @@ class Head(NamedTuple):
     softcap: float | None
     gradient_dtype: torch.dtype  # what the weight's gradient adds up in (``chunking.weight_gradient_dtype``)
     logits_dtype: torch.dtype  # what the first product writes: that of the products, or on a GPU fp32
+    shard: Shard | None = None  # where ``weight`` and ``bias`` are one rank's rows
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """What the gradient by the hidden states is written in: a rank's part of a sum is not rounded before it."""
+        return self.weight.dtype if self.shard is None else torch.float32
+
+    def rows_for_all(self, rows_for: Callable[[int], int]) -> int:
+        """The least of ``rows_for(V)`` over the ranks that have rows of the head: all must walk the same chunks."""
+        sizes = (self.weight.shape[0],) if self.shard is None else self.shard.sizes
+        return min(rows_for(vocab) for vocab in sizes if vocab)
 
 
 class Rows(NamedTuple):
@@ -225,9 +257,9 @@ def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None
     """Buffers for the gradients of (hidden, weight, bias): 0 wherever no chunk will write, uninitialised elsewhere."""
     vocab, width = head.weight.shape
     device = head.weight.device
-    rowless = rows.actions.numel() == 0
+    rowless = rows.actions.numel() == 0 or vocab == 0
     make = torch.zeros if rowless or rows.positions is not None else torch.empty
-    hidden = make(rows.hidden.shape, dtype=head.weight.dtype, device=device) if needs.hidden else None
+    hidden = make(rows.hidden.shape, dtype=head.hidden_dtype, device=device) if needs.hidden else None
     make = torch.zeros if rowless else torch.empty
     weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
     bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None

@@ -13,7 +13,8 @@ and one scalar is carried over the boundary; the gradient is exact and is ready 
 A is given and the same loop runs without the scan; a backend may then do all that lies between GEMM 1 and GEMM 2 at
 once (``VocabularyWork.update``). A product whose result is not needed is left out.
 
-With a sampled gradient GEMM 2 and 3 are sums of a few rows each, after the last chunk (``sampling``).
+With a sampled gradient GEMM 2 and 3 are sums of a few rows each, after the last chunk (``sampling``). Where processes
+share a head, the loop runs on all of them, each with its own rows of W (``sharded``).
 
 fp16 gradients are computed for a loss scaled by the power of two nearest above ``denom`` and scaled back exactly in
 backward, so that those of a mean over many thousand tokens do not underflow on the way.
@@ -46,6 +47,7 @@ from .chunks import (
     slices,
 )
 from .sampling import NOTHING, Sampled, Sampling
+from .sharded import Sharded
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor
 
@@ -76,7 +78,12 @@ def _vocabulary_work(
     backend: ModuleType, rows: Rows, head: Head, needs: Needs, *, keep: bool, workspace_bytes: int | None
 ) -> VocabularyWork:
     """Products and row operations in the form that suits the backend."""
-    return _form(backend)(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
+    form = _form(backend)
+
+    def local(rows: Rows, head: Head) -> VocabularyWork:
+        return form(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
+
+    return local(rows, head) if head.shard is None else Sharded(local, rows, head, needs, sampled=False)
 
 
 def _gradient_work(
@@ -94,7 +101,11 @@ def _gradient_work(
     if sampling is None or not any(needs):
         return _vocabulary_work(backend, rows, head, needs, keep=keep, workspace_bytes=workspace_bytes)
     form = _form(backend)
-    return Sampled(form, backend, rows, head, needs, sampling, logp, keep=keep, workspace_bytes=workspace_bytes)
+
+    def local(rows: Rows, head: Head) -> VocabularyWork:
+        return Sampled(form, backend, rows, head, needs, sampling, logp, keep=keep, workspace_bytes=workspace_bytes)
+
+    return local(rows, head) if head.shard is None else Sharded(local, rows, head, needs, sampled=True)
 
 
 def _form(backend: ModuleType) -> type[VocabularyForm]:

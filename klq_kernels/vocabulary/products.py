@@ -32,14 +32,18 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return out
 
 
-def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """dlogits @ weight, in memory of its own: a GEMM may add in another order where its output is aligned otherwise."""
-    if not chunking.widens(dlogits.dtype, dlogits.device):
+def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dlogits @ weight in ``dtype``, theirs or fp32, in memory of its own: a GEMM may add in another order where its
+    output is aligned otherwise.
+    """
+    if dtype == dlogits.dtype and not chunking.widens(dtype, dlogits.device):
         return torch.mm(dlogits, weight)
+    if dlogits.is_cuda:
+        return torch.mm(dlogits, weight, out_dtype=dtype)
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
     for strip in slices(weight.shape[0], chunking.WIDE_COLUMNS):
         total.addmm_(dlogits[:, strip].float(), weight[strip].float())
-    return total.to(dlogits.dtype)
+    return total.to(dtype)
 
 
 def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:

@@ -66,16 +66,16 @@ class Sampling(NamedTuple):
 class Entries:
     """The kept entries of all rows of a pass, row by row, each row's in the order of the vocabulary."""
 
-    def __init__(self, n: int, vocab: int, sampling: Sampling) -> None:
+    def __init__(self, n: int, vocab: int, sampling: Sampling, rank: int) -> None:
         self._sampling, self._vocab = sampling, vocab
         self._per_row = room_per_row(sampling.samples, vocab)
         device = sampling.seed.device
         room = n * self._per_row
         self.columns = torch.full((room,), vocab, dtype=torch.int32, device=device)  # V: no entry
         self.values = torch.empty(room, dtype=torch.float32, device=device)
-        self.begins = torch.empty(n, dtype=torch.int64, device=device)
+        self.begins = torch.zeros(n, dtype=torch.int64, device=device)
         self.counts = torch.zeros(n, dtype=torch.int32, device=device)
-        self._fractions = uniform_bits(sampling.seed, n)
+        self._fractions = uniform_bits(sampling.seed, n) + _spread(rank)
 
     def selection(self, chunk: slice, pull: Pull, logp: Tensor, scale: float) -> tuple[Pull, Selection]:
         """The inputs of the selection on these rows. A gradient that is not finite makes all of the chunk's NaN."""
@@ -129,7 +129,8 @@ class Sampled(VocabularyWork):
         self.bias: Tensor | None = None
         self._form = form(backend, rows, head, NOTHING, keep=keep, workspace_bytes=workspace_bytes, memory=self.weight)
         self.chunk_rows = self._form.chunk_rows
-        self._entries = Entries(rows.actions.numel(), head.weight.shape[0], sampling)
+        rank = 0 if head.shard is None else head.shard.rank
+        self._entries = Entries(rows.actions.numel(), head.weight.shape[0], sampling, rank)
 
     def statistics(self, chunk: slice, out: Statistics) -> None:
         self._form.statistics(chunk, out)
@@ -149,7 +150,7 @@ class Sampled(VocabularyWork):
 
     def _hidden_gradient(self) -> Tensor:
         rows, weight = self._rows, self._head.weight
-        by_row = weight.new_empty(rows.actions.numel(), weight.shape[1])
+        by_row = weight.new_empty(rows.actions.numel(), weight.shape[1], dtype=self._head.hidden_dtype)
         self._backend.weighted_sums(self._entries.by_token(), weight, by_row)
         if rows.positions is None:
             return by_row
@@ -189,6 +190,13 @@ def uniform_bits(seed: Tensor, n: int) -> Tensor:
     """
     x = (torch.arange(1, n + 1, dtype=torch.int64, device=seed.device) + _mixed(seed)) * -0x61C8864680B583EB
     return (_mixed(x) >> 32).int()
+
+
+def _spread(rank: int) -> int:
+    """In 2^-32, as int32: how far the fractions of ranks that share a head lie from those of the first. Steps by the
+    golden ratio spread any number of them.
+    """
+    return (rank * 0x9E3779B9 + 2**31) % 2**32 - 2**31
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -49,24 +49,34 @@ class TokenMajor(VocabularyForm):
         room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
         # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
-        stride = chunking.row_stride(vocab) if backend.PADS_ROWS else vocab
+        stride = self._stride(vocab)
         # (Kernels made for a GPU run on a CPU in tests: there the padding is 0.)
         padded_on_cpu = stride != vocab and head.weight.device.type == "cpu"
         inside = 0
         if memory is not None and not padded_on_cpu:
-            inside = chunking.rows_inside(n, stride * dtype.itemsize, memory.numel() * memory.itemsize)
+            inside = head.rows_for_all(
+                lambda vocab: chunking.rows_inside(
+                    n, self._stride(vocab) * dtype.itemsize, vocab * width * memory.itemsize
+                )
+            )
         if memory is not None and inside:
             self.chunk_rows = inside
             self._buffer = as_dtype(memory, dtype)[: inside * stride].view(inside, stride)[:, :vocab]
         else:
             make = head.weight.new_zeros if padded_on_cpu else head.weight.new_empty
-            self.chunk_rows = chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
+            self.chunk_rows = head.rows_for_all(
+                lambda vocab: chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
+            )
             self._buffer = make(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
         self._needs = needs
-        one_chunk = 0 < self.chunk_rows == rows.hidden.shape[0]  # whose gradient of hidden is the product itself
+        # whose gradient of hidden is the product itself
+        one_chunk = 0 < self.chunk_rows == rows.hidden.shape[0] and vocab > 0
         apart = needs._replace(hidden=needs.hidden and not one_chunk)
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, apart)
         self._first = True
+
+    def _stride(self, vocab: int) -> int:
+        return chunking.row_stride(vocab) if self._backend.PADS_ROWS else vocab
 
     def statistics(self, chunk: slice, out: Statistics) -> None:
         self._project(chunk)
@@ -114,7 +124,7 @@ class TokenMajor(VocabularyForm):
     def _multiply(self, chunk: slice, dlogits: Tensor) -> None:
         """GEMM 2 and 3."""
         if self._needs.hidden:
-            d_hidden = products.project_back(dlogits, self._head.weight)
+            d_hidden = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype)
             if self.hidden is None:
                 self.hidden = d_hidden
             else:

@@ -52,10 +52,14 @@ class VocabularyMajor(VocabularyForm):
         self._computed = torch.float32 if chunking.widens(stored, device) else stored
         self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
         room = chunking.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
-        self.chunk_rows = chunking.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
+        self.chunk_rows = head.rows_for_all(
+            lambda vocab: chunking.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)
+        )
         inside = self.weight if keep and n <= chunking.rows_in_gradient(width, stored, head.gradient_dtype) else None
         if keep and memory is not None:
-            fit = chunking.rows_inside(n, vocab * stored.itemsize, memory.numel() * memory.itemsize)
+            fit = head.rows_for_all(
+                lambda vocab: chunking.rows_inside(n, vocab * stored.itemsize, vocab * width * memory.itemsize)
+            )
             self.chunk_rows, inside = (fit, memory) if fit else (self.chunk_rows, None)
         size = chunking.strip_entries(self.chunk_rows, vocab, self._computed, workspace_bytes)
         self._strips = slices(vocab, size)

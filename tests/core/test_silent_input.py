@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sharded_head_process
 import torch
 from cases import make_case, ragged_mask, rms
-from processes import TWO_PROCESSES, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from klq_kernels import fused_klq_loss, gae, klq_loss, linear_logprobs, pack, reference, reverse_scan
@@ -124,13 +122,6 @@ def test_subclasses_that_only_add_to_a_tensor_pass() -> None:
     case = make_case(MASK, vocab=19, width=4)
     named = loss(hidden=case.hidden.as_subclass(Named), weight=torch.nn.Parameter(case.weight))
     assert torch.equal(torch.Tensor(named.loss), loss().loss)
-
-
-def test_a_sharded_head_is_refused_with_the_line_that_gathers_it(tmp_path: Any) -> None:
-    """Two processes with tokens of their own follow the line, and find the gradient of one process with all tokens."""
-    start([*TWO_PROCESSES, sharded_head_process.__file__, str(tmp_path / "found.pt")])
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    torch.testing.assert_close(found["gradient"], found["whole"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])

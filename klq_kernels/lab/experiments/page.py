@@ -119,9 +119,7 @@ def versus(found: Results) -> str:
         for group, settings in found["chosen"].items()
     )
     sweep = [[entry["name"].replace(",", ", "), f"{entry['objective']:.3f}"] for entry in found["sweep"]]
-    rows = [
-        [name_of(setting_of(pair)), *differences(pair), of(pair["win_rate"]).text()] for pair in found["pairs"]
-    ]
+    rows = [[name_of(setting_of(pair)), *differences(pair), of(pair["win_rate"]).text()] for pair in found["pairs"]]
     columns = ("KLQ less PPO", "reward", "KL", "objective", "judge prefers KLQ")
     about_the_table = prose(
         """The judge is the task's second opinion, with criteria of its own. It compares the two completions of the same

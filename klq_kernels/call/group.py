@@ -1,0 +1,137 @@
+"""Processes that share one call: the check that all of them make the same one, before any of them waits for another."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..vocabulary.collectives import all_gather
+from .checks import require
+
+# ``full_tensor()`` alone takes the gradients of all ranks for equal ones and keeps its own share of its own.
+GATHER = (
+    "or pass weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim), with Partial from "
+    "torch.distributed.tensor, which adds up the gradients of all ranks (each with other tokens)"
+)
+
+
+def group_of(process_group: object) -> dist.ProcessGroup | None:
+    """The group behind the argument; None for None and for a group of one process, which need no communication.
+
+    Raises:
+        ValueError: where it is no process group, or one that this process is not in.
+    """
+    if process_group is None:
+        return None
+    group: Any = process_group
+    if hasattr(group, "get_group"):  # a DeviceMesh
+        require(group.ndim == 1, "process_group", f"must have one dimension, got a mesh of {group.ndim}")
+        group = group.get_group()
+    known = isinstance(group, dist.ProcessGroup)
+    require(known, "process_group", f"must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+    return group if group.size() > 1 else None
+
+
+@torch.compiler.disable
+def agree(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    settings: dict[str, Any],
+    own: tuple[int, ...] = (),
+    given: tuple[Tensor | None, ...] = (),
+) -> list[list[int]]:
+    """Compares the ranks' calls in one all-gather of a few integers, and returns every rank's ``own``.
+
+    Args:
+        settings: what all ranks must pass alike, of values whose ``repr`` says what they are.
+        own: numbers of this rank.
+        given: int64, int32 or boolean tensors that all ranks must pass alike; compared by a checksum.
+
+    Raises:
+        ValueError: on all ranks, where two calls differ.
+    """
+    said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    numbers = torch.tensor([zlib.crc32(said.encode()), *own], dtype=torch.int64).to(device)
+    sums = [_checksum(tensor) for tensor in given if tensor is not None]
+    total = sum(sums, torch.zeros((), dtype=torch.int64, device=device))
+    mine = torch.cat([total.reshape(1), numbers])
+    table = all_gather(mine, group).tolist()
+    for rank, (checksum, settled, *_) in enumerate(table):
+        other = f"rank {rank} was called with other arguments than rank 0; here they are {said}"
+        require(settled == table[0][1], "process_group", other)
+        other = f"rank {rank} has other tokens than rank 0 (actions, mask, cu_seqlens, packing)"
+        require(checksum == table[0][0], "process_group", other)
+    return [row[2:] for row in table]
+
+
+class SplitHead(NamedTuple):
+    """This rank's rows of a head, and the group that has the others; None where the head is whole."""
+
+    weight: Tensor
+    bias: Tensor | None
+    group: dist.ProcessGroup | None
+    apart: bool  # whether each rank has tokens of its own
+
+
+def split_head(weight: Tensor, bias: Tensor | None, process_group: object) -> SplitHead:
+    """The rows that a call is about: given beside a group, or those of a DTensor.
+
+    Raises:
+        ValueError: where a DTensor is not split by rows over one dimension of a mesh, or a group is given beside it.
+    """
+    if not hasattr(weight, "placements"):
+        return SplitHead(weight, bias, group_of(process_group), apart=False)
+    require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+    sharded: Any = weight  # importing DTensor's module would take longer than the rest of the library
+    mesh, placements = sharded.device_mesh, sharded.placements
+    by_rows = mesh.ndim == 1 and placements[0].is_shard(0)
+    require(by_rows, "weight", f"is a DTensor with placements {list(placements)}, and must be [Shard(0)]; {GATHER}")
+    own_bias: Any = bias
+    alike = getattr(bias, "placements", None) == placements and own_bias.device_mesh == mesh
+    require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
+    group = group_of(mesh)
+    own_bias = None if bias is None else own_bias.to_local()
+    return SplitHead(sharded.to_local(), own_bias, group, apart=group is not None)
+
+
+class Shards(NamedTuple):
+    """How an operator is told of the ranks that share a head."""
+
+    group: str  # the name by which PyTorch finds it, "" for none
+    shard_sizes: list[int]  # how many rows of the head each rank has
+
+
+def share_head(group: dist.ProcessGroup | None, arguments: dict[str, Any], settings: dict[str, Any]) -> Shards:
+    """The rows of the head on each rank, once all ranks agree on everything else.
+
+    Args:
+        arguments: an operator's, flat: the head, the tokens and where the valid ones are.
+        settings: the caller's other arguments that all ranks must pass alike.
+    """
+    if group is None:
+        return Shards("", [])
+    hidden, weight, bias, actions = (arguments[name] for name in ("hidden", "weight", "bias", "actions"))
+    mask, cu_seqlens, rows = (arguments[name] for name in ("mask", "cu_seqlens", "rows"))
+    alike = {
+        "hidden": (hidden.dtype, tuple(hidden.shape)),
+        "bias": bias is not None,
+        "requires_grad": (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad),
+        "fp32_logits": arguments["fp32_logits"],
+        "samples": arguments["samples"],
+    }
+    taken = actions if mask is None else torch.where(mask, actions, 0)
+    taken = taken if rows is None else taken[rows]
+    given = (taken, mask, cu_seqlens, rows)
+    sizes = [rows for (rows,) in agree(group, cu_seqlens.device, alike | settings, (weight.shape[0],), given)]
+    require(sum(sizes) > 0, "weight", "no rank has a row of it")
+    return Shards(group.group_name, sizes)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """int64, 0-d: differs, but by accident, where an element or its place does. Integers wrap."""
+    flat = tensor.reshape(-1).long()
+    return (flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum()
