@@ -185,7 +185,7 @@ def sampled(shape: Shape, limit: float, frozen_limit: float) -> Section:
         "sampled, frozen head": ours.sampled_for_hidden(inputs),
         "fused": checked(ours.fused),
         "three GEMMs": three_gemms(inputs),
-        # not just before the sampled gradient: a virtual machine gives memory that was free for seconds back to its host
+        # not just before the sampled gradient: a virtual machine hands memory that is free for seconds to its host
         "memory": quiet(lambda: native.populate(torch.empty_like(inputs.weight))),
         "one GEMM": one_gemm(inputs),
     }

@@ -82,13 +82,17 @@ def table() -> str:
 
 
 def bars() -> str:
-    """What ``bench.native_bars`` measured of the sampled gradient, section by section."""
+    """What ``bench.native_bars`` measured of the sampled gradient; a second column where glibc keeps freed memory."""
     sections = json.loads((RESULTS / "native_bars.json").read_text())["sections"]
-    found = [section for name, section in sections.items() if name.startswith("sampled")]
-    rows = [[bar["name"], f"{bar['value']:.3f}"] for section in found for bar in section["bars"]]
-    where = found[0]["environment"]["device"] if found else ""
-    isa = found[0]["environment"]["isa"] if found else ""
-    return f"{markdown_table(('ratio', 'median'), rows)}\n\nOn {where}, {isa}."
+    found = {name: section for name, section in sections.items() if name.startswith("sampled")}
+    kept = {name.split()[-1]: section for name, section in sections.items() if name.startswith("GLIBC")}
+    rows = []
+    for name, section in found.items():
+        beside = {bar["name"]: f"{bar['value']:.3f}" for bar in kept.get(name, {"bars": []})["bars"]}
+        rows += [[bar["name"], f"{bar['value']:.3f}", beside.get(bar["name"], "")] for bar in section["bars"]]
+    environment = next(iter(found.values()))["environment"]
+    table = markdown_table(("ratio", "median", "memory kept"), rows)
+    return f"{table}\n\nOn {environment['device']}, {environment['isa']}."
 
 
 def filled(page: str) -> str:

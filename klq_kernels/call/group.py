@@ -36,7 +36,6 @@ def group_of(process_group: object) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
-@torch.compiler.disable
 def agree(
     group: dist.ProcessGroup,
     device: torch.device,
@@ -54,6 +53,8 @@ def agree(
     Raises:
         ValueError: on all ranks, where two calls differ.
     """
+    compiling = torch.compiler.is_compiling()
+    require(not compiling, "process_group", "torch.compile cannot trace what processes share; leave the call out of it")
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     numbers = torch.tensor([zlib.crc32(said.encode()), *own], dtype=torch.int64).to(device)
     sums = [_checksum(tensor) for tensor in given if tensor is not None]

@@ -291,10 +291,10 @@ def test_pack() -> None:
 
 
 @pytest.mark.parametrize("function", EVERY_HEAD)
-def test_a_head_split_over_processes_is_not_there_yet(function: str) -> None:
+def test_a_process_group_is_a_process_group(function: str) -> None:
     call, wanted = FUNCTIONS[function]
     arguments = {n: v for n, v in good().items() if n in wanted}
-    with pytest.raises(NotImplementedError, match="process_group"):
+    with pytest.raises(ValueError, match="process_group: must be a ProcessGroup or a DeviceMesh, got object"):
         call(**arguments, process_group=object())
 
 

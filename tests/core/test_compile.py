@@ -38,8 +38,10 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     rows, row_ends = layout.valid_rows(mask, ends, None, c.actions.numel())
     tail = torch.zeros(ends.numel() - 1, device=ends.device)
     discounts = (0.1, 0.9, 0.95)  # tau, gamma, lam
-    head = (c.hidden, c.weight, c.bias, c.actions)
-    bare_head = (c.hidden, c.weight, None, c.actions)
+    whole: tuple[str, list[int]] = ("", [])  # no processes share it
+    head = (c.hidden, c.weight, c.bias, *whole, c.actions)
+    bare_head = (c.hidden, c.weight, None, *whole, c.actions)
+    detached = (c.hidden.detach(), c.weight.detach(), c.bias.detach(), *whole, c.actions)
     shape = (0.1, 0.9, "double_clipped", 1.0, 0.2, 0.2)
     d = {n: getattr(c, n).detach() for n in ("old_logprobs", "old_values", "advantages", "ref_logprobs", "rewards")}
     old = (d["old_logprobs"], d["old_values"], d["advantages"])
@@ -68,14 +70,14 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear_logprobs_backward": (
             logprobs_op.linear_logprobs_backward,
             (
-                *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
+                *detached, mask, ends, None, per_row + 9, per_row.abs(),
                 per_row.abs(), None, per_row, per_row, per_row, 0.7, 9.0, False, None, *dense, True, True, True,
             ),
         ),
         "linear_logprobs_backward sampled": (
             logprobs_op.linear_logprobs_backward,
             (
-                *(None if t is None else t.detach() for t in head), mask, ends, None, per_row + 9, per_row.abs(),
+                *detached, mask, ends, None, per_row + 9, per_row.abs(),
                 None, -per_row.abs(), per_row, per_row, None, 0.7, 9.0, False, None, *sampled, True, True, True,
             ),
         ),

@@ -32,7 +32,8 @@ def some(name: str, hint: Any) -> Any:
     special: dict[str, Any] = {
         "actions": torch.arange(N), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
         "mask": torch.tensor([True, True, False, True, True, True]), "loss_type": "l2", "softcap": 5.0,
-        "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, **NUMBERS,
+        "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, "group": "",
+        "shard_sizes": [], **NUMBERS,
     }  # fmt: skip
     if name in special:
         return special[name]

@@ -33,11 +33,11 @@ HEAD = {
     "bias": None, "temperature": 1.0, "softcap": None, "logits_dtype": None, "workspace_bytes": None,
     "process_group": None,
 }  # fmt: skip
-RETURNS = {"gamma": 1.0, "lam": 0.95, "bootstrap_values": None, **LAYOUT}
+RETURNS = {"gamma": 1.0, "lam": 0.95, "bootstrap_values": None, "process_group": None, **LAYOUT}
 LOSS = {"tau": 0.05, "alpha": 1.0, "loss_type": "l2", "denom": None, **LAYOUT}
 SIGNATURES = {
     "linear_logprobs": ("hidden weight actions", {**HEAD, **LAYOUT, "return_entropy": False}),
-    "reverse_scan": ("delta decay", LAYOUT),
+    "reverse_scan": ("delta decay", {**LAYOUT, "process_group": None}),
     "gae": ("rewards values", RETURNS),
     "lambda_returns": ("rewards values", RETURNS),
     "klq_targets": ("logprobs ref_logprobs values rewards", {**RETURNS, "tau": 0.05, "trace": None}),
