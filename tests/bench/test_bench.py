@@ -33,6 +33,7 @@ from bench import (
     plot,
     report,
     sampled_model,
+    split_head,
 )
 from bench.cli import chosen_contenders, chosen_shapes, run_task
 from bench.contenders import Call, Contender, Outputs, gradients, ours, peers, plain, scans
@@ -704,6 +705,14 @@ def test_inputs_of_scans_mask_a_suffix() -> None:
     assert mask is not None
     assert bool((mask[:, :-1] >= mask[:, 1:]).all())
     assert not bool(mask.all())
+
+
+def test_the_table_of_split_heads_is_that_of_the_results() -> None:
+    """And each of R processes holds about 1/R."""
+    assert split_head.filled(split_head.PAGE.read_text()) == split_head.PAGE.read_text()
+    rows = json.loads(split_head.OUTPUT.read_text())["rows"]
+    alone = {row["way"]: row["peak_bytes"] for row in rows if row["ranks"] == 1}
+    assert all(row["peak_bytes"] <= 1.1 * alone[row["way"]] / row["ranks"] for row in rows)
 
 
 def test_the_page_of_the_sampled_gradient_is_that_of_the_results() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from cases import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import ROOT, TWO_PROCESSES, start
 from ranks import Ranks
 from strategies import chunk_rows, masks, seeds
 from torch import Tensor
@@ -312,6 +315,32 @@ def test_two_steps_under_fsdp2(ranks: Ranks, counts: list[int]) -> None:
     for found in ranks.run(len(counts), sharding.fsdp2, case, counts):
         for name, parameter in alone.named_parameters():
             assert_close_to_scale(found[name], parameter.detach(), name)
+
+
+def test_tokens_apart_never_allocate_the_head(ranks: Ranks) -> None:
+    """Neither a whole weight, nor a whole gradient of it, nor logits of all tokens and all entries."""
+    case = make_case(torch.ones(4, 4, dtype=torch.bool), vocab=4096, width=64)
+    whole = case.weight.nbytes
+    for largest in ranks.run(4, sharding.largest_allocation, case, [1, 1, 1, 1], [1024] * 4):
+        assert largest <= whole // 4
+
+
+@pytest.mark.parametrize("how", ["raises", "dies", "dies amid the call"])
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path, how: str) -> None:
+    """With an error of their collective, within its timeout: never a hang, never a number."""
+    started = Ranks(2, tmp_path, timeout=timedelta(seconds=4))
+    (well, said), (other_well, _) = started.outcomes(2, sharding.fails, how)
+    started.close()
+    assert not well
+    assert not other_well
+    assert "RuntimeError" in said or "DistBackendError" in said
+
+
+def test_the_example_under_fsdp2() -> None:
+    printed = start([*TWO_PROCESSES, str(ROOT / "examples" / "split_head.py")])
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert len(losses) == 6
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_other_placements_are_refused(ranks: Ranks) -> None:

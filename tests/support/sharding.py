@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from cases import Case, Outcome, differentiate
+from cases import Case, Outcome, differentiate, make_case, ragged_mask
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from watch import Watch
 
 from klq_kernels import fused_klq_loss, linear_logprobs, reverse_scan
 from klq_kernels import klq_targets as targets_of
@@ -166,6 +168,26 @@ def logprobs_of_own_tokens(
         "logprobs": found.logprobs.detach(), "entropy": found.entropy.detach(), "hidden": hidden.grad,
         "weight": weight.grad.to_local(),
     }  # fmt: skip
+
+
+def fails(group: dist.ProcessGroup, how: str) -> None:
+    """A loss in which rank 1 raises beforehand, dies beforehand, or dies between two collectives of the call."""
+    case = make_case(ragged_mask(4, 8))
+    if group.rank() == 1:
+        if how == "raises":
+            raise KeyError("a rank's own affair")
+        if how == "dies":
+            os._exit(1)
+        with patch.object(dist, "all_reduce", lambda *_, **__: os._exit(1)):
+            loss(group, case, [70, 61], case.loss_arguments(on_policy=False))
+    loss(group, case, [70, 61], case.loss_arguments(on_policy=False))
+
+
+def largest_allocation(group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int]) -> int:
+    """Bytes of the largest tensor made in a loss, forward and backward, with a head of DTensors."""
+    with Watch() as watch:
+        loss_of_own_tokens(group, case, counts, sizes, {"on_policy": False})
+    return watch.largest()
 
 
 def refused_placement(group: dist.ProcessGroup) -> str:
