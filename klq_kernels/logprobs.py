@@ -84,8 +84,9 @@ def linear_logprobs(
         RuntimeError: for a second derivative, and in forward mode; in backward, where a sampled gradient is asked for
             one by the entropy.
     """
+    head = split_head(hidden, weight, bias, process_group)
+    hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
-    head = split_head(weight, bias, process_group)
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,

@@ -111,8 +111,9 @@ def fused_klq_loss(
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
+    head = split_head(hidden, weight, bias, process_group)
+    hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
-    head = split_head(weight, bias, process_group)
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,

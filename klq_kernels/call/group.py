@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -57,14 +57,14 @@ def agree(
     require(not compiling, "process_group", "torch.compile cannot trace what processes share; leave the call out of it")
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     numbers = torch.tensor([zlib.crc32(said.encode()), *own], dtype=torch.int64).to(device)
-    sums = [_checksum(tensor) for tensor in given if tensor is not None]
+    sums = [_checksum(tensor).to(device) for tensor in given if tensor is not None]
     total = sum(sums, torch.zeros((), dtype=torch.int64, device=device))
     mine = torch.cat([total.reshape(1), numbers])
     table = all_gather(mine, group).tolist()
     for rank, (checksum, settled, *_) in enumerate(table):
         other = f"rank {rank} was called with other arguments than rank 0; here they are {said}"
         require(settled == table[0][1], "process_group", other)
-        other = f"rank {rank} has other tokens than rank 0 (actions, mask, cu_seqlens, packing)"
+        other = f"rank {rank} has other tokens than rank 0 (actions, mask, cu_seqlens, packing), or another denom"
         require(checksum == table[0][0], "process_group", other)
     return [row[2:] for row in table]
 
@@ -72,31 +72,52 @@ def agree(
 class SplitHead(NamedTuple):
     """This rank's rows of a head, and the group that has the others; None where the head is whole."""
 
+    hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     group: dist.ProcessGroup | None
     apart: bool  # whether each rank has tokens of its own
 
 
-def split_head(weight: Tensor, bias: Tensor | None, process_group: object) -> SplitHead:
+def split_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: object) -> SplitHead:
     """The rows that a call is about: given beside a group, or those of a DTensor.
+
+    Hidden states that are a DTensor on the same ranks say that all have the same tokens. They come whole from it,
+    however it has split them (sequence parallel), and their gradient is split alike.
 
     Raises:
         ValueError: where a DTensor is not split by rows over one dimension of a mesh, or a group is given beside it.
     """
-    if not hasattr(weight, "placements"):
-        return SplitHead(weight, bias, group_of(process_group), apart=False)
-    require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+    local, own_bias, mesh = weight, bias, process_group
     sharded: Any = weight  # importing DTensor's module would take longer than the rest of the library
-    mesh, placements = sharded.device_mesh, sharded.placements
-    by_rows = mesh.ndim == 1 and placements[0].is_shard(0)
-    require(by_rows, "weight", f"is a DTensor with placements {list(placements)}, and must be [Shard(0)]; {GATHER}")
-    own_bias: Any = bias
-    alike = getattr(bias, "placements", None) == placements and own_bias.device_mesh == mesh
-    require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
+    if _is_dtensor(weight):
+        require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+        mesh, placements = sharded.device_mesh, sharded.placements
+        by_rows = mesh.ndim == 1 and placements[0].is_shard(0)
+        require(by_rows, "weight", f"is a DTensor with placements {list(placements)}, and must be [Shard(0)]; {GATHER}")
+        local, given_bias = sharded.to_local(), cast(Any, bias)
+        alike = _is_dtensor(bias) and (given_bias.device_mesh, given_bias.placements) == (mesh, placements)
+        require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
+        own_bias = None if bias is None else given_bias.to_local()
     group = group_of(mesh)
-    own_bias = None if bias is None else own_bias.to_local()
-    return SplitHead(sharded.to_local(), own_bias, group, apart=group is not None)
+    apart = group is not None and _is_dtensor(weight) and not _is_dtensor(hidden)
+    return SplitHead(_whole(hidden, group), local, own_bias, group, apart)
+
+
+def _is_dtensor(tensor: object) -> bool:
+    return hasattr(tensor, "placements")
+
+
+def _whole(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Hidden states of all tokens, of which this rank may have had a part."""
+    if not _is_dtensor(hidden):
+        return hidden
+    split: Any = hidden
+    mesh = split.device_mesh
+    shared = mesh.ndim == 1 and (mesh.size() == 1 or mesh.get_group() == group)
+    require(shared, "hidden", "is a DTensor, and may be one only on the ranks that share the head")
+    whole: Tensor = split.full_tensor()
+    return whole
 
 
 class Shards(NamedTuple):
@@ -126,7 +147,9 @@ def share_head(group: dist.ProcessGroup | None, arguments: dict[str, Any], setti
     }
     taken = actions if mask is None else torch.where(mask, actions, 0)
     taken = taken if rows is None else taken[rows]
-    given = (taken, mask, cu_seqlens, rows)
+    denom = arguments.get("denom")
+    denom = None if denom is None else denom.reshape(1).float().view(torch.int32)
+    given = (taken, mask, cu_seqlens, rows, denom)
     sizes = [rows for (rows,) in agree(group, cu_seqlens.device, alike | settings, (weight.shape[0],), given)]
     require(sum(sizes) > 0, "weight", "no rank has a row of it")
     return Shards(group.group_name, sizes)

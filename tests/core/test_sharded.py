@@ -183,6 +183,7 @@ def test_a_vocabulary_padded_with_impossible_tokens(ranks: Ranks) -> None:
     [
         ({"tau": 0.1}, "rank 1 was called with other arguments"),
         ({"workspace_bytes": 2**20}, "rank 1 was called with other arguments"),
+        ({"denom": 3.0}, "another denom"),
         ({"actions": torch.zeros(4, 8, dtype=torch.long)}, "rank 1 has other tokens"),
         ({"mask": torch.ones(4, 8, dtype=torch.bool)}, "rank 1 has other tokens"),
     ],
@@ -304,6 +305,16 @@ def test_logprobs_of_tokens_apart(ranks: Ranks, batch: tuple[Tensor, list[int], 
     for name, value in expected.items():
         assert value is not None
         assert_close_to_scale(torch.cat([f[name] for f in found]), value, name)
+
+
+@pytest.mark.parametrize("split", ["tokens", "time", "copies"])
+@pytest.mark.parametrize("whole_head", [False, True], ids=["rows", "DTensor"])
+def test_sequence_parallel(ranks: Ranks, split: str, whole_head: bool) -> None:
+    case = make_case(ragged_mask(5, 7))
+    case = case.packed() if split == "tokens" else case
+    options = case.loss_arguments(on_policy=True)
+    found = ranks.run(2, sharding.loss_of_split_states, case, [70, 61], split, whole_head, options)
+    assert_close(together(found), differentiate(fused_klq_loss, case, **options))
 
 
 @pytest.mark.parametrize("counts", [[2, 3], [5, 0], [1, 2, 0, 2]], ids=str)

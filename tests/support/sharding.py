@@ -13,7 +13,7 @@ from cases import Case, Outcome, differentiate, make_case, ragged_mask
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from watch import Watch
 
 from klq_kernels import fused_klq_loss, linear_logprobs, reverse_scan
@@ -102,7 +102,7 @@ def counted(group: dist.ProcessGroup, case: Case, sizes: list[int], options: dic
 
 def refusal(group: dist.ProcessGroup, case: Case, sizes: list[int], change: dict[str, Any]) -> str:
     """The message of the ValueError, where rank 1 makes its call with a change of arguments."""
-    options: dict[str, Any] = dict(case.loss_arguments(on_policy=False))
+    options: dict[str, Any] = {**case.loss_arguments(on_policy=False), "denom": 7.0}
     if group.rank() == 1:
         case = replace(case, **{k: v for k, v in change.items() if hasattr(case, k)})
         options |= {k: v for k, v in change.items() if not hasattr(case, k)}
@@ -151,6 +151,30 @@ def loss_of_own_tokens(
         "hidden": hidden.grad, "values": values.grad, "weight": weight.grad.to_local(), "bias": bias.grad.to_local()
     }  # fmt: skip
     return Outcome(found.loss.detach(), found.metrics, gradients)
+
+
+def loss_of_split_states(
+    group: dist.ProcessGroup, case: Case, sizes: list[int], split: str, whole_head: bool, options: dict[str, Any]
+) -> Outcome:
+    """Sequence parallel: the same tokens on all ranks, their hidden states a DTensor on the ranks of the head."""
+    rows, mesh = rows_of(group, sizes), DeviceMesh.from_group(group, "cpu")
+    placement = {"tokens": Shard(0), "time": Shard(1), "copies": Replicate()}[split]
+    hidden = distribute_tensor(case.hidden.clone(), mesh, [placement]).requires_grad_()
+    values = case.values.clone().requires_grad_()
+    weight, bias = (t[rows].clone() for t in (case.weight, case.bias))
+    if whole_head:
+        weight, bias = as_dtensor(group, weight, case.weight), as_dtensor(group, bias, case.bias)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    found = fused_klq_loss(
+        hidden, weight, case.actions, values, bias=bias, process_group=None if whole_head else group, **options
+    )
+    found.loss.backward()
+    assert isinstance(hidden.grad, DTensor)
+    assert hidden.grad.placements == hidden.placements
+    gradients = dict(zip(("weight", "bias"), (leaf.grad for leaf in leaves), strict=True))
+    gradients = {n: g.to_local() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+    whole = {"hidden": hidden.grad.full_tensor(), "values": values.grad}
+    return Outcome(found.loss.detach(), found.metrics, {**whole, **gradients})
 
 
 def logprobs_of_own_tokens(
