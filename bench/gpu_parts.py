@@ -206,6 +206,8 @@ def _measure(
 
     task = TASKS[task_name]
     shapes = [s for preset in (["tiny"] if context.dry_run else presets) for s in task.presets[preset]]
+    if context.dry_run and compilers:  # which a rehearsal leaves out
+        shapes = shapes[:1]
     for i, shape in enumerate(shapes):
         if i and context.left < 0.2 * context.seconds:
             say(f"{task_name}: no time left for {shape.name}")
@@ -228,6 +230,11 @@ def part_loss(context: Context) -> Outcome:
 def part_compilers(context: Context) -> Outcome:
     """The same against compiled PyTorch, whose compiling takes long: last."""
     return _measure(context, "loss", ["pythia-1b"], {}, compilers=True)
+
+
+def _sizes(context: Context) -> tuple[tuple[int, int, int], ...]:
+    """Tokens, hidden, vocabulary; a rehearsal shrinks all to the same."""
+    return (LARGE,) if context.dry_run else (LARGE, SMALL)
 
 
 def _calls_of(context: Context, sizes: tuple[int, int, int]) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -281,7 +288,7 @@ def part_variants(context: Context) -> Outcome:
     from .harness import device_times, take_turns, typical
 
     rows: list[dict[str, Any]] = []
-    for sizes in (LARGE, SMALL):
+    for sizes in _sizes(context):
         calls = _calls_of(context, sizes)
         samples = take_turns(calls, context.device, 1 if context.dry_run else 9, context.left / 2)
         floor = typical(samples["three GEMMs"])
@@ -318,7 +325,7 @@ def part_profile(context: Context) -> Outcome:
 
     activities = [ProfilerActivity.CPU] if context.dry_run else [ProfilerActivity.CUDA]
     rows: list[dict[str, Any]] = []
-    for sizes in (LARGE, SMALL):
+    for sizes in _sizes(context):
         calls = _calls_of(context, sizes)
         for name in ("three GEMMs", "from targets", "on-policy", "fp32 logits", "fp32 master weight"):
             call = calls[name]

@@ -66,7 +66,7 @@ class Sampling(NamedTuple):
 class Entries:
     """The kept entries of all rows of a pass, row by row, each row's in the order of the vocabulary."""
 
-    def __init__(self, n: int, vocab: int, sampling: Sampling, rank: int) -> None:
+    def __init__(self, n: int, vocab: int, sampling: Sampling, rank: int = 0) -> None:
         self._sampling, self._vocab = sampling, vocab
         self._per_row = room_per_row(sampling.samples, vocab)
         device = sampling.seed.device

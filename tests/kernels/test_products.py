@@ -42,9 +42,10 @@ def test_projections(widened: bool, dtype: torch.dtype, with_bias: bool) -> None
     want = hidden.double() @ weight.double().T + (bias.double() if with_bias else 0.0)
     assert out.data_ptr() == buffer.data_ptr()
     close(out, want)
-    back = products.project_back(buffer, weight)
-    assert back.dtype == dtype
-    close(back, buffer.double() @ weight.double())
+    for written in {dtype, torch.float32}:
+        back = products.project_back(buffer, weight, written)
+        assert back.dtype == written
+        close(back, buffer.double() @ weight.double())
 
 
 @pytest.mark.parametrize("in_fp32", [False, True])
