@@ -33,7 +33,7 @@ def describe(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def timed_package(environment: dict[str, Any]) -> str:
-    """Which klq_kernels is timed, and on which backend, in a line: an unbuilt source tree has no native one."""
+    """The klq_kernels that is timed and its backend, in a line: an unbuilt source tree has no native one."""
     where = Path(klq_kernels.__file__).parent
     return (
         f"klq_kernels {environment['klq_kernels']} from {where}, backend {environment['backend']} on "

@@ -82,7 +82,7 @@ def table() -> str:
 
 
 def bars() -> str:
-    """What ``bench.native_bars`` measured of the sampled gradient; a second column where glibc keeps freed memory."""
+    """The sampled gradient's bars of ``bench.native_bars``, and beside them those where glibc keeps freed memory."""
     sections = json.loads((RESULTS / "native_bars.json").read_text())["sections"]
     found = {name: section for name, section in sections.items() if name.startswith("sampled")}
     kept = {name.split()[-1]: section for name, section in sections.items() if name.startswith("GLIBC")}

@@ -1,4 +1,4 @@
-// What the kernels share beyond the wrapper: exp, tanh, reductions, partial vectors. Include after a simd_*.h.
+// Functions that the kernels share, beyond the wrapper: exp, tanh, reductions, partial vectors. Include after a simd_*.h.
 #pragma once
 
 #include <math.h>

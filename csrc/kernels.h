@@ -1,4 +1,4 @@
-// What a kernel is told, and the table through which an instruction set offers its kernels.
+// The arguments of each kernel, and the table of an instruction set's kernels.
 //
 // Plain data, no torch: ops.cpp fills these structs from tensors, kernels_<isa>.cpp run on them. Every kernel does a
 // range of independent pieces (tokens, groups of them, sequences), so any split of the range over threads gives the same bits.

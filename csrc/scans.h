@@ -5,7 +5,7 @@
 //     S_t = a_t + b_t S_{t+1}
 //
 // is solved in registers by doubling: after the step of width k every lane has absorbed the 2k tokens from itself on.
-// What remains of the future is one scalar, carried from block to block. Blocks are counted in valid tokens from the
+// All that a block needs of later tokens is one scalar, carried from block to block. Blocks are counted in valid tokens from the
 // end of the sequence, and sequences never share one, so a sequence gives the same bits wherever it lies, however its
 // tokens are spread between masked ones, and on any number of threads; and nothing crosses from one into another.
 //

@@ -1,4 +1,4 @@
-"""Which backend runs the row operations of a device: Triton, the compiled extension, or plain PyTorch.
+"""The choice of the backend that runs the row operations on a device: Triton, the compiled extension, or plain PyTorch.
 
 CUDA and ROCm tensors take the Triton kernels; CPU tensors the compiled extension where it is built, and otherwise plain
 PyTorch; any other device plain PyTorch. ``KLQ_BACKEND=torch|native|triton`` overrides the choice (Triton on CPU tensors

@@ -126,7 +126,7 @@ def check_head(
 def check_sampling(gradient_name: str, gradient: str, samples_name: str, samples: int) -> None:
     """Raises the ValueError that names one of the two arguments unless it is one of a head's gradient."""
     require(gradient in GRADIENTS, gradient_name, f"must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
-    # the message is made where it is needed: torch.compile makes no words of a number that changes from call to call
+    # formatted only on failure: torch.compile cannot format a number that changes from call to call
     if not (isinstance(samples, int) and not isinstance(samples, bool) and 1 <= samples <= MOST_SAMPLES):
         raise ValueError(f"{samples_name}: must be an int in [1, {MOST_SAMPLES}], got {samples!r}")
 

@@ -243,7 +243,7 @@ def pack(mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Packing:
     rows, row_cu_seqlens = valid_rows(layout.mask, layout.cu_seqlens, None, mask.numel())
     assert layout.mask is not None
     assert rows is not None
-    # copies: the caller may write to his own again
+    # copies, since the caller may change theirs
     return Packing(layout.shape, layout.mask.clone(), layout.cu_seqlens.clone(), rows, row_cu_seqlens)
 
 

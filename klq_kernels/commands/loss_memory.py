@@ -193,7 +193,7 @@ def fused_memory(p: Problem) -> Memory:
 
 
 def _entries(p: Problem) -> int:
-    """What a sampled gradient keeps: column and value of each entry, and, sorted by columns for the weight's gradient,
+    """Bytes of a sampled gradient's entries: column and value of each, and, sorted by columns for the weight's gradient,
     token, value, column and place of each, with the bounds of each column.
     """
     room = p.tokens * room_per_row(p.samples, p.vocab)

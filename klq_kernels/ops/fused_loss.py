@@ -31,7 +31,7 @@ class GradientScale:
     def __init__(self, denom: Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> None:
         if denom is None:
             denom = torch.full((), max(n, 1), dtype=torch.float32, device=device)
-        if denom.device != device:  # a number on the host: filling it in waits for nothing, as a copy would
+        if denom.device != device:  # a number on the host: a fill does not synchronise, a copy would
             denom = torch.full((), float(denom), dtype=torch.float32, device=device)
         denom = denom.detach().to(torch.float32).reshape(())
         self.unit = torch.ones_like(denom)
@@ -61,7 +61,7 @@ class Arguments(NamedTuple):
     old_logp: Tensor | None
     old_values: Tensor | None
     advantages: Tensor | None
-    # what the on-policy pass makes its targets of; with targets the reference only adds metrics
+    # inputs of the on-policy targets; with given targets the reference only adds metrics
     ref_logp: Tensor | None
     rewards: Tensor | None  # [M]
     scores: Tensor | None  # [B]
@@ -89,7 +89,7 @@ class Arguments(NamedTuple):
     workspace_bytes: int | None
     samples: int  # of a sampled gradient, 0 for the dense one
     seed: Tensor | None  # int64, 0-d: of a sampled gradient, where the head wants one
-    # the caller's word that it drops the gradients among the results, so that backward may scale them in place
+    # the caller drops the gradients among the results, so backward may scale them in place
     own_gradients: bool
     need_hidden: bool
     need_weight: bool
@@ -102,7 +102,7 @@ class Arguments(NamedTuple):
 
     @property
     def needs(self) -> dict[str, bool]:
-        """Which inputs want a gradient, in the order of the gradients among ``Results``."""
+        """Whether each input needs a gradient, in the order of the gradients among ``Results``."""
         return {
             "hidden": self.need_hidden,
             "weight": self.need_weight,

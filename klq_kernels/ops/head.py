@@ -14,7 +14,7 @@ from ..vocabulary.chunks import Head, Shard
 
 
 class HeadArguments(Protocol):
-    """What the arguments of every operator on a head have."""
+    """The arguments that every operator on a head has."""
 
     @property
     def hidden(self) -> Tensor: ...  # [M, H]
@@ -47,7 +47,7 @@ def make_head(given: HeadArguments, gradient_dtype: torch.dtype) -> Head:
     bias = None if given.bias is None else given.bias.detach().to(dtypes.logits)
     shard = None
     if given.group:
-        name: Any = given.group  # a str of a kind that only newer PyTorch has a name for
+        name: Any = given.group  # a str; newer PyTorch has a type of its own for it
         group = dist.distributed_c10d._resolve_process_group(name)  # as PyTorch's functional collectives do
         shard = Shard(group, group.rank(), tuple(given.shard_sizes))
     return Head(weight, bias, 1.0 / given.temperature, given.softcap, gradient_dtype, dtypes.logits, shard)

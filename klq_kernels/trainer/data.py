@@ -106,7 +106,7 @@ def read_published(path: str, split: str, name: str | None) -> Dataset:
         raise ValueError(f"path: {path!r} is no file or folder here and no data set on the hub") from error
     except DatasetGenerationError as error:
         raise ValueError(f"path: cannot read {path!r}: {error.__cause__ or error}") from error
-    except (ValueError, ConnectionError) as error:  # their words name the splits or configurations that there are
+    except (ValueError, ConnectionError) as error:  # their messages name the splits or configurations that exist
         raise ValueError(f"path, split or name: cannot load {path!r}, {split!r}, {name!r}: {error}") from error
 
 

@@ -94,7 +94,7 @@ def conditions(config: KLQConfig, processes: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sequences each micro-batch of a cycle holds: [steps per cycle, accumulation, micro-batch size]."""
+    """The sequences of each micro-batch of a cycle: [steps per cycle, accumulation, micro-batch size]."""
 
     indices: Tensor
 

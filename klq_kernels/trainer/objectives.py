@@ -31,7 +31,7 @@ class Scored(NamedTuple):
 
 
 def _head(states: States, inputs: Inputs, config: KLQConfig, seed: int | None) -> dict[str, Any]:
-    """What ``linear_logprobs`` and ``fused_klq_loss`` are both told of the head, the tokens and the gradient."""
+    """The arguments that ``linear_logprobs`` and ``fused_klq_loss`` share: head, tokens and kind of gradient."""
     return {
         **states.head._asdict(),
         "actions": inputs.actions,

@@ -1,4 +1,4 @@
-"""Which prompts a cycle works on.
+"""The prompts of each cycle.
 
 A cycle takes one batch of prompts over all processes and several optimizer steps on it. transformers' loop asks for
 data once per micro-batch, so the sampler repeats each cycle's prompts once for every micro-batch of the cycle; the

@@ -150,7 +150,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
         if dtype == torch.float16:
             return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    except (AttributeError, RuntimeError):  # a torch that does not tell: take its products as they are
+    except (AttributeError, RuntimeError):  # this torch has no such query: use its products as they are
         return True
 
 

@@ -142,7 +142,7 @@ class Head(NamedTuple):
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """What the gradient by the hidden states is written in: a rank's part of a sum is not rounded before it."""
+        """The dtype of the gradient by the hidden states: a rank's part is rounded only after the sum over ranks."""
         return self.weight.dtype if self.shard is None else torch.float32
 
     def rows_for_all(self, rows_for: Callable[[int], int]) -> int:
@@ -173,7 +173,7 @@ class Rows(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """The gradients that are needed."""
 
     hidden: bool
     weight: bool

@@ -57,7 +57,7 @@ NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class Sampling(NamedTuple):
-    """What a call asks for."""
+    """The sampling that a call asks for."""
 
     samples: int  # K
     seed: Tensor  # int64, 0-d

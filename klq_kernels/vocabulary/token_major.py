@@ -48,7 +48,7 @@ class TokenMajor(VocabularyForm):
         (vocab, width), dtype = head.weight.shape, head.logits_dtype
         room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
-        # GEMM of a CPU multiplies what lies behind a row of its left operand by 0, and a NaN comes out as a NaN.
+        # GEMM of a CPU multiplies the memory behind a row of its left operand by 0, and a NaN there stays a NaN.
         stride = self._stride(vocab)
         # (Kernels made for a GPU run on a CPU in tests: there the padding is 0.)
         padded_on_cpu = stride != vocab and head.weight.device.type == "cpu"

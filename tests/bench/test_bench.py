@@ -228,7 +228,7 @@ def short_hidden(inputs: HeadInputs) -> Call:
 
 
 def short_weight(inputs: HeadInputs) -> Call:
-    """What the last tokens add to the head's gradient is lost."""
+    """The last tokens' part of the head's gradient is missing."""
     right, rest = ours.fused(inputs), ours.fused(inputs.only(torch.arange(inputs.tokens)[400:]))
     share = max(inputs.tokens - 400, 0) / inputs.tokens
 

@@ -1,4 +1,4 @@
-"""What users of similar libraries complained of, each as a test that such a defect would fail here.
+"""Complaints of users of similar libraries, each as a test that such a defect would fail here.
 
 Every docstring names the public issue. Complaints that bad numbers, lost gradients or wasted work went unnoticed were
 mostly hidden by tests on uniform inputs, so the inputs here are peaked, masked, strided or long.

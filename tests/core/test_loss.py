@@ -403,7 +403,7 @@ def test_fp32_master_weight_with_16_bit_hidden(device: torch.device, dtype: torc
     assert torch.equal(got.gradients["hidden"], same.gradients["hidden"])
     for name in ("weight", "bias"):
         assert got.gradients[name].dtype == torch.float32
-        # What ends among the smallest fp16 numbers may have been rounded twice: when it was summed, and when scaled.
+        # A result among the smallest fp16 numbers may have been rounded twice: as it was summed, and as it was scaled.
         step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         torch.testing.assert_close(got.gradients[name].to(dtype), same.gradients[name], rtol=0, atol=step)
 

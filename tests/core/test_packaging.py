@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def python(code: str) -> str:
-    """What this code prints in an interpreter of its own, started at the root of the source tree."""
+    """The output of this code in an interpreter of its own, started at the root of the source tree."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

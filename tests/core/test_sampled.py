@@ -397,7 +397,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     kind=st.sampled_from(KINDS),
 )  # fmt: skip
 def test_no_row_runs_out_of_room(n: int, vocab: int, samples: int, seed: int, kind: str, device: torch.device) -> None:
-    """Whatever the rows, their number, K and the seed; a row without room would be NaN or an error."""
+    """For any rows, any number of them, any K and seed; a row without room would be NaN or an error."""
     logits, actions = rows(kind, n, vocab, seed % 1000)
     g = torch.randn(n, generator=torch.Generator().manual_seed(seed % 997)).exp()
     found = gradients(

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no hidden synchronisation, graph capture, allocator peaks, 64-bit offsets, warp counts.
+"""Properties that only a GPU can show: no hidden synchronisation, graph capture, allocator peaks, 64-bit offsets.
 
 The numerics of each kernel are in test_kernels.py, those of the whole pass in the common suite.
 """
@@ -163,7 +163,7 @@ def lambda_errors(module: ModuleType) -> Scan:
     return scan
 
 
-# What computes it here, what computes it right, and how many columns of tokens it takes.
+# The function, its reference, and how many columns of tokens it takes.
 SCANS: dict[str, tuple[Scan, Scan, int]] = {
     "reverse_scan": (klq_kernels.reverse_scan, reference.reverse_scan, 2),
     "lambda_errors": (lambda_errors(klq_kernels), lambda_errors(reference), 5),

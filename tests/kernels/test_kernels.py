@@ -233,7 +233,7 @@ def test_row_select_of_rows_that_are_not_finite(device: str) -> None:
 
 
 def test_row_select_without_enough_room_is_nan(device: str) -> None:
-    """Which cannot be, and would not be silent."""
+    """It cannot happen in a call; if it did, the result would not be silently wrong."""
     z, actions = sampled.rows("flat", 4, 500)
     logits = torch.nn.functional.pad(z, (0, 12)).to(device)[:, :500]
     g = torch.ones(4, device=device)

@@ -1,4 +1,4 @@
-"""What is particular to the compiled backend: instruction sets, threads, forks, awkward sizes; the rest of the suite
+"""Tests of the compiled backend alone: instruction sets, threads, forks, awkward sizes; the rest of the suite
 runs on it like on every other backend."""
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_tokens_that_are_not_finite(isa: str) -> None:
 
 @pytest.mark.parametrize("action", [-1, 40, -(2**63), 2**63 - 1])
 def test_impossible_actions_have_no_log_probability(isa: str, action: int) -> None:
-    """Which makes their loss and gradients NaN; nothing outside the logits is read or written for them."""
+    """Their loss and gradients are NaN; nothing outside the logits is read or written for them."""
     logits = torch.randn(40, 2, generator=generator())
     actions = torch.tensor([action, 3])
     top, log_total, logp, _ = statistics(logits, actions, size=16)
@@ -445,7 +445,7 @@ def test_what_would_touch_foreign_memory_is_refused(name: str) -> None:
 
 
 def run_python(script: str, **settings: str) -> str:
-    """What a fresh interpreter prints. Runs in the checkout, with this process's environment and these settings."""
+    """The output of a fresh interpreter. It runs in the checkout, with these settings beside our environment."""
     lines = [line[8:] for line in script.strip("\n").splitlines()]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=CHECKOUT, env={**os.environ, **settings},

@@ -350,7 +350,7 @@ def test_steps_must_be_positive(tmp_path: Path):
 
 @pytest.mark.parametrize("package", ["lab/tasks", "lab/experiments", "trainer"])
 def test_nothing_leans_on_the_demonstration(package: str):
-    """What they share lies outside of it (``display``, ``tasks``); one experiment has it for its subject."""
+    """They share code outside of it (``display``, ``tasks``); the exception is an experiment about the demo."""
     for path in (Path(demo.__file__).parents[2] / package).rglob("*.py"):
         if path.name == "demo_loop.py":
             continue

@@ -51,7 +51,7 @@ class Options:
 
 
 class Segment:
-    """What one pointer argument may touch: its own stretch of virtual addresses over real memory."""
+    """The memory that one pointer argument may touch: its own stretch of virtual addresses over real memory."""
 
     def __init__(self, name: str, key: int, pointer: int, nbytes: int, granule: int, storage: tuple[int, int]) -> None:
         self.name, self.nbytes = name, nbytes
@@ -73,7 +73,7 @@ class Segment:
 
 
 class Shadow:
-    """Who touched what since the last barrier, and which CTA did in this launch; per granule of a storage."""
+    """The accesses since the last barrier, and the CTA of each in this launch; per granule of a storage."""
 
     def __init__(self, cells: int) -> None:
         self.epoch = np.zeros(cells, i32)

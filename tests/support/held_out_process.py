@@ -1,4 +1,4 @@
-"""What a tiny model makes of held-out prompts, on the processes of a launch: python held_out_process.py FILE.
+"""A tiny model evaluated on held-out prompts, on the processes of a launch: python held_out_process.py FILE.
 
 Saves what process 0 found with whole weights and with sharded ones, for ``test_run`` to hold against a single process.
 """

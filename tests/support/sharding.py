@@ -1,4 +1,4 @@
-"""What a rank does in tests of heads and of time that are shared between processes."""
+"""Functions that a rank runs in tests of heads and of sequences that are split over processes."""
 
 from __future__ import annotations
 

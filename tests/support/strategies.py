@@ -1,4 +1,4 @@
-"""What hypothesis draws: masks of every shape, vocabularies of awkward sizes, chunks that cut sequences anywhere."""
+"""Strategies for hypothesis: masks of every shape, awkward vocabularies, chunks that cut sequences anywhere."""
 
 from __future__ import annotations
 

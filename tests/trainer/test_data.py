@@ -33,7 +33,7 @@ TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ``datasets`` caches is of this test alone."""
+    """The cache of ``datasets`` belongs to this test alone."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

@@ -67,7 +67,7 @@ def test_a_family_is_right_in_training_mode_or_refused_by_name(family: str) -> N
 
 
 def prepared(model: nn.Module) -> LanguageModel | None:
-    """What ``KLQTrainer`` makes of a model at construction; None where it refuses it."""
+    """The model as ``KLQTrainer`` holds it after construction; None where it is refused."""
     try:
         language_model = LanguageModel(model)
         prove_head(language_model)

@@ -202,7 +202,9 @@ def lambda_errors_kernel(
     if SUMMARISE:
         tl.store(pairs_a + tile, _first(a, lane == 0))
         tl.store(pairs_b + tile, _first(b, lane == 0))
-        if tile == 0:  # the last slot keeps what flows in from beyond, before the first tile overwrites the carry
+        if (
+            tile == 0
+        ):  # the last slot keeps the value from beyond the last tile, before the first tile overwrites the carry
             last = 0.0
             if carry is not None:
                 last = tl.load(carry)
@@ -224,7 +226,7 @@ def lambda_errors_kernel(
         else:
             tl.store(out + i, advantage, mask=inside)
         if carry is not None:
-            tl.debug_barrier()  # everyone has read the old carry
+            tl.debug_barrier()  # every thread has read the old carry
             if tile == 0:
                 tl.store(carry, _first(s, lane == 0))
 

@@ -1,5 +1,5 @@
-"""What ``klq train`` says of held-out prompts: the trainer's evaluation, and how often a task's judge prefers what the
-policy writes now to what it wrote before training.
+"""The report of ``klq train`` on held-out prompts: the trainer's evaluation, and how often a task's judge prefers
+the policy's completions now to those before training.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def run(out: Path = Path("demo_output"), steps: int = 60, seed: int = 0, size: S
     if steps < 1:
         raise ValueError(f"steps: must be at least 1, got {steps}")
     out.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:  # nothing of an earlier run is to be taken for this one's
+    for name in WRITTEN:  # files of an earlier run must not pass for this run's
         (out / name).unlink(missing_ok=True)
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TimeElapsedColumn()

@@ -175,7 +175,7 @@ class Rollout:
         self.tokens = int(self.experience.rows.sum())
 
     def batch(self) -> Batch:
-        """What the head gets of it."""
+        """The head's part of it."""
         with torch.no_grad():
             states = self.trainer.actor_critic(self.trainer.collate(self.experience.sequences), lambda states: states)
         actions = torch.cat([s.completion[s.trained] for s in self.experience.sequences])

@@ -144,7 +144,7 @@ def versus(found: Results) -> str:
 
 
 def setting_of(pair: Results) -> dict[str, Any]:
-    """What KLQ and PPO have in common in a pair."""
+    """The settings that KLQ and PPO share in a pair."""
     return {name: value for name, value in pair["variant"].items() if name != "algorithm"}
 
 
