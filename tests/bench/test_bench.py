@@ -164,7 +164,7 @@ def planted_masked_gradient(inputs: HeadInputs) -> Call:
 
 
 def planted_nan(inputs: HeadInputs) -> Call:
-    """One element that nobody wrote."""
+    """One element is left unwritten."""
     right = ours.fused(inputs)
 
     def call() -> Outputs:
@@ -708,7 +708,7 @@ def test_inputs_of_scans_mask_a_suffix() -> None:
 
 
 def test_the_table_of_split_heads_is_that_of_the_results() -> None:
-    """And each of R processes holds about 1/R."""
+    """Each of R processes holds about 1/R."""
     assert split_head.filled(split_head.PAGE.read_text()) == split_head.PAGE.read_text()
     rows = json.loads(split_head.OUTPUT.read_text())["rows"]
     alone = {row["way"]: row["peak_bytes"] for row in rows if row["ranks"] == 1}
@@ -716,7 +716,7 @@ def test_the_table_of_split_heads_is_that_of_the_results() -> None:
 
 
 def test_the_page_of_the_sampled_gradient_is_that_of_the_results() -> None:
-    """And the model of a GPU keeps its promise: at most half of three products."""
+    """The model of a GPU stays at or below half of three products."""
     assert sampled_model.filled(sampled_model.PAGE.read_text()) == sampled_model.PAGE.read_text()
     _, total, three = sampled_model.model()
     assert total <= 0.5 * three

@@ -210,7 +210,7 @@ def test_masked_tokens_cost_no_head_work(device: torch.device) -> None:
 
 
 def test_entropy_costs_nothing_unless_asked_for(device: torch.device) -> None:
-    """verl #2608: an entropy that nobody wanted took time and memory."""
+    """verl #2608: the entropy took time and memory where it was not asked for."""
     case = make_case(ragged_mask(4, 9), device=device)
     arguments = case.loss_arguments(on_policy=True)
     without = fused_klq_loss(case.hidden, case.weight, case.actions, case.values, **arguments)

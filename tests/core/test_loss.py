@@ -554,7 +554,7 @@ WATCHED = {"vocab": VOCAB, "width": WIDTH}
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "values", "all but values", "nothing"])
 def test_gradients_only_where_needed(device: torch.device, frozen: str) -> None:
-    """Each gradient that nobody reads costs neither its product nor its buffer, and changes no other one."""
+    """A gradient that is not needed costs neither its product nor its buffer, and changes no other one."""
     case = make_case(ragged_mask(5, 13), device=device, **WATCHED)
     everything = fused(case, on_policy=True)
     names = ("hidden", "weight", "bias", "values")

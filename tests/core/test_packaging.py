@@ -99,7 +99,7 @@ def test_a_loss_on_the_cpu_works_without_triton():
 
 
 def test_no_module_imports_triton_unless_a_kernel_is_used():
-    """torch itself may import triton, so what counts is who asks: every import of it is traced to its module."""
+    """torch itself may import triton, so every import of it is traced to the module that makes it."""
     watch = """
 import builtins, os, pkgutil, importlib
 os.environ.pop("KLQ_BACKEND", None)

@@ -52,7 +52,7 @@ def test_vmap_has_its_gradients_when_compiled(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_vmap_has_the_gradients_of_a_loop(name: str) -> None:
-    """A critic for each of two runs, say: what is batched learns, and so does what is not."""
+    """For example a critic for each of two runs: batched and unbatched arguments both get gradients."""
     function, x = DIFFERENTIABLE[name]
     stack = torch.stack([x, 1.5 * x]).detach().requires_grad_()
     vmap(function)(stack).sum().backward()
@@ -66,7 +66,7 @@ def test_vmap_has_the_gradients_of_a_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_forward_mode_is_refused(name: str) -> None:
-    """Its derivative would be 0 without a word."""
+    """Its derivative would silently be 0."""
     function, x = DIFFERENTIABLE[name]
     argument = name.partition(" ")[0]
     with pytest.raises(RuntimeError, match=f"^{argument}: forward-mode"):
@@ -115,7 +115,7 @@ def test_log_probabilities_have_no_second_derivative() -> None:
 
 @pytest.mark.parametrize("name", ["ref_logprobs", "rewards", "bootstrap_values", "trace"])
 def test_what_makes_targets_is_constant(name: str) -> None:
-    """A loss that nothing can learn from does not ask for a gradient."""
+    """A loss without trainable inputs does not require a gradient."""
     case = replace(CASE, **{name: getattr(CASE, name).detach().requires_grad_()})
     given = {n: getattr(case, n) for n in ("ref_logprobs", "rewards", "bootstrap_values", "trace", "mask")}
     constant = [t.detach() for t in (case.hidden, case.weight)]
@@ -143,7 +143,7 @@ def test_torch_save_and_load(made: Callable[[], Any]) -> None:
 
 
 def test_meta_tensors_have_shapes() -> None:
-    """For whoever plans memory without any."""
+    """For planning memory on a machine without a GPU."""
     hidden, weight, actions = (t.to("meta") for t in (CASE.hidden, CASE.weight, CASE.actions))
     assert linear_logprobs(hidden, weight, actions).logprobs.shape == CASE.actions.shape
     targets = type(CASE.targets)(*(t.to("meta") for t in CASE.targets))

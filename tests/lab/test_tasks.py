@@ -107,7 +107,7 @@ def test_the_writers_leave_room_and_their_best_earns_all(name: str):
 
 @pytest.mark.parametrize("name", ["summarize", "arithmetic"])
 def test_the_judge_is_no_copy_of_the_reward(name: str):
-    """They agree on the whole, and order many a pair of completions differently."""
+    """They agree overall, and order many pairs of completions differently."""
     task = load_task(name)
     examples = list(islice(task.examples(9), 400))
     scores = rewards_of(task, [(Case(e.prompt, e.columns), e.completion) for e in examples])

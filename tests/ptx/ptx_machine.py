@@ -31,7 +31,7 @@ WARP = 32
 
 
 class Fault(Exception):
-    """The program did what it must not do."""
+    """The program broke a rule of the machine."""
 
 
 class Unsupported(Exception):

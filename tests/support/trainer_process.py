@@ -73,7 +73,7 @@ def run(
 
 
 def native_threads() -> list[str]:
-    """Their names, where the system tells."""
+    """The names of this process's threads, where the system has them."""
     names = []
     for path in Path("/proc/self/task").glob("*/comm"):
         with suppress(OSError):  # it ended in between

@@ -81,7 +81,7 @@ def prepared(model: nn.Module) -> LanguageModel | None:
 
 
 def test_most_are_supported() -> None:
-    """So that a probe that refuses everything would be seen."""
+    """A probe that refuses everything would fail here."""
     some = "llama qwen3 gpt2 gpt_neox mistral olmo2 gemma2 starcoder2 seed_oss mixtral".split()
     assert all(prepared(families.with_dropout(name, 0.3)) for name in some)
 
