@@ -193,8 +193,8 @@ def fused_memory(p: Problem) -> Memory:
 
 
 def _entries(p: Problem) -> int:
-    """Bytes of a sampled gradient's entries: column and value of each; for the weight's gradient, sorted by columns, token,
-    value, column and place of each, with the bounds of each column.
+    """Bytes of a sampled gradient's entries: column and value of each. For the weight's gradient also token, value,
+    column and place of each, sorted by columns, with the bounds of each column.
     """
     room = p.tokens * room_per_row(p.samples, p.vocab)
     by_segment = p.rows * math.ceil(p.vocab / SEGMENT) * 8 * (p.device.type != "cpu")
