@@ -99,8 +99,8 @@ def linear_logprobs(
     arguments = {**inputs._asdict(), **layout.row_args()}
     tokens = None
     if head.group is not None and head.apart:
-        tokens = AllTokens(head.group, layout, settings)
-        arguments = tokens.arguments(arguments)
+        tokens = AllTokens(head.group, layout, arguments, settings)
+        arguments = tokens.arguments()
     found = operator.Results(
         *operator.linear_logprobs(
             *operator.Arguments(

@@ -137,12 +137,10 @@ def fused_klq_loss(
     require_alike("values", flat_values, "hidden", hidden)
     _check_weights(weights)
     refuse_tangents(values=values)
-    optional = {"targets": targets, "ref_logprobs": ref_logprobs, "bootstrap_values": bootstrap_values, "trace": trace}
     settings = {
         "gamma": gamma, "lam": lam, "tau": tau, "alpha": alpha, "loss_type": loss_type, "huber_delta": huber_delta,
         "value_clip": value_clip, "log_ratio_clip": log_ratio_clip, "temperature": temperature, "softcap": softcap,
         "return_entropy": return_entropy, "workspace_bytes": workspace_bytes,
-        "given": [name for name, tensor in optional.items() if tensor is not None],
     }  # fmt: skip
     arguments: dict[str, Any] = {
         **inputs._asdict(),
@@ -158,7 +156,7 @@ def fused_klq_loss(
         "denom": _denominator(denom, hidden.device),
     }
     if head.group is not None and head.apart:
-        arguments = AllTokens(head.group, layout, settings).arguments(arguments)
+        arguments = AllTokens(head.group, layout, arguments, settings).arguments()
     found = fused_loss.Results(
         *fused_loss.fused_klq_loss(
             *fused_loss.Arguments(

@@ -139,8 +139,8 @@ def share_head(group: dist.ProcessGroup | None, arguments: dict[str, Any], setti
     hidden, weight, bias, actions = (arguments[name] for name in ("hidden", "weight", "bias", "actions"))
     mask, cu_seqlens, rows = (arguments[name] for name in ("mask", "cu_seqlens", "rows"))
     alike = {
-        "hidden": (hidden.dtype, tuple(hidden.shape)),
-        "bias": bias is not None,
+        "hidden": tuple(hidden.shape),
+        "given": dtypes_of(arguments),
         "requires_grad": (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad),
         "fp32_logits": arguments["fp32_logits"],
         "samples": arguments["samples"],
@@ -153,6 +153,11 @@ def share_head(group: dist.ProcessGroup | None, arguments: dict[str, Any], setti
     sizes = [rows for (rows,) in agree(group, cu_seqlens.device, alike | settings, (weight.shape[0],), given)]
     require(sum(sizes) > 0, "weight", "no rank has a row of it")
     return Shards(group.group_name, sizes)
+
+
+def dtypes_of(arguments: dict[str, Any]) -> dict[str, str]:
+    """The dtypes of the tensors among an operator's arguments, by name: absent ones are not there."""
+    return {name: str(value.dtype) for name, value in arguments.items() if isinstance(value, Tensor)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -20,36 +20,40 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..vocabulary.collectives import all_gather
-from .group import agree
+from .group import agree, dtypes_of
 from .layout import Layout, valid_rows
 
 PER_TOKEN = (
     "hidden", "actions", "values", "old_logp", "old_values", "advantages", "ref_logp", "rewards", "trace", "weights",
 )  # fmt: skip
+LAYOUT = ("mask", "cu_seqlens", "rows")
 PER_SEQUENCE = ("scores", "bootstrap_values")
 
 
 class AllTokens:
     """The valid tokens of all ranks as one packed batch.
 
-    ``settings``: what all ranks must pass alike. Raises the ValueError of ``group.agree``.
+    ``own``: the arguments of an operator, flat, with this rank's tokens. ``settings``: what all ranks must pass alike.
+    Raises the ValueError of ``group.agree``.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: Layout, settings: dict[str, Any]) -> None:
-        self._group, self._shape = group, layout.shape
+    def __init__(self, group: dist.ProcessGroup, layout: Layout, own: dict[str, Any], settings: dict[str, Any]) -> None:
+        self._group, self._own = group, own
         self._positions = math.prod(layout.shape)
         self._index, cu_seqlens = valid_rows(**layout.row_args(), positions=self._positions)
         n = self._positions if self._index is None else self._index.numel()
-        everyones = agree(group, cu_seqlens.device, settings, (n, cu_seqlens.numel() - 1))
+        shared = {name: dtype for name, dtype in dtypes_of(own).items() if name not in LAYOUT}
+        everyones = agree(group, cu_seqlens.device, settings | {"given": shared}, (n, cu_seqlens.numel() - 1))
         self._counts, self._batches = ([row[i] for row in everyones] for i in (0, 1))
         lengths = _gather(cu_seqlens.diff(), self._batches, group)
         self._cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
-    def arguments(self, own: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of an operator on the batch, given this rank's own, flat.
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the operator on the batch.
 
         The gradient by a rank's hidden states and values is R times that of the batch.
         """
+        own = self._own
         found = {name: self._rows(own[name]) for name in PER_TOKEN if own.get(name) is not None}
         found |= {name: self._sequences(own[name]) for name in PER_SEQUENCE if own.get(name) is not None}
         if own.get("denom") is not None:

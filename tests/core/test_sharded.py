@@ -184,6 +184,8 @@ def test_a_vocabulary_padded_with_impossible_tokens(ranks: Ranks) -> None:
         ({"tau": 0.1}, "rank 1 was called with other arguments"),
         ({"workspace_bytes": 2**20}, "rank 1 was called with other arguments"),
         ({"denom": 3.0}, "another denom"),
+        ({"weights": torch.ones(4, 8)}, "rank 1 was called with other arguments"),
+        ({"values": torch.zeros(4, 8, dtype=torch.float64)}, "rank 1 was called with other arguments"),
         ({"actions": torch.zeros(4, 8, dtype=torch.long)}, "rank 1 has other tokens"),
         ({"mask": torch.ones(4, 8, dtype=torch.bool)}, "rank 1 has other tokens"),
     ],
@@ -194,6 +196,13 @@ def test_calls_that_differ_are_refused_everywhere(ranks: Ranks, change: dict[str
     for said in ranks.run(2, sharding.refusal, case, [70, 61], change):
         assert said.startswith("process_group: ")
         assert says in said
+
+
+def test_ranks_with_tokens_apart_pass_the_same_kinds_of_arguments(ranks: Ranks) -> None:
+    """A mask or none is each rank's own affair; a reward per token here and per sequence there is not."""
+    case = make_case(ragged_mask(4, 8))
+    for said in ranks.run(2, sharding.refusal_of_own_tokens, case):
+        assert "rank 1 was called with other arguments" in said
 
 
 def test_tokens_outside_the_vocabulary_are_refused_everywhere(ranks: Ranks) -> None:

@@ -104,8 +104,9 @@ def refusal(group: dist.ProcessGroup, case: Case, sizes: list[int], change: dict
     """The message of the ValueError, where rank 1 makes its call with a change of arguments."""
     options: dict[str, Any] = {**case.loss_arguments(on_policy=False), "denom": 7.0}
     if group.rank() == 1:
-        case = replace(case, **{k: v for k, v in change.items() if hasattr(case, k)})
-        options |= {k: v for k, v in change.items() if not hasattr(case, k)}
+        fields_of_case = {k: v for k, v in change.items() if k in ("actions", "mask", "values")}
+        case = replace(case, **fields_of_case)
+        options |= {k: v for k, v in change.items() if k not in fields_of_case}
         options |= {"targets": case.targets, **case.layout}
     try:
         loss(group, case, sizes, options)
@@ -126,6 +127,16 @@ def sequences_of(group: dist.ProcessGroup, case: Case, counts: list[int]) -> Cas
         and getattr(case, f.name).shape[0] == batch
     }  # fmt: skip
     return replace(case, **cut)
+
+
+def refusal_of_own_tokens(group: dist.ProcessGroup, case: Case) -> str:
+    """The message, where rank 1 passes rewards per sequence and rank 0 per token."""
+    settings = {"on_policy": True, "scores": group.rank() == 1}
+    try:
+        loss_of_own_tokens(group, case, [2, 2], [70, 61], settings)
+    except ValueError as error:
+        return str(error)
+    return "no error"
 
 
 def as_dtensor(group: dist.ProcessGroup, rows: Tensor, whole: Tensor) -> DTensor:
