@@ -15,6 +15,10 @@ from .transforms import needs_gradient, refuse_tangents
 # Asked once, here, since torch.compile of torch 2.11 cannot trace the question.
 AUTOCASTS = {kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(kind)}
 
+FLATTENED = (
+    "; ZeRO-3 and FSDP1 leave a flat or empty weight outside of the module that owns it: call in that module's "
+    "forward, or gather it first (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+)
 GRADIENTS = ("dense", "sampled")
 MOST_SAMPLES = 2**16
 
@@ -63,7 +67,8 @@ def check_head(
         "hidden",
         f"must have shape {[*layout.shape, 'H']}, as actions have {list(layout.shape)}; got {list(hidden.shape)}",
     )
-    require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}")
+    hint = FLATTENED if weight.dim() == 1 else ""
+    require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}{hint}")
     vocab, width = weight.shape
     enough = (vocab > 0 or split) and width > 0
     require(enough, "weight", f"must have at least one row and column, got {list(weight.shape)}")

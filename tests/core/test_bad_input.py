@@ -338,3 +338,12 @@ def test_weights_are_constants(function: str) -> None:
     arguments["weights"] = arguments["weights"].clone().requires_grad_()
     with pytest.raises(ValueError, match=r"^weights:"):
         call(**arguments)
+
+
+@pytest.mark.parametrize("function", EVERY_HEAD)
+@pytest.mark.parametrize("shape", [(0,), (12,)], ids=["ZeRO-3", "FSDP1"])
+def test_weights_that_an_engine_has_flattened_are_named(function: str, shape: tuple[int, ...]) -> None:
+    call, wanted = FUNCTIONS[function]
+    arguments = {n: v for n, v in good().items() if n in wanted} | {"weight": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"^weight: must be \[V, H\].*GatheredParameters, FSDP.summon_full_params"):
+        call(**arguments)
