@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..vocabulary.collectives import all_gather
+from ..vocabulary.collectives import add_up, all_gather
 from .checks import require
 
 # ``full_tensor()`` alone takes the gradients of all ranks for equal ones and keeps its own share of its own.
@@ -85,23 +85,52 @@ def split_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, process_grou
     Hidden states that are a DTensor on the same ranks say that all have the same tokens. They come whole from it,
     however it has split them (sequence parallel), and their gradient is split alike.
 
+    A DTensor may also lie in copies on further dimensions of its mesh (HSDP, or copies alone), each with tokens of its
+    own: the gradient is the mean over them.
+
     Raises:
-        ValueError: where a DTensor is not split by rows over one dimension of a mesh, or a group is given beside it.
+        ValueError: where a DTensor is split in another way than by rows over one dimension of its mesh, or a group is
+            given beside it.
     """
-    local, own_bias, mesh = weight, bias, process_group
-    sharded: Any = weight  # importing DTensor's module would take longer than the rest of the library
-    if _is_dtensor(weight):
-        require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
-        mesh, placements = sharded.device_mesh, sharded.placements
-        by_rows = mesh.ndim == 1 and placements[0].is_shard(0)
-        require(by_rows, "weight", f"is a DTensor with placements {list(placements)}, and must be [Shard(0)]; {GATHER}")
-        local, given_bias = sharded.to_local(), cast(Any, bias)
-        alike = _is_dtensor(bias) and (given_bias.device_mesh, given_bias.placements) == (mesh, placements)
-        require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
-        own_bias = None if bias is None else given_bias.to_local()
-    group = group_of(mesh)
-    apart = group is not None and _is_dtensor(weight) and not _is_dtensor(hidden)
-    return SplitHead(_whole(hidden, group), local, own_bias, group, apart)
+    if not _is_dtensor(weight):
+        group = group_of(process_group)
+        return SplitHead(_whole(hidden, group), weight, bias, group, apart=False)
+    require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+    split: Any = weight  # importing DTensor's module would take longer than the rest of the library
+    mesh, placements = split.device_mesh, split.placements
+    by_rows = [dim for dim, placement in enumerate(placements) if placement.is_shard(0)]
+    copied = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
+    known = len(by_rows) <= 1 and len(by_rows) + len(copied) == len(placements)
+    wanted = "must be split by Shard(0) over one dimension of its mesh, or none, and lie in copies on the others"
+    require(known, "weight", f"is a DTensor with placements {list(placements)}, and {wanted}; {GATHER}")
+    given_bias: Any = bias
+    alike = _is_dtensor(bias) and (given_bias.device_mesh, given_bias.placements) == (mesh, placements)
+    require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
+    group = group_of(mesh.get_group(by_rows[0])) if by_rows else None
+    copies = [mesh.get_group(dim) for dim in copied if mesh.size(dim) > 1]
+
+    def own(tensor: Any) -> Tensor:
+        return _Averaged.apply(tensor.to_local(), copies) if copies else tensor.to_local()
+
+    apart = group is not None and not _is_dtensor(hidden)
+    return SplitHead(_whole(hidden, group), own(weight), None if bias is None else own(bias), group, apart)
+
+
+class _Averaged(torch.autograd.Function):
+    """The tensor as it is; its gradient is the mean over the ranks of these groups, which have copies of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
+        ctx.groups = groups
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None]:
+        total = by.clone()
+        for group in ctx.groups:
+            add_up(total, group).wait()
+            total /= group.size()
+        return total, None
 
 
 def _is_dtensor(tensor: object) -> bool:

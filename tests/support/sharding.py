@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, Outcome, differentiate, make_case, ragged_mask
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from watch import Watch
@@ -188,6 +188,18 @@ def loss_of_split_states(
     return Outcome(found.loss.detach(), found.metrics, {**whole, **gradients})
 
 
+def logprobs_with_copies(group: dist.ProcessGroup, case: Case, counts: list[int], by: Tensor) -> Tensor:
+    """The gradient by a weight of which every rank has a copy, each with sequences of its own."""
+    own = sequences_of(group, replace(case, rewards=by), counts)
+    weight = DTensor.from_local(
+        case.weight.clone(), DeviceMesh.from_group(group, "cpu"), [Replicate()], run_check=False
+    )
+    found = linear_logprobs(own.hidden, weight.requires_grad_(), own.actions, mask=own.valid.contiguous())
+    (found.logprobs * own.rewards).sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    return weight.grad.to_local()
+
+
 def logprobs_of_own_tokens(
     group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], by: Tensor
 ) -> dict[str, Tensor]:
@@ -226,7 +238,7 @@ def largest_allocation(group: dist.ProcessGroup, case: Case, counts: list[int], 
 
 
 def refused_placement(group: dist.ProcessGroup) -> str:
-    weight = DTensor.from_local(torch.randn(5, 4), DeviceMesh.from_group(group, "cpu"), [Replicate()], run_check=False)
+    weight = DTensor.from_local(torch.randn(5, 4), DeviceMesh.from_group(group, "cpu"), [Shard(1)], run_check=False)
     try:
         linear_logprobs(torch.randn(1, 2, 4), weight, torch.zeros(1, 2, dtype=torch.long))
     except ValueError as error:
@@ -262,9 +274,14 @@ def step(model: Model, case: Case, denom: float) -> None:
         optimizer.zero_grad()
 
 
-def fsdp2(group: dist.ProcessGroup, case: Case, counts: list[int]) -> dict[str, Tensor]:
-    """The model after two steps, sharded by FSDP2 over ranks with sequences of their own."""
+def fsdp2(group: dist.ProcessGroup, case: Case, counts: list[int], hybrid: bool) -> dict[str, Tensor]:
+    """The model after two steps, sharded by FSDP2 over ranks with sequences of their own.
+
+    ``hybrid``: over two of four ranks, of which the other two have a copy.
+    """
     mesh = DeviceMesh.from_group(group, "cpu")
+    if hybrid:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "rows"))
     model = model_for(case)
     for part in (model.trunk, model.head):
         fully_shard(part, mesh=mesh)
