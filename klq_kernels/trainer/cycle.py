@@ -68,6 +68,12 @@ class Cycle:
         """The language model that is trained (with its adapters, if it has any), a ``PreTrainedModel``."""
         return self.actor_critic.policy
 
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the policy for an engine: whole, adapters merged, by the base model's own names, one at a
+        time (``export.whole_weights``). All processes must go through it together where weights are sharded.
+        """
+        return self.language_model.weights()
+
     @property
     def cycle(self) -> int:
         """Cycles finished so far."""

@@ -8,6 +8,7 @@ model's own log-probabilities, so that a model with another kind of head is refu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..call.checks import require
 from .batches import Inputs
+from .export import trained_copy, whole_weights
 
 
 class Head(NamedTuple):
@@ -34,6 +36,7 @@ class LanguageModel:
         self.model = model
         self.is_peft = hasattr(model, "get_base_model") and hasattr(model, "disable_adapter")
         causal_lm: Any = model.get_base_model() if self.is_peft else model  # type: ignore[operator]
+        self._causal_lm = causal_lm
         name = type(causal_lm).__name__
         require(isinstance(causal_lm, PreTrainedModel), "model", f"must be a transformers causal LM, got {name}")
         self.lm_head = causal_lm.get_output_embeddings()
@@ -76,6 +79,10 @@ class LanguageModel:
         weight, bias = head_parameters(self.lm_head)
         return Head(weight, bias, self._softcap, temperature / self._scale)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the model by its base's names, whole and merged (``export.whole_weights``)."""
+        return whole_weights(self._causal_lm)
+
     def without_adapters(self) -> AbstractContextManager[Any]:
         """Inside, a PEFT model is its base model: the reference policy."""
         return self.model.disable_adapter() if self.is_peft else nullcontext()  # type: ignore[operator]
@@ -99,10 +106,7 @@ def head_parameters(lm_head: Any) -> tuple[Tensor, Tensor | None]:
         ValueError: where it is no linear layer, or has an adapter that is no sum of matrices.
     """
     if hasattr(lm_head, "modules_to_save"):  # PEFT trains a copy of the whole layer
-        plain = lm_head.disable_adapters or not lm_head.modules_to_save
-        return head_parameters(
-            lm_head.original_module if plain else lm_head.modules_to_save[lm_head.active_adapters[0]]
-        )
+        return head_parameters(trained_copy(lm_head))
     if hasattr(lm_head, "get_base_layer"):  # an adapter around the linear layer
         weight, bias = head_parameters(lm_head.get_base_layer())
         for adapter in [] if lm_head.disable_adapters or lm_head.merged else lm_head.active_adapters:

@@ -38,6 +38,9 @@ class RolloutContext(Protocol):
     def policy(self) -> Any:
         """The language model that is trained."""
 
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the policy for an engine."""
+
     @property
     def cycle(self) -> int:
         """Cycles finished so far."""

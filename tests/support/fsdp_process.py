@@ -62,8 +62,9 @@ def main() -> None:
     loss = backward(module, tiny.arguments("unused"))
     gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None}
     ids = module.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)
+    weights = dict(module.language_model.weights())
     if dist.get_rank() == 0:
-        torch.save({"loss": loss, "gradients": gradients, "ids": ids}, sys.argv[1])
+        torch.save({"loss": loss, "gradients": gradients, "ids": ids, "weights": weights}, sys.argv[1])
 
 
 if __name__ == "__main__":

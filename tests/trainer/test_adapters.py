@@ -112,3 +112,39 @@ def test_models_that_do_not_fit_the_policy_are_refused(tmp_path: Path) -> None:
         construct(tmp_path, None, value_model=tiny.classifier(vocab_size=100))
     with pytest.raises(ValueError, match=r"^value_model: must be a transformers model"):
         construct(tmp_path, None, value_model=nn.Linear(32, 1))
+
+
+# ---- the weights for an engine ---------------------------------------------------------------------------------------
+
+EXPORTS: dict[str, dict[str, Any]] = {
+    "LoRA": {"target_modules": ["q_proj", "down_proj"]},
+    "LoRA on head and embeddings": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "DoRA": {"target_modules": ["v_proj"], "use_dora": True},
+    "a saved layer": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_weights_for_an_engine_are_those_of_the_merged_model(kind: str) -> None:
+    model = peft.get_peft_model(untied(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **EXPORTS[kind]))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = untied()
+    exported = dict(LanguageModel(model).weights())
+    assert exported.keys() == dict(engine.named_parameters()).keys()
+    engine.load_state_dict(exported)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(engine(ids).logits, model(ids).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_weights_for_an_engine_without_adapters(tmp_path: Path) -> None:
+    """A shared weight comes once, under the name that ``named_parameters`` gives it."""
+    trainer = tiny.trainer(tmp_path)
+    exported = dict(trainer.policy_weights())
+    assert exported.keys() == dict(trainer.policy.named_parameters()).keys()
+    assert all(torch.equal(exported[name], p) for name, p in trainer.policy.named_parameters())
+    assert not any(tensor.requires_grad for tensor in exported.values())

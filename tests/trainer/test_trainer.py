@@ -155,7 +155,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_a_module_sharded_by_fsdp2_gives_the_same_gradients(tmp_path: Path) -> None:
-    """The objective runs inside the module, where the sharded lm_head is whole; generating works as well."""
+    """The objective runs inside the module, where the sharded lm_head is whole. Generating and exporting work too."""
     start([*TWO_PROCESSES, fsdp_process.__file__, str(tmp_path / "sharded.pt")])
     sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
     whole = fsdp_process.build()
@@ -167,6 +167,9 @@ def test_a_module_sharded_by_fsdp2_gives_the_same_gradients(tmp_path: Path) -> N
         torch.testing.assert_close(sharded["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
     ids = whole.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, pad_token_id=tiny.PAD)
     assert torch.equal(sharded["ids"], ids)
+    exported = dict(whole.language_model.weights())
+    assert sharded["weights"].keys() == exported.keys()
+    assert all(torch.equal(sharded["weights"][name], weight) for name, weight in exported.items())
 
 
 def history(folder: Path, name: str) -> list[float]:
