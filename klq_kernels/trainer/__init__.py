@@ -1,15 +1,16 @@
 """A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
 
-config                       what a run can be told
+config                       the settings of a run
 trainer                      the seams to transformers: updates, logs, optimiser
-cycle                        what a cycle does before its updates: rollout, rewards, scoring, targets
+cycle                        a cycle up to its updates: rollout, rewards, scoring, targets
 checkpoints evaluation       saving and resuming; held-out prompts
 loading data rollout rewards models and datasets as users give them; prompts; completions; scores
-models actor_critic          what is known of a language model; the module that is trained
-batches experience           sequences as a model reads them; what a cycle has learnt of them
+models actor_critic          the parts of a language model; the module that is trained
+export                       the policy's weights, as an engine loads them
+batches experience           sequences as a model reads them; their targets and log-probabilities
 objectives                   scores, the KLQ loss, the PPO loss
 sampler seeds                the prompts of a cycle, reproducible randomness
-statistics means             what is logged, and true means of it
+statistics means             the statistics in the logs, and their means over processes and steps
 processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
 """

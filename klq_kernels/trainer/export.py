@@ -15,8 +15,8 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Adapters of PEFT are merged into a copy of their layer, so the model stays as it is to the last bit, and memory for
     one layer is enough. A weight that is sharded (``DTensor``) is gathered, which all its processes must do together.
-    A weight that several layers share comes once, under its first name; an adapter on one of those layers (a head tied to
-    the embeddings) makes them two weights, which an engine has to hold apart.
+    A weight that several layers share comes once, under its first name; an adapter on one of them (a head tied to the
+    embeddings) makes them two weights, which an engine has to hold apart.
 
     Args:
         model: a transformers model, with or without PEFT's layers in it.
