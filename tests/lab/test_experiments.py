@@ -167,7 +167,7 @@ def compared(objective: list[Any], wins: list[Any]) -> dict[str, Any]:
         (
             [-0.2, 0.3],
             [0.5, 0.05],
-            "at 1 these seeds cannot tell",
+            "at 1 the difference is within their noise",
             "no clear difference in objective and reward and the judge's preference.",
         ),
     ],

@@ -153,7 +153,7 @@ def tally(pairs: list[Results]) -> str:
     signs = [of(pair["difference"]["objective"]).sign for pair in pairs]
     return prose(
         f"""By the objective that both maximise, KLQ was better than PPO at {signs.count(1)} of {len(signs)} values of
-        τ and worse at {signs.count(-1)}; at {signs.count(0)} these seeds cannot tell."""
+        τ and worse at {signs.count(-1)}; at {signs.count(0)} the difference is within their noise."""
     )
 
 
@@ -269,7 +269,7 @@ def against_dense(found: Results) -> str:
     verdict = (
         f"Beyond the noise of these seeds: {'; '.join(clear)}."
         if clear
-        else "No difference leaves the noise of these seeds."
+        else "No difference is beyond the noise of these seeds."
     )
     columns = ("sampled less dense", "reward", "KL", "objective")
     return "\n\n".join([prose(verdict), markdown_table(columns, rows), finals(found, first="")])
