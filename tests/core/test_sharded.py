@@ -359,7 +359,7 @@ def test_tokens_apart_never_allocate_the_head(ranks: Ranks) -> None:
 @pytest.mark.parametrize("how", ["raises", "dies", "dies amid the call"])
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path, how: str) -> None:
     """With an error of their collective, within its timeout: never a hang, never a number."""
-    started = Ranks(2, tmp_path, timeout=timedelta(seconds=4))
+    started = Ranks(2, tmp_path, timeout=timedelta(seconds=6))
     (well, said), (other_well, _) = started.outcomes(2, sharding.fails, how)
     started.close()
     assert not well

@@ -66,7 +66,7 @@ def _answer(connection: Connection) -> tuple[bool, Any]:
 def _serve(rank: int, most: int, store: str, timeout: timedelta, connection: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=TIMEOUT)
     groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, most + 1)}
     while (order := connection.recv()) is not None:
         size, function, arguments = order
