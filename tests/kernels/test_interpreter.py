@@ -19,11 +19,16 @@ pytest.importorskip("triton")
 )
 @pytest.mark.parametrize(
     ("file", "which", "least"),
-    [("kernels/test_kernels.py", "cpu", 100), ("core/test_returns.py", "triton-cpu and not long", 15)],
+    [
+        ("kernels/test_kernels.py", "cpu", 100),
+        ("core/test_returns.py", "triton-cpu and not long", 15),
+        ("core/test_sharded.py", "padded_with", 0),
+    ],
 )
 def test_every_kernel_under_the_interpreter(file: str, which: str, least: int) -> None:
     tests = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few"}
+    # tests that take a place choose their backend themselves
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "few", "KLQ_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / file), "-k", which]
     done = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
