@@ -75,7 +75,7 @@ def assert_close(ours: Outcome, theirs: Outcome) -> None:
         assert_close_to_scale(value, right[name], name)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     masks(), st.sampled_from([1, 2, 17, 131]).flatmap(lambda v: st.tuples(st.just(v), splits(v))), seeds, chunk_rows,
     st.sampled_from(LOSS_TYPES), st.booleans(), st.booleans(), st.sampled_from(["padded", "packed", "holes"]),
@@ -98,7 +98,7 @@ def test_loss_of_a_split_head(
     assert_close(found, differentiate(fused_klq_loss, case, **options))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     masks(), st.sampled_from([3, 131]).flatmap(lambda v: st.tuples(st.just(v), splits(v))), seeds, chunk_rows,
     st.booleans(), st.sampled_from([{}, {"softcap": 10.0}, {"temperature": 0.7}]),
@@ -263,6 +263,7 @@ def spread(draw: st.DrawFn) -> tuple[Tensor, list[int], list[int]]:
     return mask, [b - a for a, b in pairwise([0, *cuts, mask.shape[0]])], sizes
 
 
+@settings(max_examples=20)
 @given(
     spread(), seeds, chunk_rows, st.booleans(), st.booleans(), st.sampled_from([None, 7.0]), st.sampled_from(LOSS_TYPES)
 )
@@ -403,6 +404,7 @@ def cut_time(draw: st.DrawFn) -> tuple[Tensor, list[int]]:
     return mask, [*inner, mask.shape[1]]
 
 
+@settings(max_examples=15)
 @given(cut_time(), seeds)
 def test_scan_over_spans_of_time(ranks: Ranks, cut: tuple[Tensor, list[int]], seed: int) -> None:
     mask, cuts = cut
@@ -417,6 +419,7 @@ def test_scan_over_spans_of_time(ranks: Ranks, cut: tuple[Tensor, list[int]], se
         assert_close_to_scale(torch.cat([f[name] for f in found], 1), value, name)
 
 
+@settings(max_examples=15)
 @given(cut_time(), seeds, st.booleans(), st.booleans(), st.booleans())
 def test_targets_over_spans_of_time(
     ranks: Ranks, cut: tuple[Tensor, list[int]], seed: int, scores: bool, bootstrap: bool, trace: bool
