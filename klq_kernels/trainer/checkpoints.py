@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..call.checks import require
+from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
@@ -36,7 +37,19 @@ class Checkpoints(Cycle, Trainer):
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
+        sharding.shard_apart(self.accelerator, self.actor_critic.value.head)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the policy, its tokenizer and the value function. All processes must call it; one writes.
+
+        Whole weights are also written under FSDP2's SHARDED_STATE_DICT, but not at each checkpoint, which has the
+        shards.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            return
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as ``from_pretrained`` reads it, its tokenizer, and the value function in a file beside it."""

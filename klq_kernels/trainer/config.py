@@ -24,6 +24,8 @@ from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
+PLACEMENTS = ("device", "cpu", "sharded")  # of frozen weights
+FLOATS = ("float32", "bfloat16", "float16")
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
     "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
     "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
@@ -99,6 +101,16 @@ class KLQConfig(TrainingArguments):
     missing_eos_penalty: float | None = option(None, "Taken off the score of a completion without EOS.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
 
+    ref_placement: str | None = option(
+        None,
+        "Where the reference's weights are: on the 'device'; on the 'cpu' between uses; 'sharded' over the processes. "
+        "By default sharded where the engine shards the policy (FSDP2, ZeRO-3), else on the device.",
+    )
+    ref_dtype: str | None = option(
+        None, "Weights of the reference, such as 'bfloat16' for half the memory; by default those of the model."
+    )
+    reward_placement: str | None = option(None, "Where the weights of reward models are, as ref_placement.")
+
     padding_free: bool | None = option(
         None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
     )
@@ -141,6 +153,10 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+
+    def torch_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that an argument names."""
+        return getattr(torch, getattr(self, name)) if getattr(self, name) else None
 
     @property
     def logits_dtype(self) -> torch.dtype | None:
@@ -185,6 +201,14 @@ class KLQConfig(TrainingArguments):
                 warnings.warn(f"{name}: has no effect on algorithm={self.algorithm!r}", stacklevel=4)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
+        for name in ("ref_placement", "reward_placement"):
+            value = getattr(self, name)
+            require(value in (None, *PLACEMENTS), name, f"must be one of {', '.join(PLACEMENTS)}; got {value!r}")
+        require(
+            self.ref_dtype in (None, *FLOATS),
+            "ref_dtype",
+            f"must be one of {', '.join(FLOATS)}; got {self.ref_dtype!r}",
+        )
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
             require_number(name, getattr(self, name), positive=True)

@@ -19,13 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..call.checks import require
-from . import loading, probe
+from . import loading, probe, sharding
 from .actor_critic import ActorCritic, ValueFunction
 from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
@@ -33,6 +32,7 @@ from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .evaluation import Evaluation
 from .experience import Experience, Plan
+from .frozen import FrozenPolicy, Placed
 from .means import Means
 from .models import LanguageModel
 from .objectives import OBJECTIVES
@@ -159,20 +159,22 @@ class KLQTrainer(Evaluation, Checkpoints):
         self._check_launch()
         self.model_accepts_loss_kwargs = True  # the losses are normalised over the whole step
         self.tokenizer = tokenizer
-        self.reference = None
+        frozen = None
         if reference is not None:
-            reference.requires_grad_(False).eval().to(args.device)
-            self.reference = LanguageModel(reference)
-            loading.check_vocabulary("ref_model", self.reference.vocab_size, language_model.vocab_size)
-            probe.prove_head(self.reference)
-            backbones["ref_model"] = self.reference.backbone
+            frozen = FrozenPolicy(reference.to(args.device, args.torch_dtype("ref_dtype")), args.temperature)
+            loading.check_vocabulary("ref_model", frozen.language_model.vocab_size, language_model.vocab_size)
+            probe.prove_head(frozen.language_model)
+            backbones["ref_model"] = frozen.language_model.backbone
         self.padding_free = self._padding_free(backbones, language_model)
+        self.reference = None
+        if frozen is not None:
+            self.reference = Placed(frozen, args.ref_placement, self.accelerator, "ref_placement")
         self.rewards = Rewards(
             reward_funcs,
             weights=args.reward_weights,
             processing_classes=reward_processing_classes,
             batch_size=args.rollout_forward_batch_size,
-            device=args.device,
+            place=self._place_reward,
         )
         self.rollout_func = rollout_func
         self.generation_config = sampling_config(
@@ -210,14 +212,11 @@ class KLQTrainer(Evaluation, Checkpoints):
         return wanted and not failing
 
     def _check_launch(self) -> None:
-        args = self.args
-        require(args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
-        zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        require(
-            self.accelerator.distributed_type != DistributedType.DEEPSPEED or zero.zero_stage < 3,  # type: ignore[union-attr]
-            "deepspeed",
-            "ZeRO-3 shards the lm_head, which the fused loss reads whole; use ZeRO-2 or FSDP2",
-        )
+        require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
+        sharding.check_engine(self.accelerator)
+
+    def _place_reward(self, model: nn.Module) -> Placed:
+        return Placed(model, self.args.reward_placement, self.accelerator, "reward_placement")
 
     # ---- data ---------------------------------------------------------------------------------------------------
 

@@ -598,7 +598,8 @@ def targets_of(
     """The experience of scripted completions, and per sequence (logp, ref, V, V after the last)."""
     run.rollout_func = lambda prompts, trainer: completions
     torch.nn.init.normal_(run.actor_critic.value.head.weight)
-    torch.nn.init.normal_(run.reference.model.lm_head.weight)  # type: ignore[union-attr]
+    frozen: Any = run.reference.module.model  # type: ignore[union-attr]
+    torch.nn.init.normal_(frozen.lm_head.weight)
     rows = [{"prompt": chr(97 + i) * (i + 1)} for i in range(len(completions.completion_ids))]
     experience = run.collect(rows)
     singles = []
@@ -610,7 +611,10 @@ def targets_of(
                 reference.linear_logprobs(h[at], m.lm_head.weight, sequence.completion).logprobs
                 for h, m in (
                     (hidden, run.policy),
-                    (run.reference.model.model(sequence.ids.unsqueeze(0)).last_hidden_state[0], run.reference.model),  # type: ignore[union-attr]
+                    (
+                        run.reference.module.model.model(sequence.ids.unsqueeze(0)).last_hidden_state[0],
+                        run.reference.module.model,
+                    ),  # type: ignore[union-attr]
                 )
             )
             values = run.actor_critic.value.head(hidden).squeeze(-1)
