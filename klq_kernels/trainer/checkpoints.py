@@ -58,8 +58,10 @@ class Checkpoints(Cycle, Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = self.actor_critic.state_dict() if state_dict is None else state_dict
+        once = {name for name, _ in self.actor_critic.named_parameters()}  # of tied weights, the first name
+        again = {name for name, _ in self.actor_critic.named_parameters(remove_duplicate=False)} - once
         policy, value = (
-            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and n not in again}
             for prefix in ("policy.", "value.")
         )
         self.policy.save_pretrained(folder, state_dict=policy)

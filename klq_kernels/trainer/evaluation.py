@@ -63,8 +63,9 @@ class Evaluation(Cycle, Trainer):
         seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)  # 1, 2: the judge of ``klq train``
         rollout = self.roll_out(rows, seed)
         scored, ref_logprobs = self.score(rollout)
-        if turn.kept:
+        if turn.kept or self.rewards.sharded:
             scores = self.reward(rows, rollout)
+        if turn.kept:
             add_held_out(means, rollout, scores, scored.logprobs - ref_logprobs)
             add_rewards(means, scores, self.rewards.names)
 

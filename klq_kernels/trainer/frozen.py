@@ -13,7 +13,7 @@ from ..call.checks import require
 from .actor_critic import Objective, States
 from .batches import Inputs
 from .models import LanguageModel
-from .sharding import shard_frozen, shards_weights
+from .sharding import reshard, shard_frozen, shards_weights
 
 
 class FrozenPolicy(nn.Module):
@@ -78,3 +78,4 @@ class Placed:
         finally:
             for tensor, host in self._host:
                 tensor.data = host
+            reshard(self.module)

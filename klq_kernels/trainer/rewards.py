@@ -88,6 +88,8 @@ class Rewards:
             as_callable(name, function, tokenizer, batch_size, place)
             for name, function, tokenizer in zip(self.names, functions, tokenizers, strict=True)
         ]
+        # whether all processes must ask together, because each has a part of a model
+        self.sharded = any(isinstance(f, ModelReward) and f.sharded for f in self._functions)
         self._warned = False
 
     def __call__(
@@ -333,6 +335,7 @@ class ModelReward:
         # Models that were spread over devices or quantised as they were loaded stay where they are.
         stays = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
         self._placed = None if stays or place is None else place(self.model)
+        self.sharded = self._placed is not None and self._placed.placement == "sharded"
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         """One score per pair, read at its last token."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
@@ -58,19 +59,23 @@ def check_engine(accelerator: Any) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def shard_apart(accelerator: Any, module: nn.Module) -> None:
-    """Makes a module a group of its own for FSDP2, computing in the precision of its weights.
+def shard_apart(accelerator: Any, head: nn.Linear) -> None:
+    """Makes a value head a group of its own for FSDP2, computing in the precision of its weights.
 
-    For a value head: in the group of the policy it would be rounded to the policy's 16 bits.
+    In the group of the policy it would be rounded to the policy's 16 bits, and it is where the number of processes does
+    not divide its width. It is split along its width: empty parts of its one row would be one to accelerate, which
+    knows weights by where their memory begins.
     """
-    if not accelerator.is_fsdp2:
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
+    if policy is None or policy.param_dtype is None or head.in_features % accelerator.num_processes:
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import Shard
 
-    if not isinstance(module, FSDPModule):
+    if not isinstance(head, FSDPModule):
         plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
         mesh = None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-        fully_shard(module, mesh=mesh, offload_policy=plugin.cpu_offload)
+        fully_shard(head, mesh=mesh, offload_policy=plugin.cpu_offload, shard_placement_fn=lambda p: Shard(p.ndim - 1))
 
 
 def shard_frozen(accelerator: Any, module: nn.Module) -> nn.Module:
@@ -86,6 +91,21 @@ def shard_frozen(accelerator: Any, module: nn.Module) -> nn.Module:
         return fsdp2_prepare_model(accelerator, module)
     finally:
         state.fsdp_plugin = own
+
+
+def reshard(module: nn.Module) -> None:
+    """Leaves each process its part again: FSDP2 keeps the outermost group whole after a forward."""
+    for group in _groups(module):
+        group.reshard()
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """The modules that FSDP2 gathers and shards one by one."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def _plugin_for(plugin: Any, module: nn.Module) -> Any:
@@ -127,9 +147,7 @@ def whole(accelerator: Any, module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(accelerator: Any, module: nn.Module) -> Iterator[None]:
-    from torch.distributed.fsdp import FSDPModule
-
-    groups = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    groups = _groups(module)
     for group in groups:
         group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
@@ -140,7 +158,7 @@ def _unsharded(accelerator: Any, module: nn.Module) -> Iterator[None]:
             inner = group is not module  # the outermost stays whole from forward to backward, as accelerate has it
             again = inner and bool(accelerator.state.fsdp_plugin.reshard_after_forward)
             group.set_reshard_after_forward(again, recurse=False)
-            group.reshard()
+        reshard(module)
 
 
 @contextmanager

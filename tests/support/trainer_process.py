@@ -85,6 +85,19 @@ def run(
     trainer.save_model(str(folder / "final"))
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+        modules: dict[str, Any] = {"policy": trainer.actor_critic}
+        if trainer.reference is not None:
+            modules["reference"] = trainer.reference.module
+        assert trainer.experience is not None
+        kept = trainer.experience.ref_logprobs
+        (folder / "rounded.json").write_text(json.dumps(torch.equal(kept, kept.bfloat16().float())))
+        (folder / "shares.json").write_text(json.dumps({name: share(module) for name, module in modules.items()}))
+
+
+def share(module: torch.nn.Module) -> float:
+    """The part of a module's weights that this process holds."""
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
+    return held / sum(p.numel() for p in module.parameters())
 
 
 def native_threads() -> list[str]:
