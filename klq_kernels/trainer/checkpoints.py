@@ -43,13 +43,15 @@ class Checkpoints(Cycle, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy, its tokenizer and the value function. All processes must call it; one writes.
 
-        Whole weights are also written under FSDP2's SHARDED_STATE_DICT, but not at each checkpoint, which has the
-        shards.
+        Whole weights are also written under FSDP2's SHARDED_STATE_DICT and by ZeRO-3, whatever it is told, but not at
+        each checkpoint, which has the shards.
         """
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-            return
-        super().save_model(output_dir, _internal_call)
+        elif sharding.zero_stage(self.accelerator) == 3 and not _internal_call:
+            self._save(output_dir, state_dict=sharding.whole_state(self.actor_critic, keep=self.args.should_save))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as ``from_pretrained`` reads it, its tokenizer, and the value function in a file beside it."""

@@ -11,7 +11,7 @@ everything that reads a weight does it inside a ``forward`` (``ActorCritic``, ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -139,7 +139,7 @@ def whole(accelerator: Any, module: nn.Module) -> Iterator[None]:
         with _unsharded(accelerator, module):
             yield
     elif zero_stage(accelerator) == 3:
-        with _gathered(module):
+        with gathered(module.parameters()), _kept(module):
             yield
     else:
         yield
@@ -162,8 +162,36 @@ def _unsharded(accelerator: Any, module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Inside, ZeRO-3 does not shard a layer again after its forward: another module is said to be using it."""
+    used = [p.ds_active_sub_modules for p in module.parameters() if hasattr(p, "ds_active_sub_modules")]
+    for users in used:
+        users.add("generation")
+    try:
+        yield
+    finally:
+        for users in used:
+            users.clear()
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are whole; all processes must come here together."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+    with deepspeed.zero.GatheredParameters(sharded):
         yield
+
+
+def whole_state(module: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The state of a module that ZeRO-3 shards, whole and on the CPU, of the processes that ``keep`` it."""
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with gathered([tensor]):
+            if keep:
+                state[name] = tensor.detach().to("cpu", copy=True)
+    return state

@@ -4,7 +4,8 @@ JSON is a list of runs, each with ``folder``, ``config`` (changes of the tiny co
 which the process kills itself, as a machine that goes down would), ``use_script`` (completions that depend on the
 prompt alone, so that any number of processes sees the same), ``resume`` (a checkpoint to go on from) and ``lacks`` (a
 file the checkpoint has lost: what each process says of it is left in refused_RANK.txt), ``kind`` (of ``KINDS``: what is
-trained). With a word after the JSON, an engine that wants accelerators is told that the processes have some.
+trained), ``sharded_as_loaded`` (ZeRO-3 of the run before shards the models as they are made). With a word after the
+JSON, an engine that wants accelerators is told that the processes have some.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import tiny
 import torch
 from gloo_launch import pose_as_accelerators
 from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from klq_kernels.trainer import Completions, KLQTrainer
 from klq_kernels.trainer.processes import leave_process_group
@@ -64,9 +67,12 @@ def run(
     resume: str | None = None,
     lacks: str | None = None,
     kind: str = "plain",
+    sharded_as_loaded: bool = False,
 ) -> None:
     """Trains, saves the model to ``folder``/final and the log to history.json."""
     torch.set_num_threads(1)
+    if not sharded_as_loaded:
+        unset_hf_deepspeed_config()
     tokenizer = tiny.tokenizer()
     given: dict[str, Any] = {"model": tiny.model(), "reward_funcs": tiny.even, **KINDS[kind]()}
     trainer = Killed(
@@ -83,11 +89,13 @@ def run(
         return
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
+    exported = {name: weight.clone() for name, weight in trainer.policy_weights()}
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
         modules: dict[str, Any] = {"policy": trainer.actor_critic}
         if trainer.reference is not None:
             modules["reference"] = trainer.reference.module
+        save_file(exported, folder / "exported.safetensors")
         assert trainer.experience is not None
         kept = trainer.experience.ref_logprobs
         (folder / "rounded.json").write_text(json.dumps(torch.equal(kept, kept.bfloat16().float())))
@@ -96,8 +104,9 @@ def run(
 
 def share(module: torch.nn.Module) -> float:
     """The part of a module's weights that this process holds."""
-    held = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
-    return held / sum(p.numel() for p in module.parameters())
+    parts = [getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in module.parameters()]
+    whole = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters()]
+    return sum(part.numel() for part in parts) / sum(whole)
 
 
 def native_threads() -> list[str]:
@@ -115,6 +124,8 @@ if __name__ == "__main__":
     for told in json.loads(sys.argv[1]):
         run(Path(told.pop("folder")), told.pop("config"), **told)
     leave_process_group()
+    if "deepspeed" in sys.modules:
+        sys.exit()  # it has references to the group of its own
     for _ in range(100):  # a thread that has ended may be listed for a moment
         if not any("gloo" in name for name in native_threads()):
             break

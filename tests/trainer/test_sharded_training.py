@@ -10,12 +10,21 @@ import pytest
 import tiny
 import torch
 import trainer_process
-from processes import TWO_PROCESSES, start
+from processes import DEEPSPEED, TWO_PROCESSES, start
 from safetensors.torch import load_file
 
 KINDS = tuple(trainer_process.KINDS)
 RUN = {"max_steps": 4, "num_update_epochs": 2, "learning_rate": 1e-2, "optim": "sgd", "per_device_train_batch_size": 4}
 FSDP2 = {"use_cpu": False, "bf16": False, "fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+ZERO3 = {
+    "use_cpu": False,
+    "bf16": False,
+    "deepspeed": {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    },
+}  # fmt: skip
 CHECKPOINTED = {"plain": {"gradient_checkpointing": True}, "lora": {"gradient_accumulation_steps": 2}}
 
 
@@ -31,7 +40,8 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    """What was saved, and what ``policy_weights`` gave."""
+    found = {f"exported {name}": weight for name, weight in load_file(folder / "exported.safetensors").items()}
     for file in sorted((folder / "final").glob("*.safetensors")):
         found |= load_file(file)
     return found
@@ -49,20 +59,48 @@ def assert_same(one: Path, other: Path) -> None:
         torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def launch(told: list[dict[str, Any]], *, processes: int = 2) -> None:
+def launch(told: list[dict[str, Any]], *, processes: int = 2, deepspeed: bool = False) -> None:
     command = [argument.replace("=2", f"={processes}") for argument in TWO_PROCESSES]
-    start([*command, trainer_process.__file__, json.dumps(told), "engine"])
+    start([*command, trainer_process.__file__, json.dumps(told), "engine"], deepspeed=deepspeed)
 
 
-def test_fsdp2_is_ddp(tmp_path: Path) -> None:
-    """Whatever is trained: sampled completions, logs and saved weights are those of two processes with whole weights."""
-    start([*TWO_PROCESSES, trainer_process.__file__, json.dumps(runs(tmp_path / "ddp"))])
-    launch(runs(tmp_path / "fsdp2", **FSDP2))
+@pytest.fixture(scope="session")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two processes with whole weights."""
+    folder = tmp_path_factory.mktemp("ddp")
+    start([*TWO_PROCESSES, trainer_process.__file__, json.dumps(runs(folder))])
+    return folder
+
+
+def check_engine(folder: Path, ddp: Path) -> None:
+    """Runs of two processes did what those under DDP did, each with half of the weights."""
     for kind in KINDS:
-        assert_same(tmp_path / "fsdp2" / kind, tmp_path / "ddp" / kind)
-        shares = json.loads((tmp_path / "fsdp2" / kind / "shares.json").read_text())
+        assert_same(folder / kind, ddp / kind)
+        shares = json.loads((folder / kind / "shares.json").read_text())
         assert all(0.45 < share < 0.6 for share in shares.values()), shares
-    tiny.model().from_pretrained(tmp_path / "fsdp2" / "tied" / "final")
+    tiny.model().from_pretrained(folder / "tied" / "final")
+
+
+def test_fsdp2_is_ddp(ddp: Path, tmp_path: Path) -> None:
+    """Whatever is trained: completions, logs and saved weights are those of two processes with whole weights."""
+    launch(runs(tmp_path, **FSDP2))
+    check_engine(tmp_path, ddp)
+
+
+@pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
+def test_zero3_is_ddp(ddp: Path, tmp_path: Path) -> None:
+    """Likewise, and resumes. A model that is sharded as it is loaded trains as well."""
+    told = runs(tmp_path, **ZERO3)
+    saving = {**RUN, **ZERO3, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    told += [
+        {"folder": whole, "config": saving, "use_script": True},
+        {"folder": resumed, "config": saving, "use_script": True, "resume": f"{whole}/checkpoint-3"},
+        {"folder": str(tmp_path / "loaded"), "config": {**RUN, **ZERO3, "max_steps": 2}, "sharded_as_loaded": True},
+    ]
+    launch(told, deepspeed=True)
+    check_engine(tmp_path, ddp)
+    assert history(tmp_path / "resumed") == history(tmp_path / "whole")
 
 
 STATES = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
