@@ -35,6 +35,19 @@ def shards_weights(accelerator: Any) -> bool:
     return bool(accelerator.is_fsdp2) or zero_stage(accelerator) == 3
 
 
+def check_sharded(accelerator: Any, model: Any, wrapped: Any) -> None:
+    """Raises a ValueError where the engine is yet to shard the model, which it does as training begins.
+
+    Before that the model is not on the device either, and may be too large for it.
+    """
+    ready = bool(_groups(model)) if accelerator.is_fsdp2 else wrapped is not model
+    require(
+        ready or not shards_weights(accelerator),
+        "evaluate",
+        "FSDP2 and ZeRO-3 shard the model when training begins; call it after train(), or in on_train_begin of a callback",
+    )
+
+
 def check_engine(accelerator: Any) -> None:
     """Prepares accelerate's FSDP2 for a module whose outputs are losses and log-probabilities, which stay in fp32.
 
