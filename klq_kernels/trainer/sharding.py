@@ -44,7 +44,7 @@ def check_sharded(accelerator: Any, model: Any, wrapped: Any) -> None:
     require(
         ready or not shards_weights(accelerator),
         "evaluate",
-        "FSDP2 and ZeRO-3 shard the model when training begins; call it after train(), or in on_train_begin of a callback",
+        "FSDP2 and ZeRO-3 shard the model when training begins; call it after train(), or in a callback then",
     )
 
 

@@ -13,11 +13,7 @@ from processes import DEEPSPEED, ROOT, TWO_PROCESSES, start
 
 POSED = str(ROOT / "tests" / "support" / "posed_klq.py")
 RECIPES = ROOT / "examples" / "launch"
-TINY = [
-    "train", "--task", "arithmetic", "--per_device_train_batch_size", "2", "--max_completion_length", "4",
-    "--num_update_epochs", "1", "--max_steps", "2", "--eval_size", "2", "--watch_failures", "False", "--bf16", "False",
-    "--save_steps", "1",
-]  # fmt: skip
+FLAGS = ["--max_steps", "2", "--eval_size", "2", "--bf16", "False", "--save_steps", "1", "--use_cpu", "False"]
 
 
 def check(folder: Path) -> None:
@@ -28,26 +24,27 @@ def check(folder: Path) -> None:
     assert (folder / "checkpoint-2" / "trainer_state.json").exists()
 
 
-def launched(recipe: str) -> list[str]:
+def launched(recipe: str, material: list[str]) -> list[str]:
     """A recipe's command, with two processes in fp32 and, in place of the package, ``posed_klq``."""
     config = ["--config_file", str(RECIPES / recipe), "--num_processes", "2", "--mixed_precision", "no"]
-    return ["-m", "accelerate.commands.launch", *config, POSED, *TINY]
+    return ["-m", "accelerate.commands.launch", *config, POSED, "train", *material, *FLAGS]
 
 
-def test_accelerate_fsdp2(tmp_path: Path) -> None:
-    start([*launched("fsdp2.yaml"), "--output_dir", str(tmp_path)])
+def test_accelerate_fsdp2(material: list[str], tmp_path: Path) -> None:
+    start([*launched("fsdp2.yaml", material), "--output_dir", str(tmp_path)])
     check(tmp_path)
     assert list((tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0").glob("*.distcp"))
 
 
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
-def test_accelerate_zero3(tmp_path: Path) -> None:
-    start([*launched("zero3.yaml"), "--output_dir", str(tmp_path)], deepspeed=True)
+def test_accelerate_zero3(material: list[str], tmp_path: Path) -> None:
+    start([*launched("zero3.yaml", material), "--output_dir", str(tmp_path)], deepspeed=True)
     check(tmp_path)
 
 
-def test_torchrun_fsdp2(tmp_path: Path) -> None:
-    start([*TWO_PROCESSES, POSED, *TINY, "--fsdp", "True", "--output_dir", str(tmp_path)])
+def test_torchrun_fsdp2(material: list[str], tmp_path: Path) -> None:
+    flags = ["--fsdp", "--output_dir", str(tmp_path)]
+    start([*TWO_PROCESSES, POSED, "train", *material, *FLAGS, *flags])
     check(tmp_path)
 
 
