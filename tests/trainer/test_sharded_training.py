@@ -16,20 +16,27 @@ from safetensors.torch import load_file
 KINDS = tuple(trainer_process.KINDS)
 RUN = {"max_steps": 4, "num_update_epochs": 2, "learning_rate": 1e-2, "optim": "sgd", "per_device_train_batch_size": 4}
 FSDP2 = {"use_cpu": False, "bf16": False, "fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
-ZERO3 = {
-    "use_cpu": False,
-    "bf16": False,
-    "deepspeed": {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    },
+ZERO = {
+    stage: {
+        "use_cpu": False,
+        "bf16": False,
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    }
+    for stage in (1, 2, 3)
 }  # fmt: skip
-CHECKPOINTED = {"plain": {"gradient_checkpointing": True}, "lora": {"gradient_accumulation_steps": 2}}
+SETTINGS = {  # a few at once
+    "plain": {"gradient_checkpointing": True},
+    "tied": {"head_gradient": "sampled", "head_samples": 4},
+    "lora": {"gradient_accumulation_steps": 2},
+}
 
 
 def runs(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    configs = {kind: {**RUN, **CHECKPOINTED.get(kind, {}), **changes} for kind in KINDS}
+    configs = {kind: {**RUN, **SETTINGS.get(kind, {}), **changes} for kind in KINDS}
     return [{"folder": str(folder / kind), "kind": kind, "config": configs[kind]} for kind in KINDS]
 
 
@@ -88,18 +95,23 @@ def test_fsdp2_is_ddp(ddp: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
-def test_zero3_is_ddp(ddp: Path, tmp_path: Path) -> None:
+def test_zero_is_ddp(ddp: Path, tmp_path: Path) -> None:
     """Likewise, and resumes. A model that is sharded as it is loaded trains as well."""
-    told = runs(tmp_path, **ZERO3)
-    saving = {**RUN, **ZERO3, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    told = runs(tmp_path, **ZERO[3])
+    for stage in (1, 2):
+        config = {**RUN, **SETTINGS["plain"], **ZERO[stage]}
+        told.append({"folder": str(tmp_path / str(stage)), "config": config})
+    saving = {**RUN, **ZERO[3], "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
     whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
     told += [
         {"folder": whole, "config": saving, "use_script": True},
         {"folder": resumed, "config": saving, "use_script": True, "resume": f"{whole}/checkpoint-3"},
-        {"folder": str(tmp_path / "loaded"), "config": {**RUN, **ZERO3, "max_steps": 2}, "sharded_as_loaded": True},
+        {"folder": str(tmp_path / "loaded"), "config": {**RUN, **ZERO[3], "max_steps": 2}, "sharded_as_loaded": True},
     ]
     launch(told, deepspeed=True)
     check_engine(tmp_path, ddp)
+    for stage in ("1", "2"):
+        assert_same(tmp_path / stage, ddp / "plain")
     assert history(tmp_path / "resumed") == history(tmp_path / "whole")
 
 
