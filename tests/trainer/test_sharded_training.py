@@ -88,6 +88,8 @@ def check_engine(folder: Path, ddp: Path) -> None:
     tiny.model().from_pretrained(folder / "tied" / "final")
 
 
+@pytest.mark.runs("FSDP2", "trainer", "trainer, LoRA", "trainer, sampled gradient")
+@pytest.mark.runs("DDP", "trainer", "trainer, LoRA", "trainer, sampled gradient")
 def test_fsdp2_is_ddp(ddp: Path, tmp_path: Path) -> None:
     """Whatever is trained: completions, logs and saved weights are those of two processes with whole weights."""
     launch(runs(tmp_path, **FSDP2))
@@ -95,6 +97,9 @@ def test_fsdp2_is_ddp(ddp: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
+@pytest.mark.runs("ZeRO-1", "trainer")
+@pytest.mark.runs("ZeRO-2", "trainer")
+@pytest.mark.runs("ZeRO-3", "trainer", "trainer, LoRA", "trainer, sampled gradient", "resume")
 def test_zero_is_ddp(ddp: Path, tmp_path: Path) -> None:
     """Likewise, and resumes. A model that is sharded as it is loaded trains as well."""
     told = runs(tmp_path, **ZERO[3])
@@ -118,6 +123,7 @@ def test_zero_is_ddp(ddp: Path, tmp_path: Path) -> None:
 STATES = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 
 
+@pytest.mark.runs("FSDP2", "resume")
 def test_fsdp2_resumes_on_as_many_processes_and_on_fewer(tmp_path: Path) -> None:
     """In the middle of a cycle on as many, between cycles on any number. And 16 bits leave the results in fp32."""
     halves, alone = [], []
