@@ -37,6 +37,7 @@ def linear_logprobs(
     seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
+    sharding: str | None = None,
 ) -> LinearLogprobs:
     """log softmax(z)[action] with z = softcap(hidden @ weight.T + bias) / temperature, differentiable in all three.
 
@@ -73,6 +74,9 @@ def linear_logprobs(
             of all. Every rank passes the same hidden states and tokens and gets the same results; the gradient by the
             hidden states is that of all, those by weight and bias are of its own rows (``vocabulary.sharded``). Not
             under ``torch.compile``.
+        sharding: what moves where the weight is a ``DTensor`` split by rows and each rank has tokens of its own, as
+            under FSDP2: "tokens", to the rows of the head, which is then whole nowhere; "head", to the tokens; None:
+            what moves fewer bytes (``call.tokens``).
 
     Returns:
         ``LinearLogprobs(logprobs, logsumexp, entropy)``: fp32, the shape of actions, 0 at masked tokens; entropy is
@@ -84,7 +88,7 @@ def linear_logprobs(
         RuntimeError: for a second derivative, and in forward mode; in backward, where a sampled gradient is asked for
             one by the entropy.
     """
-    head = split_head(hidden, weight, bias, process_group)
+    head = split_head(hidden, weight, bias, process_group, sharding)
     hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
@@ -97,15 +101,18 @@ def linear_logprobs(
         "workspace_bytes": workspace_bytes,
     }  # fmt: skip
     arguments = {**inputs._asdict(), **layout.row_args()}
-    tokens = None
+    tokens, group = None, head.group
     if head.group is not None and head.apart:
-        tokens = AllTokens(head.group, layout, arguments, settings)
-        arguments = tokens.arguments()
+        everyones = AllTokens(head.group, layout, arguments, settings)
+        if everyones.move_head(sharding):
+            arguments, group = everyones.with_whole_head(), None
+        else:
+            tokens, arguments = everyones, everyones.arguments()
     found = operator.Results(
         *operator.linear_logprobs(
             *operator.Arguments(
                 **arguments,
-                **share_head(head.group, arguments, settings)._asdict(),
+                **share_head(group, arguments, settings)._asdict(),
                 temperature=temperature,
                 softcap=softcap,
                 return_entropy=return_entropy,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
-from .call.group import share_head, split_head
+from .call.group import Shards, share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
 from .call.tokens import AllTokens
@@ -59,6 +59,7 @@ def fused_klq_loss(
     seed: int | Tensor | None = None,
     workspace_bytes: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
+    sharding: str | None = None,
 ) -> KLQLoss:
     """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; the math: ``reference``).
 
@@ -101,6 +102,8 @@ def fused_klq_loss(
             logits lie where the weight's gradient is going to be.
         process_group: of the processes that share the head, as in ``linear_logprobs``. All pass the same tokens, values
             and targets, and get the same loss and metrics.
+        sharding: what moves where each rank has tokens of its own, as in ``linear_logprobs``; loss and metrics are
+            those of all ranks' tokens either way.
 
     Returns:
         ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``vocabulary.metrics``).
@@ -111,7 +114,7 @@ def fused_klq_loss(
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
-    head = split_head(hidden, weight, bias, process_group)
+    head = split_head(hidden, weight, bias, process_group, sharding)
     hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
@@ -155,13 +158,22 @@ def fused_klq_loss(
         **layout.row_args(),
         "denom": _denominator(denom, hidden.device),
     }
+    shards: Shards | None = None
+    counts: list[int] = []
     if head.group is not None and head.apart:
-        arguments = AllTokens(head.group, layout, arguments, settings).arguments()
+        tokens = AllTokens(head.group, layout, arguments, settings)
+        if tokens.move_head(sharding):
+            arguments, counts = tokens.with_whole_head(), tokens.counts
+            shards = Shards(head.group.group_name, [])
+        else:
+            arguments = tokens.arguments()
+    shards = share_head(head.group, arguments, settings) if shards is None else shards
     found = fused_loss.Results(
         *fused_loss.fused_klq_loss(
             *fused_loss.Arguments(
                 **arguments,
-                **share_head(head.group, arguments, settings)._asdict(),
+                **shards._asdict(),
+                counts=counts,
                 gamma=gamma,
                 lam=lam,
                 tau=tau,

@@ -79,7 +79,9 @@ class SplitHead(NamedTuple):
     apart: bool  # whether each rank has tokens of its own
 
 
-def split_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: object) -> SplitHead:
+def split_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: object, sharding: str | None = None
+) -> SplitHead:
     """The rows that a call is about: given beside a group, or those of a DTensor.
 
     Hidden states that are a DTensor on the same ranks say that all have the same tokens. They come whole from it,
@@ -90,9 +92,11 @@ def split_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, process_grou
 
     Raises:
         ValueError: where a DTensor is split in another way than by rows over one dimension of its mesh, or a group is
-            given beside it.
+            given beside it; or ``sharding`` is no known way, or is given where no rank has tokens of its own.
     """
+    require(sharding in (None, "tokens", "head"), "sharding", f"must be tokens, head or None; got {sharding!r}")
     if not _is_dtensor(weight):
+        require(sharding is None, "sharding", "says what moves where the weight is a DTensor; leave it out")
         group = group_of(process_group)
         return SplitHead(_whole(hidden, group), weight, bias, group, apart=False)
     require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
@@ -176,12 +180,15 @@ def share_head(group: dist.ProcessGroup | None, arguments: dict[str, Any], setti
     }
     taken = actions if mask is None else torch.where(mask, actions, 0)
     taken = taken if rows is None else taken[rows]
-    denom = arguments.get("denom")
-    denom = None if denom is None else denom.reshape(1).float().view(torch.int32)
-    given = (taken, mask, cu_seqlens, rows, denom)
+    given = (taken, mask, cu_seqlens, rows, bits_of(arguments.get("denom")))
     sizes = [rows for (rows,) in agree(group, cu_seqlens.device, alike | settings, (weight.shape[0],), given)]
     require(sum(sizes) > 0, "weight", "no rank has a row of it")
     return Shards(group.group_name, sizes)
+
+
+def bits_of(number: Tensor | None) -> Tensor | None:
+    """int32 [1] that differs where an fp32 number does; None of None."""
+    return None if number is None else number.reshape(1).float().view(torch.int32)
 
 
 def dtypes_of(arguments: dict[str, Any]) -> dict[str, str]:

@@ -202,9 +202,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
 
 def check_actions(actions: Tensor, vocab: int) -> None:
     """Token ids of the valid rows: on the CPU a ValueError, on a GPU only under ``KLQ_CHECK=1`` (else NaN rows)."""
+    check_extremes(*extremes(actions), vocab)
+
+
+def extremes(actions: Tensor) -> tuple[int, int]:
+    """The smallest and the largest token id, as far as they are looked at; (0, 0) where they are not, or are none."""
     if actions.numel() == 0 or (actions.device.type != "cpu" and not checks_on_device()):
-        return
-    low, high = (int(x) for x in actions.aminmax())
+        return 0, 0
+    low, high = actions.aminmax()
+    return int(low), int(high)
+
+
+def check_extremes(low: int, high: int, vocab: int) -> None:
+    """Raises a ValueError unless token ids from ``low`` to ``high`` are in the vocabulary."""
     require(0 <= low <= high < vocab, "actions", f"must lie in [0, {vocab}) at valid tokens, found {low} .. {high}")
 
 

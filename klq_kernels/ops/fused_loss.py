@@ -13,12 +13,13 @@ from torch import Tensor
 from ..backends import backend_for
 from ..call import layout
 from ..vocabulary.chunks import LossShape, Needs, Rows, ScanTerms, Terms
+from ..vocabulary.collectives import all_gather, gather_rows
 from ..vocabulary.metrics import klq_metrics, metric_names
 from ..vocabulary.one_pass import ScanInputs, klq_pass
 from ..vocabulary.precision import own_settings
 from ..vocabulary.sampling import Sampling
 from .gradients import scaled_gradient
-from .head import head_dtypes, make_head, vocabulary, weight_gradient_dtype
+from .head import group_named, head_dtypes, make_head, vocabulary, weight_gradient_dtype
 from .operator import Operator, Parts, fields_of
 from .scans import tail_values
 
@@ -47,6 +48,28 @@ class GradientScale:
         return losses.sum() * self.grad_scale * self.unit
 
 
+class Everyones:
+    """What is said of the tokens of all processes, each of which has ``counts`` of them."""
+
+    def __init__(self, group: str, counts: list[int]) -> None:
+        self.group, self.counts = group_named(group), counts
+
+    def rows(self, vector: Any) -> Any:
+        """All processes' rows of a vector, one process's after another's; None of None."""
+        return None if vector is None else gather_rows(vector, self.counts, self.group)
+
+    def mean(self, scalar: Tensor) -> Tensor:
+        return all_gather(scalar, self.group).mean(0)
+
+    def mean_of_rows(self, mean: Tensor | None) -> Tensor | None:
+        """The mean over all rows of what each process has the mean of its own rows of."""
+        if mean is None:
+            return None
+        weights = torch.tensor(self.counts, dtype=torch.float32, device=mean.device)
+        total: Tensor = (all_gather(mean.reshape(()), self.group) * weights).sum() / weights.sum().clamp(min=1)
+        return total
+
+
 class Arguments(NamedTuple):
     """Flat tensors of M positions, cut into B sequences; ``layout.valid_rows`` finds the valid ones."""
 
@@ -55,6 +78,7 @@ class Arguments(NamedTuple):
     bias: Tensor | None  # [V]
     group: str  # ``head.HeadArguments``
     shard_sizes: list[int]
+    counts: list[int]  # the tokens of each process, where the results are to be those of all; else none
     actions: Tensor  # int64 [M]
     values: Tensor  # [M]
     # targets of a rollout, all None on-policy
@@ -202,9 +226,15 @@ def _forward(given: Arguments) -> Results:
         )
     loss = scale.mean(found.losses)
     decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
-    metrics = klq_metrics(backend, loss, terms, shape, ref_logp=ref_logp, entropy=found.entropy, decay_next=decay_next)
+    entropy, entries = found.entropy, found.entries_per_token
+    if given.counts:
+        everyones = Everyones(given.group, given.counts)
+        loss, terms = everyones.mean(loss), Terms(*map(everyones.rows, terms))
+        ref_logp, entropy, decay_next = map(everyones.rows, (ref_logp, entropy, decay_next))
+        entries = everyones.mean_of_rows(entries)
+    metrics = klq_metrics(backend, loss, terms, shape, ref_logp=ref_logp, entropy=entropy, decay_next=decay_next)
     if given.samples:
-        entries = torch.zeros_like(loss) if found.entries_per_token is None else found.entries_per_token
+        entries = torch.zeros_like(loss) if entries is None else entries
         metrics = torch.cat((metrics, entries.reshape(1)))
     d_values = layout.put_rows(found.d_values, index, positions) if given.need_values else None
 

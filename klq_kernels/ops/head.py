@@ -25,7 +25,7 @@ class HeadArguments(Protocol):
     @property
     def group(self) -> str: ...  # the name of the processes that share the head, "" for none
     @property
-    def shard_sizes(self) -> list[int]: ...  # how many rows of the weight each of them has
+    def shard_sizes(self) -> list[int]: ...  # how many rows of the weight each of them has; none where it is whole
     @property
     def temperature(self) -> float: ...
     @property
@@ -46,11 +46,15 @@ def make_head(given: HeadArguments, gradient_dtype: torch.dtype) -> Head:
     weight = given.weight.detach().to(dtypes.products)
     bias = None if given.bias is None else given.bias.detach().to(dtypes.logits)
     shard = None
-    if given.group:
-        name: Any = given.group  # a str; newer PyTorch has a type of its own for it
-        group = dist.distributed_c10d._resolve_process_group(name)  # as PyTorch's functional collectives do
+    if given.shard_sizes:
+        group = group_named(given.group)
         shard = Shard(group, group.rank(), tuple(given.shard_sizes))
     return Head(weight, bias, 1.0 / given.temperature, given.softcap, gradient_dtype, dtypes.logits, shard)
+
+
+def group_named(name: Any) -> dist.ProcessGroup:
+    """The group that an operator was told the name of, a str; newer PyTorch has a type of its own for it."""
+    return dist.distributed_c10d._resolve_process_group(name)  # as PyTorch's functional collectives do
 
 
 def head_dtypes(given: HeadArguments) -> chunking.HeadDtypes:
@@ -60,12 +64,12 @@ def head_dtypes(given: HeadArguments) -> chunking.HeadDtypes:
 
 def vocabulary(given: HeadArguments) -> int:
     """V, of all ranks together."""
-    return sum(given.shard_sizes) if given.group else given.weight.shape[0]
+    return sum(given.shard_sizes) if given.shard_sizes else given.weight.shape[0]
 
 
 def weight_gradient_dtype(given: HeadArguments, *, keep: bool = True) -> torch.dtype:
     """``chunking.weight_gradient_dtype`` of these inputs, the same on all ranks."""
-    rows = max(given.shard_sizes) if given.group else given.weight.shape[0]
+    rows = max(given.shard_sizes) if given.shard_sizes else given.weight.shape[0]
     return chunking.weight_gradient_dtype(
         given.hidden.shape[0], rows, given.weight.shape[1], head_dtypes(given), given.weight.dtype,
         given.hidden.device, given.workspace_bytes, vocabulary_major=vocabulary_major(given.hidden.device), keep=keep,

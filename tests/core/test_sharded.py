@@ -258,6 +258,9 @@ def test_merging_of_parts_that_lie_far_apart() -> None:
     assert_close_to_scale(found.entropy, -(log_p.exp() * log_p).nan_to_num(0.0).sum(1).float(), "entropy")
 
 
+MOVES = (None, "tokens", "head")
+
+
 @st.composite
 def spread(draw: st.DrawFn) -> tuple[Tensor, list[int], list[int]]:
     """A mask [B, T], the sequences that each rank has of it, and the rows of a head of 131 that each rank has."""
@@ -269,20 +272,23 @@ def spread(draw: st.DrawFn) -> tuple[Tensor, list[int], list[int]]:
 
 @settings(max_examples=20)
 @given(
-    spread(), seeds, chunk_rows, st.booleans(), st.booleans(), st.sampled_from([None, 7.0]), st.sampled_from(LOSS_TYPES)
-)
+    spread(), seeds, chunk_rows, st.booleans(), st.booleans(), st.sampled_from([None, 7.0]),
+    st.sampled_from(LOSS_TYPES), st.sampled_from(MOVES),
+)  # fmt: skip
 def test_tokens_apart_and_a_head_of_dtensors(
     ranks: Ranks, batch: tuple[Tensor, list[int], list[int]], seed: int, rows: int | None, on_policy: bool,
-    extras: bool, denom: float | None, loss_type: str,
+    extras: bool, denom: float | None, loss_type: str, move: str | None,
 ) -> None:  # fmt: skip
-    """The gradients are those of the mean over ranks: R times the whole batch's for what a rank has to itself."""
+    """The gradients are those of the mean over ranks: R times the whole batch's for what a rank has to itself.
+
+    Tokens may move to the head, or the head to the tokens.
+    """
     mask, counts, sizes = batch
     case = make_case(mask, seed=seed)
     settings = {"on_policy": on_policy, **(dict.fromkeys(("scores", "bootstrap", "trace"), True) if extras else {})}
     options = {"loss_type": loss_type, "workspace_bytes": None if rows is None else workspace_for(rows, case)}
-    found = ranks.run(
-        len(sizes), sharding.loss_of_own_tokens, case, counts, sizes, {**settings, **options, "denom": denom}
-    )
+    told = {**settings, **options, "denom": denom, "sharding": move}
+    found = ranks.run(len(sizes), sharding.loss_of_own_tokens, case, counts, sizes, told)
     size = len(sizes)
     whole = differentiate(
         fused_klq_loss,
@@ -301,13 +307,15 @@ def test_tokens_apart_and_a_head_of_dtensors(
 
 
 @settings(max_examples=15)
-@given(spread(), seeds)
+@given(spread(), seeds, st.sampled_from(MOVES))
 @pytest.mark.runs("FSDP2", "log-probabilities")
-def test_logprobs_of_tokens_apart(ranks: Ranks, batch: tuple[Tensor, list[int], list[int]], seed: int) -> None:
+def test_logprobs_of_tokens_apart(
+    ranks: Ranks, batch: tuple[Tensor, list[int], list[int]], seed: int, move: str | None
+) -> None:
     mask, counts, sizes = batch
     case = make_case(mask, seed=seed)
     by = case.advantages
-    found = ranks.run(len(sizes), sharding.logprobs_of_own_tokens, case, counts, sizes, by)
+    found = ranks.run(len(sizes), sharding.logprobs_of_own_tokens, case, counts, sizes, by, move)
     hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
     whole = linear_logprobs(hidden, weight, case.actions, mask=mask, return_entropy=True)
     assert whole.entropy is not None
@@ -320,6 +328,29 @@ def test_logprobs_of_tokens_apart(ranks: Ranks, batch: tuple[Tensor, list[int], 
     for name, value in expected.items():
         assert value is not None
         assert_close_to_scale(torch.cat([f[name] for f in found]), value, name)
+
+
+def test_what_moves_is_what_is_smaller(ranks: Ranks) -> None:
+    """The bytes of each way, as counted: of hidden states and their gradient, or of a head and its gradient."""
+    case = make_case(ragged_mask(8, 40), vocab=131)
+    n, (vocab, width), ranks_there = int(case.valid.sum()), case.weight.shape, 2
+    bytes_of: dict[str | None, dict[str, int]] = {}
+    for move in MOVES:
+        found = ranks.run(ranks_there, sharding.counted_own_tokens, case, [4, 4], [70, 61], move)
+        bytes_of[move] = found[0]
+    tokens, head = 4 * width * n, 4 * (width + 1) * 2 * 70  # with the bias; the shorter rows are padded
+    assert bytes_of["tokens"]["all_reduce"] == tokens
+    assert tokens <= bytes_of["tokens"]["all_gather"] <= 1.2 * tokens + 400 * n
+    assert bytes_of["head"]["reduce_scatter"] == head
+    assert head <= bytes_of["head"]["all_gather"] <= head + 400 * n
+    assert bytes_of["head"].get("all_reduce", 0) == 0
+    assert bytes_of[None] == bytes_of["head" if 3 * n > 2 * 131 else "tokens"]
+    assert 2 * vocab < 3 * n
+
+
+def test_tokens_outside_the_vocabulary_of_a_head_that_moves(ranks: Ranks) -> None:
+    said = ranks.run(2, sharding.refusal_of_a_token, make_case(ragged_mask(4, 6)))
+    assert all("actions" in message and "must lie in [0, 131)" in message for message in said), said
 
 
 @pytest.mark.runs("HSDP", "log-probabilities")

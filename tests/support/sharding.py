@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import patch
@@ -129,6 +130,39 @@ def sequences_of(group: dist.ProcessGroup, case: Case, counts: list[int]) -> Cas
     return replace(case, **cut)
 
 
+def counted_own_tokens(
+    group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], move: str | None
+) -> dict[str, int]:
+    """Bytes that each kind of collective moves in a loss and its backward, tokens apart."""
+    moved: dict[str, int] = {}
+    with ExitStack() as stack:
+        for kind in ("all_gather", "all_reduce", "reduce_scatter"):
+            name = next(
+                n for n in (f"{kind}_single", f"{kind}_into_tensor", f"{kind}_tensor", kind) if hasattr(dist, n)
+            )
+            shipped = getattr(dist, name)
+
+            def call(out: Tensor, *args: Any, _kind: str = kind, _shipped: Any = shipped, **kwargs: Any) -> Any:
+                given = args[0] if _kind == "reduce_scatter" else out
+                moved[_kind] = moved.get(_kind, 0) + given.nbytes
+                return _shipped(out, *args, **kwargs)
+
+            stack.enter_context(patch.object(dist, name, call))
+        loss_of_own_tokens(group, case, counts, sizes, {"on_policy": False, "sharding": move})
+    return moved
+
+
+def refusal_of_a_token(group: dist.ProcessGroup, case: Case) -> str:
+    """The message, where rank 1 has a token outside the vocabulary and the head moves."""
+    if group.rank() == 1:
+        case = replace(case, actions=torch.full_like(case.actions, 131))
+    try:
+        loss_of_own_tokens(group, case, [2, 2], [70, 61], {"on_policy": False, "sharding": "head"})
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def refusal_of_own_tokens(group: dist.ProcessGroup, case: Case) -> str:
     """The message, where rank 1 passes rewards per sequence and rank 0 per token."""
     settings = {"on_policy": True, "scores": group.rank() == 1}
@@ -201,13 +235,13 @@ def logprobs_with_copies(group: dist.ProcessGroup, case: Case, counts: list[int]
 
 
 def logprobs_of_own_tokens(
-    group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], by: Tensor
+    group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], by: Tensor, move: str | None
 ) -> dict[str, Tensor]:
     own, rows = sequences_of(group, replace(case, rewards=by), counts), rows_of(group, sizes)
     weight = as_dtensor(group, case.weight[rows].clone(), case.weight).requires_grad_()
     hidden = own.hidden.detach().clone().requires_grad_()
     mask = None if own.mask is None else own.mask.contiguous()
-    found = linear_logprobs(hidden, weight, own.actions, mask=mask, return_entropy=True)
+    found = linear_logprobs(hidden, weight, own.actions, mask=mask, return_entropy=True, sharding=move)
     assert found.entropy is not None
     (found.logprobs * own.rewards + found.entropy).sum().backward()
     assert weight.grad is not None
