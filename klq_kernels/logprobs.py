@@ -94,7 +94,7 @@ def linear_logprobs(
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, split=head.group is not None,
+        workspace_bytes=workspace_bytes, split=head.group is not None or head.apart is not None,
     )  # fmt: skip
     settings = {
         "temperature": temperature, "softcap": softcap, "return_entropy": return_entropy,
@@ -102,12 +102,12 @@ def linear_logprobs(
     }  # fmt: skip
     arguments = {**inputs._asdict(), **layout.row_args()}
     tokens, group = None, head.group
-    if head.group is not None and head.apart:
-        everyones = AllTokens(head.group, layout, arguments, settings)
-        if everyones.move_head(sharding):
-            arguments, group = everyones.with_whole_head(), None
+    if head.apart is not None:
+        everyones = AllTokens(head.apart, layout, arguments, settings)
+        if everyones.move_head(sharding, split_again=group is not None):
+            arguments = everyones.with_whole_head(head.vocab)
         else:
-            tokens, arguments = everyones, everyones.arguments()
+            tokens, arguments, group = everyones, everyones.arguments(), head.apart
     found = operator.Results(
         *operator.linear_logprobs(
             *operator.Arguments(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
-from .call.group import Shards, share_head, split_head
+from .call.group import share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
 from .call.tokens import AllTokens
@@ -120,7 +120,7 @@ def fused_klq_loss(
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, split=head.group is not None,
+        workspace_bytes=workspace_bytes, split=head.group is not None or head.apart is not None,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:
@@ -158,21 +158,19 @@ def fused_klq_loss(
         **layout.row_args(),
         "denom": _denominator(denom, hidden.device),
     }
-    shards: Shards | None = None
-    counts: list[int] = []
-    if head.group is not None and head.apart:
-        tokens = AllTokens(head.group, layout, arguments, settings)
-        if tokens.move_head(sharding):
-            arguments, counts = tokens.with_whole_head(), tokens.counts
-            shards = Shards(head.group.group_name, [])
+    group, peers, counts = head.group, "", []
+    if head.apart is not None:
+        tokens = AllTokens(head.apart, layout, arguments, settings)
+        if tokens.move_head(sharding, split_again=group is not None):
+            arguments, peers, counts = tokens.with_whole_head(head.vocab), head.apart.group_name, tokens.counts
         else:
-            arguments = tokens.arguments()
-    shards = share_head(head.group, arguments, settings) if shards is None else shards
+            arguments, group = tokens.arguments(), head.apart
     found = fused_loss.Results(
         *fused_loss.fused_klq_loss(
             *fused_loss.Arguments(
                 **arguments,
-                **shards._asdict(),
+                **share_head(group, arguments, settings)._asdict(),
+                peers=peers,
                 counts=counts,
                 gamma=gamma,
                 lam=lam,

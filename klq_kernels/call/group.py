@@ -76,7 +76,8 @@ class SplitHead(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     group: dist.ProcessGroup | None
-    apart: bool  # whether each rank has tokens of its own
+    apart: dist.ProcessGroup | None  # the ranks that have other tokens, and other parts of these rows
+    vocab: int  # of all ranks together, where that is known without asking them; else 0
 
 
 def split_head(
@@ -88,36 +89,73 @@ def split_head(
     however it has split them (sequence parallel), and their gradient is split alike.
 
     A DTensor may also lie in copies on further dimensions of its mesh (HSDP, or copies alone), each with tokens of its
-    own: the gradient is the mean over them.
+    own: the gradient is the mean over them. Where two dimensions split it by rows, FSDP2 has split the rows of tensor
+    parallelism once more; ``process_group`` says then which ranks have the same tokens, and the rows of those come
+    whole to each rank.
 
     Raises:
-        ValueError: where a DTensor is split in another way than by rows over one dimension of its mesh, or a group is
-            given beside it; or ``sharding`` is no known way, or is given where no rank has tokens of its own.
+        ValueError: where a DTensor is split in another way than by rows, or a group is given beside one that is split
+            once; or ``sharding`` is no known way, or one that the split does not have.
     """
     require(sharding in (None, "tokens", "head"), "sharding", f"must be tokens, head or None; got {sharding!r}")
+    group = group_of(process_group)
     if not _is_dtensor(weight):
         require(sharding is None, "sharding", "says what moves where the weight is a DTensor; leave it out")
-        group = group_of(process_group)
-        return SplitHead(_whole(hidden, group), weight, bias, group, apart=False)
-    require(process_group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+        return SplitHead(_whole(hidden, group), weight, bias, group, None, 0)
     split: Any = weight  # importing DTensor's module would take longer than the rest of the library
     mesh, placements = split.device_mesh, split.placements
-    by_rows = [dim for dim, placement in enumerate(placements) if placement.is_shard(0)]
     copied = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
-    known = len(by_rows) <= 1 and len(by_rows) + len(copied) == len(placements)
+    whole = [dim for dim in range(mesh.ndim) if mesh.size(dim) == 1]
+    by_rows = [dim for dim, p in enumerate(placements) if dim not in whole and _splits_rows(p)]
+    known = len(by_rows) <= 2 and len({*by_rows, *copied, *whole}) == len(placements)
     wanted = "must be split by Shard(0) over one dimension of its mesh, or none, and lie in copies on the others"
     require(known, "weight", f"is a DTensor with placements {list(placements)}, and {wanted}; {GATHER}")
     given_bias: Any = bias
     alike = _is_dtensor(bias) and (given_bias.device_mesh, given_bias.placements) == (mesh, placements)
     require(bias is None or alike, "bias", "must be a DTensor with the weight's mesh and placements")
-    group = group_of(mesh.get_group(by_rows[0])) if by_rows else None
     copies = [mesh.get_group(dim) for dim in copied if mesh.size(dim) > 1]
 
     def own(tensor: Any) -> Tensor:
         return _Averaged.apply(tensor.to_local(), copies) if copies else tensor.to_local()
 
-    apart = group is not None and not _is_dtensor(hidden)
-    return SplitHead(_whole(hidden, group), own(weight), None if bias is None else own(bias), group, apart)
+    rows, own_bias, vocab = own(weight), None if bias is None else own(bias), int(split.shape[0])
+    if len(by_rows) == 2:
+        apart = _apart(split, by_rows, group)
+        require(sharding != "tokens", "sharding", "must be head where tensor parallelism has split the weight as well")
+        return SplitHead(_whole(hidden, group), rows, own_bias, group, apart, vocab)
+    require(group is None, "process_group", "a weight that is a DTensor brings its own; leave it out")
+    ranks = mesh.get_group(by_rows[0]) if by_rows else None
+    if _is_dtensor(hidden):
+        return SplitHead(_whole(hidden, ranks), rows, own_bias, ranks, None, vocab)
+    return SplitHead(hidden, rows, own_bias, None, ranks, vocab)
+
+
+def _splits_rows(placement: Any) -> bool:
+    """Whether it is Shard(0), also one that splits what another dimension has split (FSDP2 of tensor parallel)."""
+    return bool(placement.is_shard(0)) or (hasattr(placement, "split_factor") and placement.dim == 0)
+
+
+def _apart(split: Any, by_rows: list[int], group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The ranks with other tokens, of a weight that is split by rows twice and beside which a group was given."""
+    mesh = split.device_mesh
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    same = [dim for dim in by_rows if dist.get_process_group_ranks(mesh.get_group(dim)) == ranks]
+    require(
+        len(same) == 1,
+        "process_group",
+        "must be the ranks that have the same tokens (tensor parallel), where the weight is a DTensor split by rows "
+        "over two dimensions of its mesh",
+    )
+    (other,) = set(by_rows) - set(same)
+    nested = getattr(split.placements[other], "split_factor", 1) == mesh.size(same[0])
+    require(
+        nested,
+        "weight",
+        f"is a DTensor with placements {list(split.placements)}: tensor parallelism must have split it first, and "
+        "FSDP2 then, as fully_shard does",
+    )
+    found: dist.ProcessGroup = mesh.get_group(other)
+    return found
 
 
 class _Averaged(torch.autograd.Function):

@@ -58,23 +58,23 @@ class AllTokens:
         self._learnt = learnt
         self._cu_seqlens = cu_seqlens
 
-    def move_head(self, sharding: str | None) -> bool:
-        """Whether the head is to move: as told, or where that moves fewer bytes."""
-        if sharding is not None:
-            return sharding == "head"
+    def move_head(self, sharding: str | None, *, split_again: bool) -> bool:
+        """Whether the head is to move: as told, where its rows are ``split_again``, or where that moves fewer bytes."""
+        if sharding is not None or split_again:
+            return sharding != "tokens"
         own, n, vocab = self._own, sum(self._counts), sum(self._rows_of_head)
         width, learnt = own["hidden"].shape[-1], self._learnt
         tokens = n * width * (own["hidden"].element_size() + (8 if "hidden" in learnt else 0))  # fp32 sums, to all
         head = vocab * width * own["weight"].element_size() * (2 if "weight" in learnt else 1)
         return head < tokens
 
-    def with_whole_head(self) -> dict[str, Any]:
-        """The arguments of the operator on this rank's tokens, with the whole head.
+    def with_whole_head(self, vocab: int) -> dict[str, Any]:
+        """The arguments of the operator on this rank's tokens, with all rows of the head that the group has.
 
         The gradient by its rows of the head is the mean over ranks. A loss is divided by the ranks' mean count, so the
         mean over ranks is that of the batch. Token ids out of range on any rank are refused on all.
         """
-        check_extremes(*self._extremes, sum(self._rows_of_head))
+        check_extremes(*self._extremes, vocab)
         own = self._own
         found = {
             name: _WholeHead.apply(own[name], self._rows_of_head, self._group)

@@ -78,7 +78,9 @@ class Arguments(NamedTuple):
     bias: Tensor | None  # [V]
     group: str  # ``head.HeadArguments``
     shard_sizes: list[int]
-    counts: list[int]  # the tokens of each process, where the results are to be those of all; else none
+    # the name of the processes whose tokens the results are to be of, and how many tokens each has; "" and none for one
+    peers: str
+    counts: list[int]
     actions: Tensor  # int64 [M]
     values: Tensor  # [M]
     # targets of a rollout, all None on-policy
@@ -228,7 +230,7 @@ def _forward(given: Arguments) -> Results:
     decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
     entropy, entries = found.entropy, found.entries_per_token
     if given.counts:
-        everyones = Everyones(given.group, given.counts)
+        everyones = Everyones(given.peers, given.counts)
         loss, terms = everyones.mean(loss), Terms(*map(everyones.rows, terms))
         ref_logp, entropy, decay_next = map(everyones.rows, (ref_logp, entropy, decay_next))
         entries = everyones.mean_of_rows(entries)

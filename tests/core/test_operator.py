@@ -33,7 +33,7 @@ def some(name: str, hint: Any) -> Any:
         "actions": torch.arange(N), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
         "mask": torch.tensor([True, True, False, True, True, True]), "loss_type": "l2", "softcap": 5.0,
         "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, "group": "",
-        "shard_sizes": [], **NUMBERS,
+        "shard_sizes": [], "peers": "", "counts": [], **NUMBERS,
     }  # fmt: skip
     if name in special:
         return special[name]

@@ -330,6 +330,28 @@ def test_logprobs_of_tokens_apart(
         assert_close_to_scale(torch.cat([f[name] for f in found]), value, name)
 
 
+@pytest.mark.runs("FSDP2 x tensor parallel", "loss", "log-probabilities")
+@pytest.mark.parametrize("on_policy", [False, True], ids=["targets", "on-policy"])
+def test_a_head_split_by_tensor_parallelism_and_fsdp2(ranks: Ranks, on_policy: bool) -> None:
+    case, counts = make_case(ragged_mask(5, 8), vocab=131), [2, 3]
+    found = ranks.run(4, sharding.loss_of_a_head_split_twice, case, counts, on_policy)
+    leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight, case.bias, case.values)]
+    hidden, weight, bias, values = leaves
+    whole = fused_klq_loss(hidden, weight, case.actions, values, bias=bias, **case.loss_arguments(on_policy=on_policy))
+    scored = linear_logprobs(hidden, weight, case.actions, bias=bias, mask=case.mask).logprobs
+    (whole.loss + scored.sum() / 2).backward()
+    expected = {"weight": weight.grad, "bias": bias.grad}
+    for first, ranks_there in ((0, found[:2]), (2, found[2:])):  # of each part of the tokens
+        own = slice(first, first + counts[first // 2])
+        for f in ranks_there:
+            assert_close_to_scale(f.loss, whole.loss.detach(), "loss")
+            for name, value in whole.metrics.items():
+                assert_close_to_scale(f.metrics[name], value, name)
+            mine = {"hidden": 2 * hidden.grad[own], "values": 2 * values.grad[own]}
+            for name, value in {**expected, **mine}.items():
+                assert_close_to_scale(f.gradients[name], value, name)
+
+
 def test_what_moves_is_what_is_smaller(ranks: Ranks) -> None:
     """The bytes of each way, as counted: of hidden states and their gradient, or of a head and its gradient."""
     case = make_case(ragged_mask(8, 40), vocab=131)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "many-processes.md"
 BEGIN, END = "<!-- begin runs -->", "<!-- end runs -->"
 ENGINES = (
-    "one process", "DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "tensor parallel", "context parallel",
+    "one process", "DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "tensor parallel",
+    "FSDP2 x tensor parallel", "context parallel",
 )  # fmt: skip
 FEATURES = (
     "loss", "sampled gradient", "log-probabilities", "scans, targets", "trainer", "trainer, LoRA",

@@ -130,6 +130,30 @@ def sequences_of(group: dist.ProcessGroup, case: Case, counts: list[int]) -> Cas
     return replace(case, **cut)
 
 
+def loss_of_a_head_split_twice(group: dist.ProcessGroup, case: Case, counts: list[int], on_policy: bool) -> Outcome:
+    """Four ranks: two of tensor parallelism have the same sequences, FSDP2 splits the rows of each once more."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    tensor_parallel = mesh["tp"]
+
+    def split(whole: Tensor) -> DTensor:
+        head = nn.Module()
+        head.weight = nn.Parameter(distribute_tensor(whole.detach().clone(), tensor_parallel, [Shard(0)]))
+        fully_shard(head, mesh=mesh["fsdp"])
+        return head.weight
+
+    weight, bias = split(case.weight), split(case.bias)
+    own = sequences_of(mesh["fsdp"].get_group(), case, counts)
+    own = replace(own, mask=None if own.mask is None else own.mask.contiguous())
+    hidden, values = (t.detach().clone().requires_grad_() for t in (own.hidden, own.values))
+    options = own.loss_arguments(on_policy=on_policy)
+    found = fused_klq_loss(hidden, weight, own.actions, values, bias=bias, process_group=tensor_parallel, **options)
+    scored = linear_logprobs(hidden, weight, own.actions, bias=bias, process_group=tensor_parallel, mask=own.mask)
+    (found.loss + scored.logprobs.sum()).backward()
+    assert weight.grad.placements == weight.placements
+    whole = {"weight": weight.grad.full_tensor(), "bias": bias.grad.full_tensor()}
+    return Outcome(found.loss.detach(), found.metrics, {"hidden": hidden.grad, "values": values.grad, **whole})
+
+
 def counted_own_tokens(
     group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], move: str | None
 ) -> dict[str, int]:
