@@ -36,7 +36,9 @@ from torch import Tensor
 from .types import KLQLoss, KLQTargets, LinearLogprobs
 
 __all__ = [
+    "dppo_policy_loss",
     "gae",
+    "importance_trace",
     "klq_loss",
     "klq_residual_loss",
     "klq_targets",
@@ -46,6 +48,7 @@ __all__ = [
     "reverse_scan",
     "sampled_gradient",
     "sampling_threshold",
+    "vtrace_targets",
 ]
 
 
@@ -167,6 +170,70 @@ def klq_targets(
     if mask is not None:
         logprobs, values = torch.where(mask, logprobs, 0), torch.where(mask, values, 0)
     return KLQTargets(logprobs.detach(), values.detach(), advantages.detach())
+
+
+def importance_trace(logprobs: Tensor, sampler_logprobs: Tensor, *, clip: float = 1.0) -> Tensor:
+    """c_t = min(clip, pi(a_t|s_t) / mu(a_t|s_t)), for tokens that mu sampled and pi is to be evaluated on.
+
+    As the ``trace`` of ``klq_targets`` it makes A the Retrace(lambda) error of Q (arXiv 1606.02647, eq. 3 and 4, whose
+    clip is 1): the expected bootstrap there is V_{t+1} here, for V is the value after the price of KL. Two facts
+    follow. With clip = inf and lambda = 1, Q_t + A_t is the return of pi from (s_t, a_t), importance-sampled: unbiased.
+    And where Q and V are those of the optimal policy, every delta is 0 at every token, whoever chose it: so mu and the
+    clip decide how fast and how noisily KLQ gets there, not where.
+    """
+    return torch.exp(logprobs - sampler_logprobs).clamp(max=clip)
+
+
+def vtrace_targets(
+    rewards: Tensor, values: Tensor, trace: Tensor, *, gamma: float = 1.0, lam: float = 0.95, last_value: float = 0.0
+) -> Tensor:
+    """The targets of V under pi for one sequence of mu's, [T] each (V-trace, arXiv 1802.01561, eq. 1):
+
+        v_s = V_s + sum_{t >= s} gamma^(t-s) (prod_{s <= i < t} lam c_i) c_t (r_t + gamma V_{t+1} - V_t)
+
+    with one clip for both of its weights: c of ``importance_trace``. They are V + c A for the A of ``klq_targets`` with
+    that trace (and r_t less the price of KL as the reward): an action value needs no weight for the first token, which
+    it takes as given, a state value does.
+    """
+    following = torch.cat([values[1:], values.new_tensor([last_value])])
+    delta = rewards + gamma * following - values
+    out = []
+    for s in range(len(values)):
+        total, weight = values[s], values.new_ones(())
+        for t in range(s, len(values)):
+            total = total + gamma ** (t - s) * weight * trace[t] * delta[t]
+            weight = weight * lam * trace[t]
+        out.append(total)
+    return torch.stack(out)
+
+
+def dppo_policy_loss(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 20.0,
+    divergence: str = "tv",
+    delta: float = 0.15,
+) -> Tensor:
+    """-A min(clip, pi/mu) m log pi of each token, the weights without gradient (DPPO, arXiv 2602.04879).
+
+    m is 0 where the two policies are too far apart at the token, D > delta, and the step would take them further:
+    where A and pi - mu have the same sign. D is the divergence of the two-valued distributions "this token or another":
+
+    tv   |pi - mu|
+    kl   mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi))
+    """
+    pi, mu = logprobs.detach().exp(), sampler_logprobs.exp()
+    if divergence == "tv":
+        distance = (pi - mu).abs()
+    elif divergence == "kl":
+        distance = mu * (mu / pi).log() + torch.xlogy(1 - mu, (1 - mu) / (1 - pi))
+    else:
+        raise ValueError(f"divergence: must be tv or kl, got {divergence!r}")
+    outward = advantages * (pi - mu) > 0
+    kept = (~(outward & (distance > delta))).to(advantages.dtype)
+    return -advantages * (pi / mu).clamp(max=clip) * kept * logprobs
 
 
 def klq_residual_loss(

@@ -9,6 +9,7 @@ models actor_critic          the parts of a language model; the module that is t
 export                       the policy's weights, as an engine loads them
 batches experience           sequences as a model reads them; their targets and log-probabilities
 objectives                   scores, the KLQ loss, the PPO loss
+off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
 processes                    shares in held-out rows, and the end of a run that has several

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
+OFF_POLICY = ("none", "retrace")
+DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
     "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
     "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
@@ -32,7 +35,7 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
 }
 # Arguments that only the other algorithm reads.
 IGNORED = {
-    "klq": ("cliprange", "vf_coef", "whiten_advantages"),
+    "klq": ("cliprange", "vf_coef", "whiten_advantages", "importance_clip", "dppo_divergence", "dppo_delta"),
     "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip"),
 }
 
@@ -70,6 +73,19 @@ class KLQConfig(TrainingArguments):
     cliprange: float = option(0.2, "PPO: clip of the probability ratio.")
     vf_coef: float = option(0.1, "PPO: weight of the value loss.")
     whiten_advantages: bool = option(True, "PPO: advantages to mean 0 and variance 1 over the batch. KLQ never does.")
+
+    off_policy: str = option(
+        "none",
+        "'retrace' corrects for a rollout function whose policy differs from the trained one, by the log-probabilities "
+        "that it returns: a trace on lambda, and for PPO importance weights and DPPO's mask in place of the clip.",
+    )
+    trace_clip: float = option(1.0, "off_policy: largest factor of the trace, and of PPO's value targets. > 0.")
+    importance_clip: float = option(20.0, "off_policy, PPO: largest weight of a token in the policy loss. > 0.")
+    dppo_divergence: str = option("tv", f"off_policy, PPO: of the mask, one of {', '.join(DPPO_DELTAS)}.")
+    dppo_delta: float | None = option(
+        None,
+        f"off_policy, PPO: threshold of the mask, > 0. By default {DPPO_DELTAS['tv']} (tv), {DPPO_DELTAS['kl']} (kl).",
+    )
 
     num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
@@ -147,6 +163,11 @@ class KLQConfig(TrainingArguments):
         """``logits_dtype`` of ``fused_klq_loss`` and ``linear_logprobs``."""
         return torch.float32 if self.fp32_head else None
 
+    @property
+    def mask_delta(self) -> float:
+        """``dppo_delta`` with its default filled in."""
+        return DPPO_DELTAS[self.dppo_divergence] if self.dppo_delta is None else self.dppo_delta
+
     @staticmethod
     def _processes() -> int:
         """World size before the distributed state exists: launchers announce it in the environment."""
@@ -176,18 +197,32 @@ class KLQConfig(TrainingArguments):
         require(
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
+        for name, choices in (("off_policy", OFF_POLICY), ("dppo_divergence", tuple(DPPO_DELTAS))):
+            value = getattr(self, name)
+            require(value in choices, name, f"must be one of {', '.join(choices)}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
         for name, instead in UNUSED.items():
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
-        for name in IGNORED[self.algorithm]:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                warnings.warn(f"{name}: has no effect on algorithm={self.algorithm!r}", stacklevel=4)
+        self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
+        corrected = self.off_policy == "retrace"
+        if self.algorithm == "ppo" and corrected:
+            self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
+        if not corrected:
+            correction = {"trace_clip", "importance_clip", "dppo_divergence", "dppo_delta"} - set(
+                IGNORED[self.algorithm]
+            )
+            self._warn_of_ignored(sorted(correction), "off_policy='none'")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
-        for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
-            require_number(name, getattr(self, name), positive=True)
+        positive = (
+            "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
+            "importance_clip", "dppo_delta",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
         for name in ("gamma", "lam", "lam_final", "value_gradient"):
@@ -204,3 +239,8 @@ class KLQConfig(TrainingArguments):
         for name in counts:
             value = getattr(self, name)
             require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+
+    def _warn_of_ignored(self, names: Iterable[str], because: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                warnings.warn(f"{name}: has no effect on {because}", stacklevel=5)

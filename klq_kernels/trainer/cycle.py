@@ -32,6 +32,7 @@ from .experience import Experience
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
+from .off_policy import importance_trace
 from .rewards import Rewards, Scores
 from .rollout import Completions, Rollout, RolloutFunction, check_completions, check_ids, eos_ids, generate
 from .seeds import Purpose, derived_seed, seeded
@@ -99,8 +100,10 @@ class Cycle:
         rollout = rollout.without(~scores.scored)
         with self._timed("time/score"):
             scored, ref_logprobs = self.score(rollout)
-        targets = self._targets(rollout, scores, scored, ref_logprobs)
-        experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
+        sampler_logprobs = self._sampler_logprobs(rollout)
+        targets = self._targets(rollout, scores, scored, ref_logprobs, sampler_logprobs)
+        weighted = self._weighted(targets.advantages)
+        experience = Experience(rollout.sequences, targets, ref_logprobs, weighted, sampler_logprobs)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
@@ -188,7 +191,27 @@ class Cycle:
         pad: Any = self.tokenizer.pad_token_id
         return collate(sequences, pad_id=pad, padding_free=self.padding_free).to(self.args.device)
 
-    def _targets(self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor) -> KLQTargets:
+    def _sampler_logprobs(self, rollout: Rollout) -> Tensor | None:
+        """Those of the policy that sampled, fp32 [N], where they are to be corrected for."""
+        if self.args.off_policy == "none":
+            return None
+        require(
+            rollout.sampler_logprobs is not None,
+            "off_policy",
+            "'retrace' needs the log-probabilities of the policy that sampled, and the Completions that rollout_func "
+            "returned have no logprobs; give them, or set off_policy='none'",
+        )
+        assert rollout.sampler_logprobs is not None
+        return rollout.sampler_logprobs.to(self.args.device)
+
+    def _targets(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        scored: Scored,
+        ref_logprobs: Tensor,
+        sampler_logprobs: Tensor | None,
+    ) -> KLQTargets:
         """lambda-errors. A completion that was cut off earns V of its last state in place of a score."""
         device = scored.logprobs.device
         cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
@@ -203,6 +226,9 @@ class Cycle:
             tau=self.args.tau,
             gamma=self.args.gamma,
             lam=self.lam,
+            trace=None
+            if sampler_logprobs is None
+            else importance_trace(scored.logprobs, sampler_logprobs, self.args.trace_clip),
             cu_seqlens=counts.cumsum(0).int().to(device),
         )
 

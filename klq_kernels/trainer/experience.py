@@ -29,6 +29,7 @@ class Experience:
     targets: KLQTargets  # fp32 [N] each; advantages unwhitened
     ref_logprobs: Tensor  # fp32 [N]
     advantages: Tensor  # fp32 [N], as the objective wants them (PPO: whitened)
+    sampler_logprobs: Tensor | None = None  # fp32 [N], of the policy that sampled, where they are corrected for
 
     def __post_init__(self) -> None:
         self.rows = torch.tensor([s.rows for s in self.sequences])
@@ -43,11 +44,14 @@ class Experience:
             KLQTargets(*(t[at] for t in self.targets)),
             self.ref_logprobs[at],
             self.advantages[at],
+            None if self.sampler_logprobs is None else self.sampler_logprobs[at],
         )
 
     def save(self, path: Path, made_under: dict[str, Any]) -> None:
         """``made_under``: ``conditions`` of the run."""
         columns = [*self.targets, self.ref_logprobs, self.advantages]
+        if self.sampler_logprobs is not None:
+            columns.append(self.sampler_logprobs)
         content = {"sequences": [list(s) for s in self.sequences], "columns": [c.cpu() for c in columns]}
         torch.save({**content, "made_under": made_under}, path)
 
@@ -74,8 +78,8 @@ class Experience:
                 stacklevel=3,
             )
             return None
-        *targets, ref_logprobs, advantages = (c.to(device) for c in content["columns"])
-        return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*targets), ref_logprobs, advantages)
+        columns = [c.to(device) for c in content["columns"]]
+        return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*columns[:3]), *columns[3:])
 
 
 # Arguments of which the samples of a cycle, their targets, or their division into steps are made.
@@ -83,7 +87,7 @@ CONDITIONS = (
     "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "fp32_head", "seed", "whiten_advantages",
     "bootstrap_truncated", "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length",
     "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "off_policy", "trace_clip",
 )  # fmt: skip
 
 

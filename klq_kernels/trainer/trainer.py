@@ -101,6 +101,11 @@ class KLQTrainer(Evaluation, Checkpoints):
     ) -> None:
         args = KLQConfig("klq_output") if args is None else args
         require(isinstance(args, KLQConfig), "args", f"must be a KLQConfig, got {type(args).__name__}")
+        require(
+            args.off_policy == "none" or rollout_func is not None,
+            "off_policy",
+            "'retrace' corrects for a rollout_func, and there is none: the trainer's own samples are on-policy",
+        )
         loading.check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             loading.check_dataset("eval_dataset", eval_dataset)
