@@ -307,7 +307,42 @@ def optimizers(found: Results) -> str:
     return f"{words}\n\n{against_dense(found)}"
 
 
+def staleness(found: Results) -> str:
+    """Old engines less fresh ones, corrected ones less uncorrected ones, and how far the engines were off."""
+    by_variant = {name_of(entry["variant"]): entry for entry in found["variants"]}
+    comparisons = {(name_of(pair["variant"]), next(iter(pair["base"]))): pair for pair in found["pairs"]}
+    ages = sorted({entry["variant"]["staleness"] for entry in found["variants"]} - {0})
+    rows, said = [], []
+    for age in ages:
+        plain, corrected = (name_of({"staleness": age, "off_policy": name}) for name in ("none", "retrace"))
+        older, older_corrected = comparisons[plain, "staleness"], comparisons[corrected, "staleness"]
+        helped = comparisons[corrected, "off_policy"]
+        drift = by_variant[plain]["curves"]["sampler_kl"]["mean"]
+        numbers = [of(pair["difference"]["objective"]) for pair in (older, older_corrected, helped)]
+        rows.append([str(age), f"{max(drift):.2f}", *(number.text() for number in numbers)])
+        meanings = ("uncorrected is {} than fresh", "Retrace is {} than fresh", "Retrace is {} than uncorrected")
+        clear = [
+            text.format("better" if number.sign > 0 else "worse")
+            for text, number in zip(meanings, numbers, strict=True)
+            if number.sign
+        ]
+        if clear:
+            said.append(f"{age} cycles behind, {', '.join(clear)}")
+    words = prose(
+        f"""Completions come from a copy of the policy some cycles old, which gives its log-probabilities. A cycle is
+        {found["settings"]["num_mini_batches"] * found["settings"]["num_update_epochs"]} optimizer steps. By the
+        objective, beyond the noise of these seeds: {"; ".join(said) or "no difference"}. Drift is the largest KL of
+        the engine to the policy that learns, in nats per token, of the means over the seeds and five cycles. A fresh
+        engine's trace is 1, so that its two rows differ by rounding alone."""
+    )
+    columns = (
+        "cycles behind", "drift", "uncorrected less fresh", "Retrace less fresh", "Retrace less uncorrected",
+    )  # fmt: skip
+    return "\n\n".join([words, markdown_table(columns, rows), finals(found, first="")])
+
+
 WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
     "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
+    "staleness-summarize": staleness, "staleness-arithmetic": staleness,
 }  # fmt: skip
