@@ -38,6 +38,7 @@ from .types import KLQLoss, KLQTargets, LinearLogprobs
 __all__ = [
     "dppo_policy_loss",
     "gae",
+    "group_offsets",
     "importance_trace",
     "klq_loss",
     "klq_residual_loss",
@@ -48,6 +49,7 @@ __all__ = [
     "reverse_scan",
     "sampled_gradient",
     "sampling_threshold",
+    "split_residual_loss",
     "vtrace_targets",
 ]
 
@@ -207,6 +209,27 @@ def vtrace_targets(
     return torch.stack(out)
 
 
+def group_offsets(errors: Tensor, size: int) -> Tensor:
+    """o_i = mean of E_j over the other completions j of i's prompt, [S], for groups of ``size`` in order.
+
+    E_j is the lambda-error of j's first token with lambda = 1: its return, less the price of KL, less V of the prompt.
+    So o_i says by how much V underestimates the prompt. The policy's errors A' are taken with V + o_i in place of V, in
+    every state of completion i but the one after its end; V learns from its own errors A. At lambda = gamma = 1
+
+        A'_t = (G_i - mean of G_j) - (V_t - V_0),        G: the returns from the prompt on, less the price of KL,
+
+    which is the leave-one-out baseline of RLOO (arXiv 2402.14740, eq. 8) less what the critic says has changed since
+    the prompt. o_i knows nothing of the tokens of i, so V + o_i is a baseline: at lambda = 1 the policy gradient
+    E sum_t A'_t grad log pi_t stays unbiased for every V, and for lambda < 1 it is that of GAE with this V + o_i.
+    """
+    out = []
+    for i in range(len(errors)):
+        begin = i - i % size
+        others = [errors[j] for j in range(begin, begin + size) if j != i]
+        out.append(torch.stack(others).mean() if others else errors.new_zeros(()))
+    return torch.stack(out)
+
+
 def dppo_policy_loss(
     logprobs: Tensor,
     sampler_logprobs: Tensor,
@@ -270,6 +293,22 @@ def klq_residual_loss(
     if loss_type == "double_clipped":
         return torch.maximum(torch.maximum(e.square(), by_value), by_ratio)
     raise ValueError(f"loss_type: unknown loss {loss_type!r}")
+
+
+def split_residual_loss(
+    d: Tensor, v: Tensor, policy_advantages: Tensor, value_advantages: Tensor, **loss: float | str
+) -> Tensor:
+    """The loss of each token where policy and V learn from errors of their own, A' and A.
+
+    Each has the gradient of ``klq_residual_loss`` with its own errors, the other's part of Q held constant:
+
+        L(d, sg v, A') + L(sg d, v, A) - sg L(sg d, v, A).
+
+    With A' = A that is the gradient of L(d, v, A). At the fixed point both errors have mean 0 given the state.
+    """
+    policy = klq_residual_loss(d, v.detach(), policy_advantages, **loss)  # type: ignore[arg-type]
+    value = klq_residual_loss(d.detach(), v, value_advantages, **loss)  # type: ignore[arg-type]
+    return policy + value - value.detach()
 
 
 def klq_loss(

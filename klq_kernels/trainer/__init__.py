@@ -8,6 +8,7 @@ loading data rollout rewards models and datasets as users give them; prompts; co
 models actor_critic          the parts of a language model; the module that is trained
 export                       the policy's weights, as an engine loads them
 batches experience           sequences as a model reads them; their targets and log-probabilities
+targets                      lambda-errors from the scores, for V and for the policy
 objectives                   scores, the KLQ loss, the PPO loss
 off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness

@@ -3,6 +3,7 @@
 How the numbers hang together (names as in TRL's PPO where it has one):
 
     rollouts per device and cycle   per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches
+    prompts per device and cycle    that / num_generations
     optimizer steps per cycle       num_mini_batches x num_update_epochs
 
 ``max_steps``, ``save_steps``, ``eval_steps`` and the rest count optimizer steps, as everywhere in transformers.
@@ -73,6 +74,12 @@ class KLQConfig(TrainingArguments):
     cliprange: float = option(0.2, "PPO: clip of the probability ratio.")
     vf_coef: float = option(0.1, "PPO: weight of the value loss.")
     whiten_advantages: bool = option(True, "PPO: advantages to mean 0 and variance 1 over the batch. KLQ never does.")
+
+    num_generations: int = option(1, "Completions for each prompt of a cycle; must divide a process's rollouts.")
+    group_baseline: bool = option(
+        True,
+        "With several completions for a prompt: the others' mean, beside V, is the baseline of the policy's errors.",
+    )
 
     off_policy: str = option(
         "none",
@@ -184,6 +191,11 @@ class KLQConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     @property
+    def errors_differ(self) -> bool:
+        """Whether the policy learns from other lambda-errors than the value function."""
+        return self.num_generations > 1 and self.group_baseline
+
+    @property
     def shared_value_gradient(self) -> float:
         """``value_gradient`` with its default filled in."""
         if self.value_gradient is not None:
@@ -235,10 +247,18 @@ class KLQConfig(TrainingArguments):
         counts = (
             "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
             "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
+            "num_generations",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        require(
+            self.rollouts_per_device % self.num_generations == 0,
+            "num_generations",
+            f"must divide the {self.rollouts_per_device} rollouts of a process in a cycle, which are "
+            "per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches; "
+            f"got {self.num_generations}",
+        )
 
     def _warn_of_ignored(self, names: Iterable[str], because: str) -> None:
         for name in names:

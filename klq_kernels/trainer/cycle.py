@@ -4,7 +4,7 @@
     rewards       a score for each completion (``rewards``)
     scoring       one pass per sequence over policy and reference: old log-probs, reference log-probs, values
                   (``objectives.score``)
-    targets       lambda-errors from them (``klq_targets``)
+    targets       lambda-errors from them (``targets``)
 
 The result is an ``Experience``, from which the updates of the cycle learn.
 """
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..call.checks import require
-from ..returns import klq_targets
 from ..types import KLQTargets
 from .actor_critic import ActorCritic, Objective, States
 from .batches import Inputs, collate
@@ -32,11 +31,11 @@ from .experience import Experience
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
-from .off_policy import importance_trace
 from .rewards import Rewards, Scores
-from .rollout import Completions, Rollout, RolloutFunction, check_completions, check_ids, eos_ids, generate
+from .rollout import Rollout, RolloutFunction, ask, check_completions, check_ids, eos_ids, generate
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
+from .targets import lambda_errors
 
 
 class Cycle:
@@ -91,19 +90,20 @@ class Cycle:
 
     @torch.no_grad()
     def collect(self, rows: list[dict[str, Any]]) -> Experience:
-        """Samples, rewards and scores a completion for each row of the dataset: the experience of a cycle."""
+        """Samples, rewards and scores completions for rows of the dataset: the experience of a cycle."""
         seed = derived_seed(self.args.seed, Purpose.ROLLOUT, self.cycle, self.args.process_index)
+        number = self.args.num_generations
         with self._timed("time/rollout"):
-            rollout = self.roll_out(rows, seed)
+            rollout = self.roll_out(rows, seed, number)
+        rows = [row for row in rows for _ in range(number)]
         with self._timed("time/reward"):
             scores = self.reward(rows, rollout)
         rollout = rollout.without(~scores.scored)
         with self._timed("time/score"):
             scored, ref_logprobs = self.score(rollout)
         sampler_logprobs = self._sampler_logprobs(rollout)
-        targets = self._targets(rollout, scores, scored, ref_logprobs, sampler_logprobs)
-        weighted = self._weighted(targets.advantages)
-        experience = Experience(rollout.sequences, targets, ref_logprobs, weighted, sampler_logprobs)
+        targets, errors = self._errors(rollout, scores, scored, ref_logprobs, sampler_logprobs)
+        experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(errors), sampler_logprobs)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
@@ -112,9 +112,9 @@ class Cycle:
             self._log_completions(rows, rollout, scores)
         return experience
 
-    def roll_out(self, rows: list[dict[str, Any]], seed: int) -> Rollout:
-        """Completions of the rows' prompts, sampled with the policy as it is."""
-        prompts = [self._tokenize(row["prompt"]) for row in rows]
+    def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
+        """``number`` completions for each row's prompt, one row after another, of the policy as it is."""
+        prompts = [ids for row in rows for ids in [self._tokenize(row["prompt"])] * number]
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 completions = generate(
@@ -122,12 +122,7 @@ class Cycle:
                     batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
                 )  # fmt: skip
             else:
-                completions = self.rollout_func([row["prompt"] for row in rows], self)
-                require(
-                    isinstance(completions, Completions),
-                    "rollout_func",
-                    f"must return Completions, got {type(completions).__name__}",
-                )
+                completions = ask(self.rollout_func, rows, number, self)
         return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
 
     @contextmanager
@@ -204,33 +199,15 @@ class Cycle:
         assert rollout.sampler_logprobs is not None
         return rollout.sampler_logprobs.to(self.args.device)
 
-    def _targets(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        scored: Scored,
-        ref_logprobs: Tensor,
-        sampler_logprobs: Tensor | None,
-    ) -> KLQTargets:
-        """lambda-errors. A completion that was cut off earns V of its last state in place of a score."""
+    def _errors(
+        self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor, sampler_logprobs: Tensor | None
+    ) -> tuple[KLQTargets, Tensor]:
+        """``targets.lambda_errors``. A completion that was cut off earns V of its last state in place of a score."""
         device = scored.logprobs.device
         cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
         total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), scores.total.to(device))
-        counts = torch.tensor([0, *(s.rows for s in rollout.sequences)])
-        return klq_targets(
-            scored.logprobs,
-            ref_logprobs,
-            scored.values,
-            total,
-            bootstrap_values=scored.last_values * cut,
-            tau=self.args.tau,
-            gamma=self.args.gamma,
-            lam=self.lam,
-            trace=None
-            if sampler_logprobs is None
-            else importance_trace(scored.logprobs, sampler_logprobs, self.args.trace_clip),
-            cu_seqlens=counts.cumsum(0).int().to(device),
-        )
+        rows = torch.tensor([s.rows for s in rollout.sequences])
+        return lambda_errors(scored, ref_logprobs, sampler_logprobs, total, cut, rows, self.args, self.lam)
 
     def _weighted(self, advantages: Tensor) -> Tensor:
         """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""

@@ -26,9 +26,9 @@ class Experience:
     """S sequences with N trained tokens; tensors on the CPU or all on one device."""
 
     sequences: list[Sequence]
-    targets: KLQTargets  # fp32 [N] each; advantages unwhitened
+    targets: KLQTargets  # fp32 [N] each; the advantages are those that V learns from, unwhitened
     ref_logprobs: Tensor  # fp32 [N]
-    advantages: Tensor  # fp32 [N], as the objective wants them (PPO: whitened)
+    advantages: Tensor  # fp32 [N], those that the policy learns from (PPO: whitened)
     sampler_logprobs: Tensor | None = None  # fp32 [N], of the policy that sampled, where they are corrected for
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ CONDITIONS = (
     "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "fp32_head", "seed", "whiten_advantages",
     "bootstrap_truncated", "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length",
     "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "off_policy", "trace_clip",
+    "gradient_accumulation_steps", "off_policy", "trace_clip", "num_generations", "group_baseline",
 )  # fmt: skip
 
 

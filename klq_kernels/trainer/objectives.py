@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..logprobs import linear_logprobs
-from ..loss import fused_klq_loss
+from ..loss import fused_klq_loss, klq_loss
 from ..types import LinearLogprobs
 from .actor_critic import States
 from .batches import Inputs
@@ -72,22 +72,23 @@ def klq(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The KLQ loss (arXiv 2508.17000, eq. 6) over the tokens of a micro-batch, divided by ``denom``.
 
+    Where policy and V have errors of their own it is ``reference.split_residual_loss``, from log-probabilities.
     ``seed`` is that of a sampled gradient.
     """
-    return fused_klq_loss(
-        states.hidden,
-        **_head(states, inputs, config, seed),
-        values=states.values,
-        targets=experience.targets,
-        ref_logprobs=experience.ref_logprobs,
-        tau=config.tau,
-        alpha=config.alpha,
-        loss_type=config.loss_type,
-        huber_delta=config.huber_delta,
-        value_clip=config.value_clip,
-        log_ratio_clip=config.log_ratio_clip,
-        denom=denom,
-    )
+    settings: dict[str, Any] = {
+        "ref_logprobs": experience.ref_logprobs, "tau": config.tau, "alpha": config.alpha,
+        "loss_type": config.loss_type, "huber_delta": config.huber_delta, "value_clip": config.value_clip,
+        "log_ratio_clip": config.log_ratio_clip, "denom": denom,
+    }  # fmt: skip
+    head = _head(states, inputs, config, seed)
+    if not config.errors_differ:
+        return fused_klq_loss(states.hidden, **head, values=states.values, targets=experience.targets, **settings)
+    logp, values = logprobs(states, inputs, config, seed=seed).logprobs, states.values
+    settings["cu_seqlens"] = inputs.cu_seqlens
+    own = experience.targets._replace(advantages=experience.advantages)
+    loss, metrics = klq_loss(logp, values.detach(), own, **settings)
+    value_loss, _ = klq_loss(logp.detach(), values, experience.targets, **settings)
+    return loss + value_loss - value_loss.detach(), metrics
 
 
 def ppo(

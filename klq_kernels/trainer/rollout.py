@@ -1,7 +1,8 @@
 """Sampling completions: the built-in way, and the hook for an engine of one's own.
 
 ``generate`` samples from the policy itself with its KV cache. A ``RolloutFunction`` replaces it, to sample with vLLM or
-to run a conversation with tools. It gets the prompts and the trainer and returns ``Completions``.
+to run a conversation with tools. It gets the prompts, the trainer and the columns it asks for (``ask``), and returns
+``Completions``.
 
 About engines whose weights or arithmetic differ from the trainer's: their log-probabilities are not used as the old
 ones. The trainer computes those itself, at the training temperature, in the pass that also scores the reference, so a
@@ -12,6 +13,7 @@ log-probabilities along and every log shows how far off (``rollout/sampler_kl``,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +51,7 @@ class RolloutContext(Protocol):
 
 @dataclass
 class Completions:
-    """The completions that one process sampled, one entry per prompt, in the order of the prompts.
+    """The completions that one process sampled, in the order of the prompts, those of one prompt together.
 
     ``prompt_ids`` may be left out where they are the tokenized prompts. ``trained`` marks the tokens the policy chose
     itself (all, by default); ``truncated`` says which completions were cut off (by default those without EOS);
@@ -66,7 +68,36 @@ class Completions:
     staleness: float | list[float] | None = None
 
 
-RolloutFunction = Callable[[list[Any], RolloutContext], Completions]
+RolloutFunction = Callable[..., Completions]  # of (prompts, trainer) and what else it asks for: see ``ask``
+
+
+def ask(function: RolloutFunction, rows: list[dict[str, Any]], number: int, trainer: RolloutContext) -> Completions:
+    """The completions of a rollout function: ``number`` for the prompt of each row, one row after another.
+
+    It is called as ``function(prompts, trainer)``. Columns of the dataset that it names as further parameters, or all
+    where it takes ``**columns``, come by keyword, a list with an entry for each prompt. Every prompt comes ``number``
+    times; a function with a parameter ``num_generations`` gets each once, and returns so many completions for it.
+
+    Raises:
+        ValueError: where it returns something else, or asks for a column that the dataset lacks.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name: p.default is p.empty for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    extra: dict[str, Any] = {"num_generations": number} if "num_generations" in named else {}
+    asked = rows if extra else [row for row in rows for _ in range(number)]
+    for name, needed in named.items():
+        lacks = needed and name not in extra and name not in rows[0]
+        require(not lacks, "rollout_func", f"asks for the column {name!r}; the dataset has {', '.join(rows[0])}")
+    columns = [name for name in rows[0] if name != "prompt" and (every or name in named)]
+    extra |= {name: [row[name] for row in asked] for name in columns}
+    completions = function([row["prompt"] for row in asked], trainer, **extra)
+    require(
+        isinstance(completions, Completions),
+        "rollout_func",
+        f"must return Completions, got {type(completions).__name__}",
+    )
+    return completions
 
 
 @dataclass
@@ -164,7 +195,7 @@ def sampling_config(
     require(
         extra.get("num_return_sequences", 1) == 1,
         "generation_kwargs",
-        "num_return_sequences must be 1: a prompt gets one completion in a cycle",
+        "num_return_sequences must be 1; set num_generations for several completions per prompt",
     )
     unknown = [name for name in extra if not hasattr(GenerationConfig(), name)]
     require(not unknown, "generation_kwargs", f"GenerationConfig has no {', '.join(unknown)}")

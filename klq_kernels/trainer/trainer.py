@@ -229,16 +229,17 @@ class KLQTrainer(Evaluation, Checkpoints):
     def get_train_dataloader(self) -> DataLoader:
         """Every batch is the prompts of one process for one cycle, once per micro-batch of the cycle."""
         args = self.args
+        prompts = args.rollouts_per_device // args.num_generations
         sampler = CycleSampler(
             len(self.train_dataset),  # type: ignore[arg-type]
-            per_cycle=args.rollouts_per_device * self.accelerator.num_processes,
+            per_cycle=prompts * self.accelerator.num_processes,
             repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             cycle=lambda: self.cycle,
         )
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_size=args.rollouts_per_device,
+            batch_size=prompts,
             sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
