@@ -327,13 +327,15 @@ def staleness(found: Results) -> str:
             if number.sign
         ]
         if clear:
-            said.append(f"{age} cycles behind, {', '.join(clear)}")
+            said.append(f"{age} cycle{'s' * (age > 1)} behind, {', '.join(clear)}")
     words = prose(
         f"""Completions come from a copy of the policy some cycles old, which gives its log-probabilities. A cycle is
         {found["settings"]["num_mini_batches"] * found["settings"]["num_update_epochs"]} optimizer steps. By the
         objective, beyond the noise of these seeds: {"; ".join(said) or "no difference"}. Drift is the largest KL of
         the engine to the policy that learns, in nats per token, of the means over the seeds and five cycles. A fresh
-        engine's trace is 1, so that its two rows differ by rounding alone."""
+        engine's trace is 1, so that its two rows differ by rounding alone. The table is of the policy at the end; the
+        curves are of what the engine sampled, so of an older policy, and their KL is the new policy's log-ratio on the
+        old one's tokens, which can be below 0."""
     )
     columns = (
         "cycles behind", "drift", "uncorrected less fresh", "Retrace less fresh", "Retrace less uncorrected",
