@@ -50,6 +50,7 @@ __all__ = [
     "sampled_gradient",
     "sampling_threshold",
     "split_residual_loss",
+    "step_towards",
     "vtrace_targets",
 ]
 
@@ -293,6 +294,17 @@ def klq_residual_loss(
     if loss_type == "double_clipped":
         return torch.maximum(torch.maximum(e.square(), by_value), by_ratio)
     raise ValueError(f"loss_type: unknown loss {loss_type!r}")
+
+
+def step_towards(alpha: float, spread: float, largest: float) -> float:
+    """alpha' = alpha min(1, largest / spread): the step of eq. 7 where lambda-errors are brought to a common scale.
+
+    G_t = Q_t + alpha' A_t is what dividing A by its running root mean square, ``spread``, in units of ``largest`` comes
+    to. Policy and V share the step, so Q = tau rho + V goes on holding, and E[A_t|s_t, a_t] = 0 stays the fixed point
+    for any alpha' > 0. Whitening would move it, since it subtracts a mean. Small errors are not blown up: alpha' > 1
+    would overshoot, and with a spread that falls as Q converges it would not stop doing so.
+    """
+    return alpha * min(1.0, largest / spread) if spread > 0 else alpha
 
 
 def split_residual_loss(

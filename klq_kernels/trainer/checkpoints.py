@@ -17,6 +17,7 @@ from ..call.checks import require
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
+from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -36,6 +37,7 @@ class Checkpoints(Cycle, Trainer):
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
+        self.running = {name: Running() for name in ("scores", "errors")}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -69,6 +71,7 @@ class Checkpoints(Cycle, Trainer):
         """Beside the random state, what the next log will say, and the experience of a cycle that is not over yet."""
         super()._save_rng_state(output_dir)
         torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
+        torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(output_dir, "running"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(output_dir, "experience"), self._conditions)
         self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
@@ -80,6 +83,10 @@ class Checkpoints(Cycle, Trainer):
         means = self._file_of_process(checkpoint, "means")
         if means.exists():
             self.means.load_state(torch.load(means, weights_only=True))
+        running = self._file_of_process(checkpoint, "running")
+        if running.exists():
+            for name, state in torch.load(running, weights_only=True).items():
+                self.running[name].load_state(state)
         file = self._file_of_process(checkpoint, "experience")
         present = torch.tensor(float(file.exists()), device=self.args.device)
         # all processes fail together: one that stopped alone would leave the others waiting for it

@@ -37,7 +37,7 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
 # Arguments that only the other algorithm reads.
 IGNORED = {
     "klq": ("cliprange", "vf_coef", "whiten_advantages", "importance_clip", "dppo_divergence", "dppo_delta"),
-    "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip"),
+    "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip", "advantage_spread"),
 }
 
 
@@ -66,6 +66,7 @@ class KLQConfig(TrainingArguments):
     gamma: float = option(1.0, "Discount, in [0, 1].")
     lam: float = option(0.95, "Trace decay lambda, in [0, 1].")
     lam_final: float | None = option(None, "If given, lambda moves linearly from lam to this over the run.")
+    value_lam: float | None = option(None, "Lambda of the errors that V learns from; by default the policy's.")
     alpha: float = option(1.0, "KLQ: step towards the lambda-return, in (0, 1].")
     loss_type: str = option("l2", f"KLQ: one of {', '.join(LOSS_TYPES)}.")
     huber_delta: float = option(1.0, "KLQ: threshold of the huber loss.")
@@ -94,10 +95,17 @@ class KLQConfig(TrainingArguments):
         f"off_policy, PPO: threshold of the mask, > 0. By default {DPPO_DELTAS['tv']} (tv), {DPPO_DELTAS['kl']} (kl).",
     )
 
+    advantage_spread: float | None = option(
+        None,
+        "KLQ: the largest spread of lambda-errors, > 0. Where their running root mean square is larger, alpha is made "
+        "as much smaller.",
+    )
+
     num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    value_warmup_steps: int = option(0, "Optimizer steps at first in which the value function alone learns.")
     value_gradient: float | None = option(
         None,
         "Share of V's gradient that enters a backbone shared with the policy, in [0, 1]. By default tau for KLQ, whose "
@@ -105,6 +113,9 @@ class KLQConfig(TrainingArguments):
     )
     disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
 
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Further arguments of the tokenizer's apply_chat_template for prompts, such as enable_thinking."
+    )
     max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
     max_completion_length: int = option(128, "Tokens to generate at most.")
     temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
@@ -121,6 +132,8 @@ class KLQConfig(TrainingArguments):
     )
     missing_eos_penalty: float | None = option(None, "Taken off the score of a completion without EOS.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
+    scale_rewards: bool = option(False, "Divide scores by their running standard deviation. tau prices the result.")
+    reward_clip: float | None = option(None, "Scores, after any scaling, are clipped to +-this. > 0.")
 
     padding_free: bool | None = option(
         None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
@@ -146,6 +159,7 @@ class KLQConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
         *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
         "generation_kwargs",
         "model_init_kwargs",
     ]
@@ -164,6 +178,9 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+        for name in ("add_generation_prompt", "tokenize"):
+            given = name in (self.chat_template_kwargs or {})
+            require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
 
     @property
     def logits_dtype(self) -> torch.dtype | None:
@@ -193,6 +210,11 @@ class KLQConfig(TrainingArguments):
     @property
     def errors_differ(self) -> bool:
         """Whether the policy learns from other lambda-errors than the value function."""
+        return self.value_lam is not None or self.has_baseline
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the others of a prompt's completions are a baseline."""
         return self.num_generations > 1 and self.group_baseline
 
     @property
@@ -230,14 +252,14 @@ class KLQConfig(TrainingArguments):
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
             "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
-            "importance_clip", "dppo_delta",
+            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
-        for name in ("gamma", "lam", "lam_final", "value_gradient"):
+        for name in ("gamma", "lam", "lam_final", "value_lam", "value_gradient"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), low=0.0, high=1.0)
         if self.value_learning_rate is not None:
@@ -252,6 +274,9 @@ class KLQConfig(TrainingArguments):
         for name in counts:
             value = getattr(self, name)
             require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        steps = self.value_warmup_steps
+        whole = isinstance(steps, int) and steps >= 0
+        require(whole, "value_warmup_steps", f"must be a whole number, not negative; got {steps}")
         require(
             self.rollouts_per_device % self.num_generations == 0,
             "num_generations",

@@ -33,6 +33,7 @@ from .models import LanguageModel
 from .objectives import Scored, logprobs, score
 from .rewards import Rewards, Scores
 from .rollout import Rollout, RolloutFunction, ask, check_completions, check_ids, eos_ids, generate
+from .running import Running
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
 from .targets import lambda_errors
@@ -51,6 +52,7 @@ class Cycle:
     generation_config: Any
     padding_free: bool  # concatenates sequences instead of padding them
     means: Means
+    running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
 
@@ -103,7 +105,8 @@ class Cycle:
             scored, ref_logprobs = self.score(rollout)
         sampler_logprobs = self._sampler_logprobs(rollout)
         targets, errors = self._errors(rollout, scores, scored, ref_logprobs, sampler_logprobs)
-        experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(errors), sampler_logprobs)
+        weighted, step = self._weighted(errors), self._step(errors)
+        experience = Experience(rollout.sequences, targets, ref_logprobs, weighted, step, sampler_logprobs)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
@@ -141,7 +144,7 @@ class Cycle:
             model.train(was_training)
 
     def _tokenize(self, prompt: Any) -> list[int]:
-        ids = tokenize_prompt(prompt, self.tokenizer)
+        ids = tokenize_prompt(prompt, self.tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
         check_ids("processing_class", ids, self.language_model.vocab_size)
         return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
 
@@ -207,7 +210,28 @@ class Cycle:
         cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
         total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), scores.total.to(device))
         rows = torch.tensor([s.rows for s in rollout.sequences])
+        total = self._rescaled(total, scores.scored.to(device) & ~cut)
         return lambda_errors(scored, ref_logprobs, sampler_logprobs, total, cut, rows, self.args, self.lam)
+
+    def _rescaled(self, scores: Tensor, earned: Tensor) -> Tensor:
+        """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""
+        args = self.args
+        if args.scale_rewards:
+            self.running["scores"].update(scores[earned], self.accelerator)
+            deviation = self.running["scores"].deviation
+            scores = scores / deviation if deviation > 1e-8 else scores
+            self.means.add({"objective/reward_scale": deviation}, len(scores))
+        return scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
+
+    def _step(self, errors: Tensor) -> float:
+        """The share of alpha that is taken where the running spread of lambda-errors is too large."""
+        largest = self.args.advantage_spread
+        if self.args.algorithm == "ppo" or largest is None:
+            return 1.0
+        self.running["errors"].update(errors, self.accelerator)
+        step = min(1.0, largest / max(self.running["errors"].rms, 1e-30))
+        self.means.add({"loss/step": step}, len(errors))
+        return step
 
     def _weighted(self, advantages: Tensor) -> Tensor:
         """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""

@@ -29,6 +29,7 @@ class Experience:
     targets: KLQTargets  # fp32 [N] each; the advantages are those that V learns from, unwhitened
     ref_logprobs: Tensor  # fp32 [N]
     advantages: Tensor  # fp32 [N], those that the policy learns from (PPO: whitened)
+    step: float = 1.0  # KLQ: share of alpha by which to go towards the targets
     sampler_logprobs: Tensor | None = None  # fp32 [N], of the policy that sampled, where they are corrected for
 
     def __post_init__(self) -> None:
@@ -44,16 +45,22 @@ class Experience:
             KLQTargets(*(t[at] for t in self.targets)),
             self.ref_logprobs[at],
             self.advantages[at],
+            self.step,
             None if self.sampler_logprobs is None else self.sampler_logprobs[at],
         )
 
     def save(self, path: Path, made_under: dict[str, Any]) -> None:
         """``made_under``: ``conditions`` of the run."""
         columns = [*self.targets, self.ref_logprobs, self.advantages]
-        if self.sampler_logprobs is not None:
-            columns.append(self.sampler_logprobs)
-        content = {"sequences": [list(s) for s in self.sequences], "columns": [c.cpu() for c in columns]}
-        torch.save({**content, "made_under": made_under}, path)
+        sampler = self.sampler_logprobs
+        content = {
+            "sequences": [list(s) for s in self.sequences],
+            "columns": [c.cpu() for c in columns],
+            "sampler_logprobs": None if sampler is None else sampler.cpu(),
+            "step": self.step,
+            "made_under": made_under,
+        }
+        torch.save(content, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device, now: dict[str, Any]) -> Experience | None:
@@ -78,8 +85,16 @@ class Experience:
                 stacklevel=3,
             )
             return None
-        columns = [c.to(device) for c in content["columns"]]
-        return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*columns[:3]), *columns[3:])
+        *targets, ref_logprobs, advantages = (c.to(device) for c in content["columns"])
+        sampler = content["sampler_logprobs"]
+        return cls(
+            [Sequence(*s) for s in content["sequences"]],
+            KLQTargets(*targets),
+            ref_logprobs,
+            advantages,
+            content["step"],
+            None if sampler is None else sampler.to(device),
+        )
 
 
 # Arguments of which the samples of a cycle, their targets, or their division into steps are made.
@@ -87,7 +102,8 @@ CONDITIONS = (
     "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "fp32_head", "seed", "whiten_advantages",
     "bootstrap_truncated", "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length",
     "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "off_policy", "trace_clip", "num_generations", "group_baseline",
+    "gradient_accumulation_steps", "off_policy", "trace_clip", "num_generations", "group_baseline", "value_lam",
+    "advantage_spread", "scale_rewards", "reward_clip", "chat_template_kwargs",
 )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def klq(
     ``seed`` is that of a sampled gradient.
     """
     settings: dict[str, Any] = {
-        "ref_logprobs": experience.ref_logprobs, "tau": config.tau, "alpha": config.alpha,
+        "ref_logprobs": experience.ref_logprobs, "tau": config.tau, "alpha": config.alpha * experience.step,
         "loss_type": config.loss_type, "huber_delta": config.huber_delta, "value_clip": config.value_clip,
         "log_ratio_clip": config.log_ratio_clip, "denom": denom,
     }  # fmt: skip

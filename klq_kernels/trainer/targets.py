@@ -1,7 +1,8 @@
 """From scores to lambda-errors: those that the value function learns from, and those of the policy where they differ.
 
-Both come from ``klq_targets``. A group baseline moves the values that the policy's errors start from by what the other
-completions of the prompt say of them (``reference.group_offsets``); V learns that itself, from its own errors.
+Both come from ``klq_targets``. They may differ in lambda. A group baseline moves the values that the policy's errors
+start from by what the other completions of the prompt say of them (``reference.group_offsets``); V learns that itself,
+from its own errors.
 """
 
 from __future__ import annotations
@@ -50,15 +51,18 @@ def lambda_errors(
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
     ends = scored.last_values * cut
-    of_values = targets(values=scored.values, bootstrap_values=ends, lam=lam)
+    value_lam = lam if config.value_lam is None else config.value_lam
+    of_values = targets(values=scored.values, bootstrap_values=ends, lam=value_lam)
     if not config.errors_differ:
         return of_values, of_values.advantages
-    whole = targets(values=scored.values, bootstrap_values=ends, lam=1.0).advantages
-    filled = rows.to(device) > 0
-    first = torch.zeros_like(scores).masked_scatter_(filled, whole[cu_seqlens[:-1].long()[filled]])
-    offsets = group_offsets(first, filled, config.num_generations)
-    values = scored.values + offsets.repeat_interleave(counts)
-    return of_values, targets(values=values, bootstrap_values=ends + offsets * cut, lam=lam).advantages
+    values = scored.values
+    if config.has_baseline:
+        whole = targets(values=values, bootstrap_values=ends, lam=1.0).advantages
+        filled = counts > 0
+        first = torch.zeros_like(scores).masked_scatter_(filled, whole[cu_seqlens[:-1].long()[filled]])
+        offsets = group_offsets(first, filled, config.num_generations)
+        values, ends = values + offsets.repeat_interleave(counts), ends + offsets * cut
+    return of_values, targets(values=values, bootstrap_values=ends, lam=lam).advantages
 
 
 def group_offsets(errors: Tensor, present: Tensor, size: int) -> Tensor:

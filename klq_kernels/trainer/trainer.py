@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -38,6 +39,7 @@ from .models import LanguageModel
 from .objectives import OBJECTIVES
 from .rewards import RewardFunction, Rewards, as_list
 from .rollout import RolloutFunction, check_ids, sampling_config
+from .running import Running
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
 
@@ -186,6 +188,7 @@ class KLQTrainer(Evaluation, Checkpoints):
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
         self.means = Means()
+        self.running = {name: Running() for name in ("scores", "errors")}
         self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
@@ -262,7 +265,11 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.micro_step = (self.micro_step + 1) % self.args.gradient_accumulation_steps
         denom = self.step_rows[step_in_cycle] / self.accelerator.num_processes  # gradients are averaged over processes
         with self._timed("time/update"):
-            return super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
+            loss = super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
+        if self.warming_up:  # without a gradient the optimiser leaves a parameter, and what it knows of it, as it is
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -278,13 +285,20 @@ class KLQTrainer(Evaluation, Checkpoints):
             config=self.args,
             seed=seed,
         )
-        loss, metrics = model(batch, objective)
+        loss, metrics = model(batch, objective, values_alone=self.warming_up)
+        if self.warming_up and isinstance(model, DistributedDataParallel):  # which waits for all gradients
+            loss = loss + 0.0 * sum(p.sum() for p in self.policy.parameters() if p.requires_grad)
         tokens = batch.actions.numel()
         logged = {name: value for name, value in metrics.items() if name in LOGGED}
         self.means.add({LOGGED[name]: value for name, value in logged.items() if name not in RMS}, tokens)
         for name in RMS & logged.keys():
             self.means.add_rms(LOGGED[name], logged[name], tokens)
         return (loss, metrics) if return_outputs else loss
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the step at hand is one of those in which the value function alone learns."""
+        return self.state.global_step < self.args.value_warmup_steps
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # compute_loss puts on the device what belongs there
