@@ -13,6 +13,7 @@ objectives                   scores, the KLQ loss, the PPO loss
 off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
+replay                       completions of earlier cycles
 running                      running spreads of scores and errors
 processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read

@@ -17,6 +17,7 @@ from ..call.checks import require
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
+from .replay import Memory
 from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
@@ -38,6 +39,7 @@ class Checkpoints(Cycle, Trainer):
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
+        self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -72,6 +74,8 @@ class Checkpoints(Cycle, Trainer):
         super()._save_rng_state(output_dir)
         torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
         torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(output_dir, "running"))
+        if self.args.replay_cycles:
+            torch.save(self.memory.state(), self._file_of_process(output_dir, "memory"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(output_dir, "experience"), self._conditions)
         self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
@@ -87,6 +91,9 @@ class Checkpoints(Cycle, Trainer):
         if running.exists():
             for name, state in torch.load(running, weights_only=True).items():
                 self.running[name].load_state(state)
+        memory = self._file_of_process(checkpoint, "memory")
+        if self.args.replay_cycles and memory.exists():
+            self.memory.load_state(torch.load(memory, weights_only=True))
         file = self._file_of_process(checkpoint, "experience")
         present = torch.tensor(float(file.exists()), device=self.args.device)
         # all processes fail together: one that stopped alone would leave the others waiting for it

@@ -4,7 +4,7 @@ How the numbers hang together (names as in TRL's PPO where it has one):
 
     rollouts per device and cycle   per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches
     prompts per device and cycle    that / num_generations
-    optimizer steps per cycle       num_mini_batches x num_update_epochs
+    optimizer steps per cycle       num_mini_batches x (num_update_epochs + passes over replayed completions)
 
 ``max_steps``, ``save_steps``, ``eval_steps`` and the rest count optimizer steps, as everywhere in transformers.
 """
@@ -27,6 +27,7 @@ from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
 OFF_POLICY = ("none", "retrace")
+PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
     "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
@@ -93,6 +94,14 @@ class KLQConfig(TrainingArguments):
     dppo_delta: float | None = option(
         None,
         f"off_policy, PPO: threshold of the mask, > 0. By default {DPPO_DELTAS['tv']} (tv), {DPPO_DELTAS['kl']} (kl).",
+    )
+
+    replay_cycles: int = option(
+        0, "Learn again from completions of so many earlier cycles, with off_policy='retrace'; 0: from none."
+    )
+    replay_epochs: int = option(1, "replay_cycles: passes over as many replayed completions as a cycle samples.")
+    replay_priority: str = option(
+        "error", "replay_cycles: 'error' draws in proportion to the mean size of lambda-errors, or 'uniform'."
     )
 
     advantage_spread: float | None = option(
@@ -199,8 +208,13 @@ class KLQConfig(TrainingArguments):
 
     @property
     def steps_per_cycle(self) -> int:
-        """Optimizer steps taken on one batch of rollouts."""
-        return self.num_mini_batches * self.num_update_epochs
+        """Optimizer steps between two rollouts."""
+        return self.num_mini_batches * (self.num_update_epochs + self.replay_passes)
+
+    @property
+    def replay_passes(self) -> int:
+        """Passes over replayed completions in a cycle."""
+        return self.replay_epochs if self.replay_cycles else 0
 
     @property
     def rollouts_per_device(self) -> int:
@@ -231,7 +245,11 @@ class KLQConfig(TrainingArguments):
         require(
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
-        for name, choices in (("off_policy", OFF_POLICY), ("dppo_divergence", tuple(DPPO_DELTAS))):
+        for name, choices in (
+            ("off_policy", OFF_POLICY),
+            ("dppo_divergence", tuple(DPPO_DELTAS)),
+            ("replay_priority", PRIORITIES),
+        ):
             value = getattr(self, name)
             require(value in choices, name, f"must be one of {', '.join(choices)}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
@@ -269,14 +287,21 @@ class KLQConfig(TrainingArguments):
         counts = (
             "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
             "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
-            "num_generations",
+            "num_generations", "replay_epochs",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
-        steps = self.value_warmup_steps
-        whole = isinstance(steps, int) and steps >= 0
-        require(whole, "value_warmup_steps", f"must be a whole number, not negative; got {steps}")
+        for name in ("value_warmup_steps", "replay_cycles"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")
+        require(
+            self.replay_cycles == 0 or corrected,
+            "replay_cycles",
+            "learns from samples of older policies, which off_policy='retrace' corrects for; set that as well",
+        )
+        if self.replay_cycles == 0:
+            self._warn_of_ignored(("replay_epochs", "replay_priority"), "replay_cycles=0")
         require(
             self.rollouts_per_device % self.num_generations == 0,
             "num_generations",

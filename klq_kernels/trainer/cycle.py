@@ -23,7 +23,7 @@ from torch import Tensor
 from ..call.checks import require
 from ..types import KLQTargets
 from .actor_critic import ActorCritic, Objective, States
-from .batches import Inputs, collate
+from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .data import tokenize_prompt
@@ -31,6 +31,7 @@ from .experience import Experience
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
+from .replay import Memory, Sampled
 from .rewards import Rewards, Scores
 from .rollout import Rollout, RolloutFunction, ask, check_completions, check_ids, eos_ids, generate
 from .running import Running
@@ -52,6 +53,7 @@ class Cycle:
     generation_config: Any
     padding_free: bool  # concatenates sequences instead of padding them
     means: Means
+    memory: Memory  # of earlier cycles
     running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
@@ -103,16 +105,57 @@ class Cycle:
         rollout = rollout.without(~scores.scored)
         with self._timed("time/score"):
             scored, ref_logprobs = self.score(rollout)
-        sampler_logprobs = self._sampler_logprobs(rollout)
-        targets, errors = self._errors(rollout, scores, scored, ref_logprobs, sampler_logprobs)
-        weighted, step = self._weighted(errors), self._step(errors)
-        experience = Experience(rollout.sequences, targets, ref_logprobs, weighted, step, sampler_logprobs)
+        sampler_logprobs = self._sampler_logprobs(rollout, scored)
+        sampled = Sampled(rollout.sequences, rollout.truncated, scores.total, ref_logprobs, sampler_logprobs)
+        if self.args.scale_rewards:
+            earned = scores.scored & ~(rollout.truncated & self.args.bootstrap_truncated)
+            self.running["scores"].update(scores.total[earned], self.accelerator)
+        experience = self._experience(sampled, scored)
+        experience.step = self._step(experience.advantages)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
         self.means.add({"lam": self.lam}, len(rollout.sequences))
         if self.completions_log is not None:
             self._log_completions(rows, rollout, scores)
+        if self.args.replay_cycles:
+            with self._timed("time/replay"):
+                experience = self._with_replays(experience, sampled)
+        experience.advantages = self._weighted(experience.advantages)
+        return experience
+
+    def _experience(self, sampled: Sampled, scored: Scored) -> Experience:
+        """What is learnt of completions that have been scored; the advantages are not weighted yet."""
+        targets, errors = self._errors(sampled, scored)
+        return Experience(
+            sampled.sequences, targets, sampled.ref_logprobs, errors, sampler_logprobs=sampled.sampler_logprobs
+        )
+
+    def _with_replays(self, experience: Experience, sampled: Sampled) -> Experience:
+        """A cycle's experience, followed by that of as many completions drawn from the memory for each pass over them.
+
+        The cycle itself is remembered for the next ones; at first, where there are no others, it is drawn from.
+        """
+        args, fresh = self.args, experience
+        seed = derived_seed(args.seed, Purpose.REPLAY, self.cycle, args.process_index)
+        generator = torch.Generator().manual_seed(seed)
+        prompts = len(sampled.sequences) // args.num_generations
+        first = len(self.memory) < prompts
+        if first:
+            self.memory.add(sampled, fresh.advantages, self.cycle)
+        for _ in range(args.replay_passes):
+            places = self.memory.draw(prompts, generator, prioritised=args.replay_priority == "error")
+            again, cycles = self.memory.take(places)
+            again = again.to(args.device)
+            scored = self.rescore(again.sequences)
+            replayed = self._experience(again, scored)
+            self.memory.refresh(places, replayed.advantages, again.rows)
+            experience = experience.followed_by(replayed)
+            assert again.sampler_logprobs is not None
+            self.means.add({"replay/age": (self.cycle - cycles).double().mean()}, len(cycles))
+            self.means.add_effective("replay/ess", (scored.logprobs - again.sampler_logprobs).double().exp())
+        if not first:
+            self.memory.add(sampled, fresh.advantages, self.cycle)
         return experience
 
     def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
@@ -168,13 +211,22 @@ class Cycle:
     def score(self, rollout: Rollout) -> tuple[Scored, Tensor]:
         """(what the policy and the value function say of a rollout, log-probs under the reference), packed."""
         passes, references = [], []
-        size = self.args.rollout_forward_batch_size
         with self._inference() as model:
-            for begin in range(0, len(rollout.sequences), size):
-                batch = self.collate(rollout.sequences[begin : begin + size])
+            for batch in self._batches(rollout.sequences):
                 passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
                 references.append(self._reference_logprobs(model, batch))
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
+
+    def rescore(self, sequences: list[Sequence]) -> Scored:
+        """What the policy and the value function say of completions now, packed."""
+        with self._inference() as model:
+            passes = [model(b, partial(score, inputs=b, config=self.args)) for b in self._batches(sequences)]
+        return Scored(*(torch.cat(column) for column in zip(*passes, strict=True)))
+
+    def _batches(self, sequences: list[Sequence]) -> Iterator[Inputs]:
+        size = self.args.rollout_forward_batch_size
+        for begin in range(0, len(sequences), size):
+            yield self.collate(sequences[begin : begin + size])
 
     def _reference_logprobs(self, model: ActorCritic, batch: Inputs) -> Tensor:
         read: Objective = partial(logprobs, inputs=batch, config=self.args)
@@ -189,10 +241,12 @@ class Cycle:
         pad: Any = self.tokenizer.pad_token_id
         return collate(sequences, pad_id=pad, padding_free=self.padding_free).to(self.args.device)
 
-    def _sampler_logprobs(self, rollout: Rollout) -> Tensor | None:
+    def _sampler_logprobs(self, rollout: Rollout, scored: Scored) -> Tensor | None:
         """Those of the policy that sampled, fp32 [N], where they are to be corrected for."""
         if self.args.off_policy == "none":
             return None
+        if self.rollout_func is None:
+            return scored.logprobs
         require(
             rollout.sampler_logprobs is not None,
             "off_policy",
@@ -202,22 +256,20 @@ class Cycle:
         assert rollout.sampler_logprobs is not None
         return rollout.sampler_logprobs.to(self.args.device)
 
-    def _errors(
-        self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor, sampler_logprobs: Tensor | None
-    ) -> tuple[KLQTargets, Tensor]:
+    def _errors(self, sampled: Sampled, scored: Scored) -> tuple[KLQTargets, Tensor]:
         """``targets.lambda_errors``. A completion that was cut off earns V of its last state in place of a score."""
         device = scored.logprobs.device
-        cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
-        total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), scores.total.to(device))
-        rows = torch.tensor([s.rows for s in rollout.sequences])
-        total = self._rescaled(total, scores.scored.to(device) & ~cut)
-        return lambda_errors(scored, ref_logprobs, sampler_logprobs, total, cut, rows, self.args, self.lam)
+        cut = sampled.truncated.to(device) & self.args.bootstrap_truncated
+        total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), sampled.scores.to(device))
+        total = self._rescaled(total)
+        return lambda_errors(
+            scored, sampled.ref_logprobs, sampled.sampler_logprobs, total, cut, sampled.rows, self.args, self.lam
+        )
 
-    def _rescaled(self, scores: Tensor, earned: Tensor) -> Tensor:
+    def _rescaled(self, scores: Tensor) -> Tensor:
         """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""
         args = self.args
         if args.scale_rewards:
-            self.running["scores"].update(scores[earned], self.accelerator)
             deviation = self.running["scores"].deviation
             scores = scores / deviation if deviation > 1e-8 else scores
             self.means.add({"objective/reward_scale": deviation}, len(scores))

@@ -37,6 +37,7 @@ from .experience import Experience, Plan
 from .means import Means
 from .models import LanguageModel
 from .objectives import OBJECTIVES
+from .replay import Memory
 from .rewards import RewardFunction, Rewards, as_list
 from .rollout import RolloutFunction, check_ids, sampling_config
 from .running import Running
@@ -104,9 +105,16 @@ class KLQTrainer(Evaluation, Checkpoints):
         args = KLQConfig("klq_output") if args is None else args
         require(isinstance(args, KLQConfig), "args", f"must be a KLQConfig, got {type(args).__name__}")
         require(
-            args.off_policy == "none" or rollout_func is not None,
+            args.off_policy == "none" or rollout_func is not None or args.replay_cycles > 0,
             "off_policy",
-            "'retrace' corrects for a rollout_func, and there is none: the trainer's own samples are on-policy",
+            "'retrace' corrects for a rollout_func or for replay_cycles, and there are none: the trainer's own samples "
+            "are on-policy",
+        )
+        require(
+            args.off_policy == "none" or rollout_func is not None or not args.generation_kwargs,
+            "generation_kwargs",
+            "sample from a policy of which off_policy='retrace' would need the log-probabilities; leave them out, or "
+            "sample with a rollout_func that returns them",
         )
         loading.check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
@@ -189,6 +197,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         )  # fmt: skip
         self.means = Means()
         self.running = {name: Running() for name in ("scores", "errors")}
+        self.memory = Memory(args.replay_cycles, args.num_generations)
         self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
@@ -310,6 +319,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         seed = derived_seed(args.seed, Purpose.SHUFFLE, self.cycle, args.process_index)
         self._plan = Plan.shuffled(
             epochs=args.num_update_epochs,
+            replays=args.replay_passes,
             mini_batches=args.num_mini_batches,
             accumulation=args.gradient_accumulation_steps,
             size=args.per_device_train_batch_size,

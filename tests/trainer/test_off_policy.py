@@ -271,7 +271,7 @@ def test_a_correction_needs_the_samplers_log_probs(tmp_path: Path) -> None:
     run.rollout_func = lambda prompts, trainer: Completions([[5, tiny.EOS]] * len(prompts))
     with pytest.raises(ValueError, match=r"^off_policy: 'retrace' needs the log-probabilities .* have no logprobs"):
         run.train()
-    with pytest.raises(ValueError, match=r"^off_policy: 'retrace' corrects for a rollout_func, and there is none"):
+    with pytest.raises(ValueError, match=r"^off_policy: 'retrace' corrects for a rollout_func or for replay_cycles"):
         tiny.trainer(tmp_path, off_policy="retrace")
 
 
