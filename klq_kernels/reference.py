@@ -178,11 +178,11 @@ def klq_targets(
 def importance_trace(logprobs: Tensor, sampler_logprobs: Tensor, *, clip: float = 1.0) -> Tensor:
     """c_t = min(clip, pi(a_t|s_t) / mu(a_t|s_t)), for tokens that mu sampled and pi is to be evaluated on.
 
-    As the ``trace`` of ``klq_targets`` it makes A the Retrace(lambda) error of Q (arXiv 1606.02647, eq. 3 and 4, whose
-    clip is 1): the expected bootstrap there is V_{t+1} here, for V is the value after the price of KL. Two facts
-    follow. With clip = inf and lambda = 1, Q_t + A_t is the return of pi from (s_t, a_t), importance-sampled: unbiased.
-    And where Q and V are those of the optimal policy, every delta is 0 at every token, whoever chose it: so mu and the
-    clip decide how fast and how noisily KLQ gets there, not where.
+    As the ``trace`` of ``klq_targets`` it makes A the Retrace(lambda) error of Q (arXiv 1606.02647, whose clip is 1):
+    the expected bootstrap there is V_{t+1} here, for V is the value after the price of KL. Two facts follow. With
+    clip = inf and lambda = 1, Q_t + A_t is the return of pi from (s_t, a_t), importance-sampled: unbiased. And where Q
+    and V are those of the optimal policy, every delta is 0 at every token, whoever chose it: so mu and the clip decide
+    how fast and how noisily KLQ gets there, not where.
     """
     return torch.exp(logprobs - sampler_logprobs).clamp(max=clip)
 
@@ -219,7 +219,7 @@ def group_offsets(errors: Tensor, size: int) -> Tensor:
 
         A'_t = (G_i - mean of G_j) - (V_t - V_0),        G: the returns from the prompt on, less the price of KL,
 
-    which is the leave-one-out baseline of RLOO (arXiv 2402.14740, eq. 8) less what the critic says has changed since
+    which is the leave-one-out baseline of RLOO (arXiv 2402.14740) less what the critic says has changed since
     the prompt. o_i knows nothing of the tokens of i, so V + o_i is a baseline: at lambda = 1 the policy gradient
     E sum_t A'_t grad log pi_t stays unbiased for every V, and for lambda < 1 it is that of GAE with this V + o_i.
     """

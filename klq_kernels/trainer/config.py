@@ -27,6 +27,7 @@ from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
 OFF_POLICY = ("none", "retrace")
+CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta")  # the options of off_policy
 PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
@@ -175,6 +176,7 @@ class KLQConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        self._check_samples()
         if self.total_episodes is not None:
             per_cycle = self.rollouts_per_device * self._processes()
             steps = math.ceil(self.total_episodes / per_cycle) * self.steps_per_cycle
@@ -257,14 +259,6 @@ class KLQConfig(TrainingArguments):
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
         self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
-        corrected = self.off_policy == "retrace"
-        if self.algorithm == "ppo" and corrected:
-            self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
-        if not corrected:
-            correction = {"trace_clip", "importance_clip", "dppo_divergence", "dppo_delta"} - set(
-                IGNORED[self.algorithm]
-            )
-            self._warn_of_ignored(sorted(correction), "off_policy='none'")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
@@ -295,6 +289,15 @@ class KLQConfig(TrainingArguments):
         for name in ("value_warmup_steps", "replay_cycles"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")
+
+    def _check_samples(self) -> None:
+        """Which completions there are in a cycle, and whose."""
+        corrected = self.off_policy == "retrace"
+        if self.algorithm == "ppo" and corrected:
+            self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
+        if not corrected:
+            read = [name for name in CORRECTION if name not in IGNORED[self.algorithm]]
+            self._warn_of_ignored(read, "off_policy='none'")
         require(
             self.replay_cycles == 0 or corrected,
             "replay_cycles",

@@ -28,6 +28,8 @@ def draw(name: str, results: Results, path: Path) -> None:
         draw_grid(results, path, lines="samples")
     elif "staleness" in results["variants"][0]["variant"]:
         draw_grid(results, path, lines="staleness")
+    elif "replay_cycles" in results["variants"][0]["variant"]:
+        draw_grid(results, path, lines="replay_cycles")
     elif "pairs" in results:
         draw_comparison(results, path)
     else:
@@ -36,6 +38,7 @@ def draw(name: str, results: Results, path: Path) -> None:
 
 def name_of(variant: dict[str, Any]) -> str:
     names = {"lam": "λ", "tau": "τ", "samples": "K", "staleness": "staleness"}
+    names |= {"num_update_epochs": "passes", "replay_cycles": "cycles replayed"}
     values = {"klq": "KLQ", "ppo": "PPO", "none": "uncorrected", "retrace": "Retrace"}
     return ", ".join(
         f"{names[n]} = {value}" if n in names and value != "dense" else values.get(value, str(value))
