@@ -157,17 +157,16 @@ def test_replayed_completions_are_read_anew(engine: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("step", "changes"),
     [
-        {},
-        {"replay_priority": "uniform", "replay_epochs": 2, "max_steps": 16},
-        {"algorithm": "ppo", "num_generations": 4, "scale_rewards": True},
+        (6, {}),
+        (4, {"algorithm": "ppo", "num_generations": 4, "scale_rewards": True}),
+        (6, {"replay_priority": "uniform", "replay_epochs": 2, "max_steps": 16}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("step", [4, 6])
-def test_a_resumed_run_draws_the_same(changes: dict[str, Any], step: int, tmp_path: Path) -> None:
-    """From the middle of a cycle, and from its end (cycles of three steps; of four, in the second case)."""
+def test_a_resumed_run_draws_the_same(step: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """From the end of a cycle of three steps, from the middle of one, and from the middle of one of four."""
     settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-2} | changes
     whole, resumed = (trainer(tmp_path / name, **settings) for name in ("whole", "resumed"))
     whole.train()
