@@ -5,9 +5,9 @@ closing bracket, and the policy goes on from there. So a completion takes turns,
 
     [37*48]1776.        the calculator wrote 1776, the policy the rest
 
-``rollout`` samples such completions. It marks the calculator's tokens as not trained: the policy reads them, and
-neither its loss nor V knows of them. The policy is a small model whose supervised start uses the calculator in one of
-three answers and guesses in the others; the reward is for the right result alone.
+``rollout`` samples such completions. It marks the calculator's tokens as not trained: policy and V read them, and learn
+nothing from them. The policy is a small model whose supervised start uses the calculator well in one of three answers
+and guesses in the others; the reward is for the right result alone. A minute or two on one CPU thread.
 """
 
 import re
