@@ -10,6 +10,8 @@ JOBS ?= 2
 VENV := .venv
 # the lowest that pyproject.toml declares, in a folder of its own: the kernels are compiled by it as well
 OLDEST_TRITON := triton==3.6.0
+# in a folder of its own too: where accelerate finds DeepSpeed, every process imports it, which takes seconds
+DEEPSPEED := deepspeed==0.19.0 hjson ninja py-cpuinfo einops msgpack pydantic pydantic-core annotated-types typing-inspection
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Twice quiet: no progress and no warnings about the machine's package indexes; errors are printed in full.
@@ -76,4 +78,5 @@ $(READY): pyproject.toml $(wildcard setup.py csrc/*) | $(BIN)/python
 	@$(PIP) --no-build-isolation -e ".[dev]"
 	@$(PIP) --no-deps --upgrade --target $(VENV)/oldest-triton "$(OLDEST_TRITON)" || \
 		echo "without $(OLDEST_TRITON): its tests are left out"
+	@$(PIP) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED) || echo "without DeepSpeed: its tests are left out"
 	@touch $@

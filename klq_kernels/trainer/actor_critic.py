@@ -95,6 +95,12 @@ class ActorCritic(nn.Module):
     def config(self) -> Any:
         return self.policy.config
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of layers that sharding engines make groups of, as transformers names them on its models."""
+        models = (self.policy, self.value.backbone)
+        return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
+
     def forward(self, inputs: Inputs, objective: Objective, values_alone: bool = False) -> Any:
         """objective(states) of a batch; whatever it returns is returned. With ``values_alone`` no gradient of it enters
         the policy.

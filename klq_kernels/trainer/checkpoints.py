@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..call.checks import require
+from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
@@ -40,7 +41,21 @@ class Checkpoints(Cycle, Trainer):
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
+        sharding.shard_apart(self.accelerator, self.actor_critic.value.head)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the policy, its tokenizer and the value function. All processes must call it; one writes.
+
+        Whole weights are also written under FSDP2's SHARDED_STATE_DICT and by ZeRO-3, whatever it is told, but not at
+        each checkpoint, which has the shards.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        elif sharding.zero_stage(self.accelerator) == 3 and not _internal_call:
+            self._save(output_dir, state_dict=sharding.whole_state(self.actor_critic, keep=self.args.should_save))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as ``from_pretrained`` reads it, its tokenizer, and the value function in a file beside it."""
@@ -49,8 +64,10 @@ class Checkpoints(Cycle, Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         state = self.actor_critic.state_dict() if state_dict is None else state_dict
+        once = {name for name, _ in self.actor_critic.named_parameters()}  # of tied weights, the first name
+        again = {name for name, _ in self.actor_critic.named_parameters(remove_duplicate=False)} - once
         policy, value = (
-            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and n not in again}
             for prefix in ("policy.", "value.")
         )
         self.policy.save_pretrained(folder, state_dict=policy)

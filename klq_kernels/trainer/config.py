@@ -30,6 +30,8 @@ OFF_POLICY = ("none", "retrace")
 CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta")  # the options of off_policy
 PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
+PLACEMENTS = ("device", "cpu", "sharded")  # of frozen weights
+FLOATS = ("float32", "bfloat16", "float16")
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
     "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
     "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
@@ -145,6 +147,16 @@ class KLQConfig(TrainingArguments):
     scale_rewards: bool = option(False, "Divide scores by their running standard deviation. tau prices the result.")
     reward_clip: float | None = option(None, "Scores, after any scaling, are clipped to +-this. > 0.")
 
+    ref_placement: str | None = option(
+        None,
+        "Where the reference's weights are: on the 'device'; on the 'cpu' between uses; 'sharded' over the processes. "
+        "By default sharded where the engine shards the policy (FSDP2, ZeRO-3), else on the device.",
+    )
+    ref_dtype: str | None = option(
+        None, "Weights of the reference, such as 'bfloat16' for half the memory; by default those of the model."
+    )
+    reward_placement: str | None = option(None, "Where the weights of reward models are, as ref_placement.")
+
     padding_free: bool | None = option(
         None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
     )
@@ -192,6 +204,10 @@ class KLQConfig(TrainingArguments):
         for name in ("add_generation_prompt", "tokenize"):
             given = name in (self.chat_template_kwargs or {})
             require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
+
+    def torch_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that an argument names."""
+        return getattr(torch, getattr(self, name)) if getattr(self, name) else None
 
     @property
     def logits_dtype(self) -> torch.dtype | None:
@@ -261,6 +277,14 @@ class KLQConfig(TrainingArguments):
         self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
+        for name in ("ref_placement", "reward_placement"):
+            value = getattr(self, name)
+            require(value in (None, *PLACEMENTS), name, f"must be one of {', '.join(PLACEMENTS)}; got {value!r}")
+        require(
+            self.ref_dtype in (None, *FLOATS),
+            "ref_dtype",
+            f"must be one of {', '.join(FLOATS)}; got {self.ref_dtype!r}",
+        )
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
             "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",

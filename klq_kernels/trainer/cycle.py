@@ -12,7 +12,7 @@ The result is an ``Experience``, from which the updates of the cycle learn.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,12 +22,14 @@ from torch import Tensor
 
 from ..call.checks import require
 from ..types import KLQTargets
-from .actor_critic import ActorCritic, Objective, States
+from . import sharding
+from .actor_critic import ActorCritic, Objective
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .data import tokenize_prompt
 from .experience import Experience
+from .frozen import Placed
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
@@ -47,7 +49,7 @@ class Cycle:
     accelerator: Any
     state: Any  # of transformers' loop: ``global_step``, ``max_steps``
     tokenizer: Any
-    reference: LanguageModel | None  # None: the policy without its adapters
+    reference: Placed | None  # a FrozenPolicy; None: the policy without its adapters
     rewards: Rewards
     rollout_func: RolloutFunction | None
     generation_config: Any
@@ -163,10 +165,11 @@ class Cycle:
         prompts = [ids for row in rows for ids in [self._tokenize(row["prompt"])] * number]
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
-                completions = generate(
-                    model, prompts, self.generation_config,
-                    batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
-                )  # fmt: skip
+                with sharding.whole(self.accelerator, model):
+                    completions = generate(
+                        model, prompts, self.generation_config,
+                        batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
+                    )  # fmt: skip
             else:
                 completions = ask(self.rollout_func, rows, number, self)
         return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
@@ -211,10 +214,10 @@ class Cycle:
     def score(self, rollout: Rollout) -> tuple[Scored, Tensor]:
         """(what the policy and the value function say of a rollout, log-probs under the reference), packed."""
         passes, references = [], []
-        with self._inference() as model:
+        with self._inference() as model, self._reference(model) as reference:
             for batch in self._batches(rollout.sequences):
                 passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
-                references.append(self._reference_logprobs(model, batch))
+                references.append(reference(batch, partial(logprobs, inputs=batch, config=self.args)).logprobs)
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
 
     def rescore(self, sequences: list[Sequence]) -> Scored:
@@ -228,14 +231,19 @@ class Cycle:
         for begin in range(0, len(sequences), size):
             yield self.collate(sequences[begin : begin + size])
 
-    def _reference_logprobs(self, model: ActorCritic, batch: Inputs) -> Tensor:
-        read: Objective = partial(logprobs, inputs=batch, config=self.args)
-        if self.reference is None:  # the policy without its adapters
+    @contextmanager
+    def _reference(self, model: ActorCritic) -> Iterator[Callable[[Inputs, Objective], Any]]:
+        """The reference policy, called as ``model`` is: a model of its own, or ``model`` without its adapters."""
+        if self.reference is not None:
+            with self.reference.present() as frozen:
+                yield frozen
+            return
+
+        def without_adapters(batch: Inputs, objective: Objective) -> Any:
             with model.language_model.without_adapters():
-                return model(batch, read).logprobs
-        hidden = self.reference.hidden_states(batch).index_select(0, batch.rows)
-        nothing = hidden.new_zeros(0)
-        return read(States(hidden, self.reference.head(self.args.temperature), nothing, nothing)).logprobs
+                return model(batch, objective)
+
+        yield without_adapters
 
     def collate(self, sequences: list[Any]) -> Inputs:
         pad: Any = self.tokenizer.pad_token_id

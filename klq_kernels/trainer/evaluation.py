@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from . import loading
+from . import loading, sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .means import Means
@@ -40,6 +40,7 @@ class Evaluation(Cycle, Trainer):
             parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
             return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
+        sharding.check_sharded(self.accelerator, self.model, self.model_wrapped)
         means, mine = Means(), self.turns(len(data))
         names = ["reward", "kl", "length", "truncated", *(f"rewards/{n}" for n in self.rewards.names)]
         means.add(dict.fromkeys(names, 0.0), 0)  # every process has every name, also one that keeps no turn
@@ -63,8 +64,9 @@ class Evaluation(Cycle, Trainer):
         seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)  # 1, 2: the judge of ``klq train``
         rollout = self.roll_out(rows, seed)
         scored, ref_logprobs = self.score(rollout)
-        if turn.kept:
+        if turn.kept or self.rewards.sharded:
             scores = self.reward(rows, rollout)
+        if turn.kept:
             add_held_out(means, rollout, scores, scored.logprobs - ref_logprobs)
             add_rewards(means, scores, self.rewards.names)
 

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import gathered
+
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter and saved buffer of a model, one at a time.
 
     Adapters of PEFT are merged into a copy of their layer, so the model stays as it is to the last bit, and memory for
-    one layer is enough. A weight that is sharded (``DTensor``) is gathered, which all its processes must do together.
-    A weight that several layers share comes once, under its first name; an adapter on one of them (a head tied to the
-    embeddings) makes them two weights, which an engine has to hold apart.
+    one layer is enough. A weight that is sharded (a ``DTensor``, or by ZeRO-3) is gathered, which all its processes
+    must do together, and is whole until the next is asked for. A weight that several layers share comes once, under its
+    first name; an adapter on one of them (a head tied to the embeddings) makes them two weights, which an engine has to
+    hold apart.
 
     Args:
         model: a transformers model, with or without PEFT's layers in it.
@@ -29,14 +32,16 @@ def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
         yield from _weights(trained_copy(module), prefix, seen)
         return
     if hasattr(module, "get_base_layer"):  # a layer with adapters
-        yield from _weights(_merged(module), prefix, seen)
+        with gathered(module.parameters()):
+            yield from _weights(_merged(module), prefix, seen)
         return
     passing = module._non_persistent_buffers_set
     buffers = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if name not in passing]
     for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield prefix + name, _whole(tensor)
+            with gathered([tensor]):
+                yield prefix + name, _whole(tensor)
     for name, child in module.named_children():
         yield from _weights(child, f"{prefix}{name}.", seen)
 

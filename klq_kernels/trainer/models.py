@@ -45,6 +45,9 @@ class LanguageModel:
         require(isinstance(causal_lm, PreTrainedModel), "model", f"must be a transformers causal LM, got {name}")
         self.lm_head = causal_lm.get_output_embeddings()
         require(self.lm_head is not None, "model", f"{name} has no lm_head (get_output_embeddings() is None)")
+        weight = self.lm_head.weight
+        # rows of the lm_head: ids from 0 up to it exist. ZeRO-3 leaves a weight without elements, and notes its shape
+        self.vocab_size = int(getattr(weight, "ds_shape", weight.shape)[0])
         self.backbone = causal_lm.base_model
         require(self.backbone is not causal_lm, "model", f"{name} does not separate its backbone from its lm_head")
         self.config = causal_lm.config.get_text_config()
@@ -68,11 +71,6 @@ class LanguageModel:
         require(
             self._softcap is None or self._scale == 1.0, "model", f"{name} has a logit scale and a softcap: unsupported"
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the lm_head: ids from 0 up to it exist."""
-        return int(self.lm_head.weight.shape[0])
 
     def hidden_states(self, inputs: Inputs) -> Tensor:
         """Last hidden states (after the final norm), one row per position of the batch: [B * L, H]."""

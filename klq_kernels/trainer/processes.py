@@ -35,8 +35,11 @@ def leave_process_group() -> None:
     which nothing was wrong ("terminate called without an active exception", pytorch/pytorch#190489). They end with the
     last reference to the group, and a model in DDP, which is part of a cycle, has one. It has to go first: the garbage
     collector would wait for the threads with the interpreter's lock held, which they may be waiting for, whereas
-    ``destroy_process_group`` drops what Python holds without it.
+    ``destroy_process_group`` drops what Python holds without it. Meshes of sharded weights have references as well, and
+    caches of DTensor keep the meshes for ever.
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()
+        for mesh in (held for held in gc.get_objects() if type(held) is dist.device_mesh.DeviceMesh):
+            getattr(mesh, "_pg_registry", {}).clear()
         dist.destroy_process_group()

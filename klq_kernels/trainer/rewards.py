@@ -18,7 +18,7 @@ import numbers
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .frozen import Placed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
         batch_size: int = 64,
-        device: torch.device | str = "cpu",
+        place: Callable[[nn.Module], Placed] | None = None,
     ) -> None:
         """
         Args:
@@ -69,7 +71,7 @@ class Rewards:
             processing_classes: the tokenizers of the models: one for all, or one per function with None for callables
                 and for models whose own is to be loaded.
             batch_size: how many texts a model reads at once.
-            device: where models are moved to.
+            place: puts a model where its weights are to be; left where they are by default.
 
         Raises:
             ValueError: naming the argument or the function that is wrong.
@@ -83,9 +85,11 @@ class Rewards:
         self.weights = checked_weights(weights, len(functions))
         tokenizers = per_function(processing_classes, len(functions))
         self._functions = [
-            as_callable(name, function, tokenizer, batch_size, torch.device(device))
+            as_callable(name, function, tokenizer, batch_size, place)
             for name, function, tokenizer in zip(self.names, functions, tokenizers, strict=True)
         ]
+        # whether all processes must ask together, because each has a part of a model
+        self.sharded = any(isinstance(f, ModelReward) and f.sharded for f in self._functions)
         self._warned = False
 
     def __call__(
@@ -199,9 +203,11 @@ def per_function(processing_classes: Any, count: int) -> list[Any]:
     return list(processing_classes)
 
 
-def as_callable(name: str, function: Any, tokenizer: Any, batch_size: int, device: torch.device) -> Callable[..., Any]:
+def as_callable(
+    name: str, function: Any, tokenizer: Any, batch_size: int, place: Callable[[nn.Module], Placed] | None
+) -> Callable[..., Any]:
     if isinstance(function, (str, nn.Module)):
-        return ModelReward(name, function, tokenizer, batch_size=batch_size, device=device)
+        return ModelReward(name, function, tokenizer, batch_size=batch_size, place=place)
     if not callable(function):
         raise ValueError(f"reward_funcs: {function!r} is neither a callable, nor a model, nor the id of one")
     return function
@@ -307,7 +313,13 @@ class ModelReward:
     """A sequence-classification model with one label as a reward function."""
 
     def __init__(
-        self, name: str, model: str | nn.Module, tokenizer: Any = None, *, batch_size: int, device: torch.device
+        self,
+        name: str,
+        model: str | nn.Module,
+        tokenizer: Any = None,
+        *,
+        batch_size: int,
+        place: Callable[[nn.Module], Placed] | None = None,
     ) -> None:
         self.__name__ = name
         self.batch_size = batch_size
@@ -321,18 +333,20 @@ class ModelReward:
             raise ValueError(f"reward function {name}: a reward model has num_labels=1, got {labels}")
         set_padding(name, self.model, self.tokenizer)
         # Models that were spread over devices or quantised as they were loaded stay where they are.
-        if not (getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)):
-            self.model.to(device)
+        stays = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+        self._placed = None if stays or place is None else place(self.model)
+        self.sharded = self._placed is not None and self._placed.placement == "sharded"
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         """One score per pair, read at its last token."""
         encoded = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)
-        for start in range(0, len(encoded), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
-            for row, score in zip(rows, self._score([encoded[i] for i in rows]), strict=True):
-                scores[row] = score
+        with nullcontext(self.model) if self._placed is None else self._placed.present() as model:
+            for start in range(0, len(encoded), self.batch_size):
+                rows = by_length[start : start + self.batch_size]
+                for row, score in zip(rows, self._score(model, [encoded[i] for i in rows]), strict=True):
+                    scores[row] = score
         return scores
 
     def _encode(self, prompt: Any, completion: Any) -> list[int]:
@@ -346,13 +360,13 @@ class ModelReward:
         text = self.tokenizer.apply_chat_template([*prompt, *reply], tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
-    @torch.inference_mode()
-    def _score(self, encoded: list[list[int]]) -> list[float]:
-        self.model.eval()
+    @torch.no_grad()
+    def _score(self, model: Any, encoded: list[list[int]]) -> list[float]:
+        model.eval()
         inputs = self.tokenizer.pad({"input_ids": encoded}, padding_side="right", return_tensors="pt")
-        place = next(self.model.parameters()).device
-        ids, attention = inputs["input_ids"].to(place), inputs["attention_mask"].to(place)
-        return self.model(input_ids=ids, attention_mask=attention).logits[:, 0].float().tolist()
+        device = next(model.parameters()).device
+        ids, attention = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+        return model(input_ids=ids, attention_mask=attention).logits[:, 0].float().tolist()
 
 
 def load_model(name: str, path: str) -> Any:

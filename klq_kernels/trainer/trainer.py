@@ -11,35 +11,33 @@ repeats exactly what an uninterrupted one would have done.
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..call.checks import require
-from . import loading, probe
-from .actor_critic import ActorCritic, ValueFunction
+from . import loading, sharding
+from .actor_critic import ActorCritic
 from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .evaluation import Evaluation
 from .experience import Experience, Plan
+from .frozen import Placed
 from .means import Means
-from .models import LanguageModel
 from .objectives import OBJECTIVES
+from .parts import proven_parts
 from .replay import Memory
 from .rewards import RewardFunction, Rewards, as_list
-from .rollout import RolloutFunction, check_ids, sampling_config
+from .rollout import RolloutFunction, sampling_config
 from .running import Running
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
@@ -123,45 +121,12 @@ class KLQTrainer(Evaluation, Checkpoints):
         tokenizer = loading.tokenizer(processing_class, policy)
         reward_funcs = as_list(reward_funcs)
         critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
-        language_model = LanguageModel(policy)
-        probe.prove_head(language_model)
-        check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
-        given = None
-        if peft_config is not None:
-            given = probe.logits_of(language_model) if ref_model is None else None
-            policy = loading.with_adapters(policy, peft_config)
-            language_model = LanguageModel(policy)
-        elif ref_model is None:
-            probe.check_initialisation(policy)
-        probe.prove_adapters(language_model, given)
-        loading.check_trainable(policy, language_model.is_peft)
-        loading.warn_of_16_bit("model", policy)
-        loading.warn_of_16_bit("value_model", critic)
-        if ref_model is not None:
-            reference: nn.Module | None = loading.causal_lm(ref_model, args)
-            require(
-                not loading.shares_parameters(policy, reference, trained=True),  # type: ignore[arg-type]
-                "ref_model",
-                "must not share trained parameters with model; leave it None: the policy as it is now is the reference",
-            )
-        else:
-            reference = None if language_model.is_peft else copy.deepcopy(policy)
-        value = ValueFunction(language_model.config.hidden_size, critic)
-        loading.check_optimizer(optimizers[0], value)
-        actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
-        backbones = {"model": language_model.backbone}
-        if value.backbone is not None:
-            backbones["value_model"] = value.backbone
-            embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
-            loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
-        for name, backbone in backbones.items():
-            probe.prove_padding(name, backbone, language_model)
-        if args.disable_dropout:
-            probe.silence(actor_critic, backbones, language_model)
-        else:
-            probe.check_head_dropout(language_model)
+        reference = None if ref_model is None else loading.causal_lm(ref_model, args)
+        parts = proven_parts(
+            args, policy, critic, reference, tokenizer=tokenizer, peft_config=peft_config, optimizer=optimizers[0]
+        )
         super().__init__(
-            model=actor_critic,
+            model=parts.actor_critic,
             args=args,
             data_collator=list,  # type: ignore[arg-type]  # a batch of prompts is the list of their rows
             train_dataset=train_dataset,
@@ -174,24 +139,20 @@ class KLQTrainer(Evaluation, Checkpoints):
         self._check_launch()
         self.model_accepts_loss_kwargs = True  # the losses are normalised over the whole step
         self.tokenizer = tokenizer
+        self.padding_free = parts.padding_free
         self.reference = None
-        if reference is not None:
-            reference.requires_grad_(False).eval().to(args.device)
-            self.reference = LanguageModel(reference)
-            loading.check_vocabulary("ref_model", self.reference.vocab_size, language_model.vocab_size)
-            probe.prove_head(self.reference)
-            backbones["ref_model"] = self.reference.backbone
-        self.padding_free = self._padding_free(backbones, language_model)
+        if parts.reference is not None:
+            self.reference = Placed(parts.reference, args.ref_placement, self.accelerator, "ref_placement")
         self.rewards = Rewards(
             reward_funcs,
             weights=args.reward_weights,
             processing_classes=reward_processing_classes,
             batch_size=args.rollout_forward_batch_size,
-            device=args.device,
+            place=self._place_reward,
         )
         self.rollout_func = rollout_func
         self.generation_config = sampling_config(
-            language_model.model, tokenizer,
+            parts.actor_critic.policy, tokenizer,
             temperature=args.temperature, max_new_tokens=args.max_completion_length,
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
@@ -212,29 +173,12 @@ class KLQTrainer(Evaluation, Checkpoints):
     def actor_critic(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def _padding_free(self, backbones: dict[str, nn.Module], language_model: LanguageModel) -> bool:
-        """Whether to concatenate sequences: where wanted, or with FlashAttention, if every backbone reads them so."""
-        wanted = self.args.padding_free
-        if wanted is None:
-            wanted = "flash" in str(getattr(language_model.config, "_attn_implementation", ""))
-        failing = [n for n, b in backbones.items() if wanted and not probe.keeps_sequences_apart(b, language_model)]
-        if failing:
-            warnings.warn(
-                f"padding_free: {', '.join(failing)} mixes sequences that are concatenated (a probe shows it), so they "
-                "are padded",
-                stacklevel=3,
-            )
-        return wanted and not failing
-
     def _check_launch(self) -> None:
-        args = self.args
-        require(args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
-        zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        require(
-            self.accelerator.distributed_type != DistributedType.DEEPSPEED or zero.zero_stage < 3,  # type: ignore[union-attr]
-            "deepspeed",
-            "ZeRO-3 shards the lm_head, which the fused loss reads whole; use ZeRO-2 or FSDP2",
-        )
+        require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
+        sharding.check_engine(self.accelerator)
+
+    def _place_reward(self, model: nn.Module) -> Placed:
+        return Placed(model, self.args.reward_placement, self.accelerator, "reward_placement")
 
     # ---- data ---------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ def test_each_output_brings_its_own_gradient(device: torch.device, parts: tuple[
     temperature=st.sampled_from([1.0, 0.5, 3.0]),
     softcap=st.sampled_from([None, 5.0]),
 )
+@pytest.mark.runs("one process", "log-probabilities")
 def test_any_shape_in_all_layouts(
     device: torch.device, mask: Tensor, vocab: int, width: int, seed: int, rows: int | None, **head: Any
 ) -> None:

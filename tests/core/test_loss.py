@@ -137,6 +137,7 @@ def test_the_gradient_of_a_likely_token_survives_large_logits(device: torch.devi
     ),
     scan=st.fixed_dictionaries({"gamma": st.sampled_from([0.0, 0.9, 1.0]), "lam": st.sampled_from([0.0, 0.95, 1.0])}),
 )
+@pytest.mark.runs("one process", "loss")
 def test_any_shape_in_all_layouts(
     device: torch.device,
     mask: Tensor,

@@ -44,6 +44,7 @@ def targets_of(function: Callable[..., Any], case: Case, *, tau: float = 0.05, *
 
 
 @given(mask=masks(), seed=seeds, gamma=discounts, lam=discounts, flags=st.tuples(*[st.booleans()] * 3))
+@pytest.mark.runs("one process", "scans, targets")
 def test_klq_targets_match_the_oracle_in_all_layouts(
     device: torch.device, mask: Tensor, seed: int, gamma: float, lam: float, flags: tuple[bool, bool, bool]
 ) -> None:

@@ -64,6 +64,7 @@ def is_unbiased(dense: Tensor, actions: Tensor, eps: Tensor, sample: Callable[..
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [2, 8])
+@pytest.mark.runs("one process", "sampled gradient")
 def test_the_reference_keeps_its_promises(kind: str, samples: int) -> None:
     dense, actions = dense_rows(kind)
     eps = reference.sampling_threshold(dense, actions, samples)

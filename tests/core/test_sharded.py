@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs_under
 import sharding
 import torch
 from cases import (
@@ -82,6 +83,7 @@ def assert_close(ours: Outcome, theirs: Outcome) -> None:
     st.sampled_from([{}, {"softcap": 10.0}, {"temperature": 0.7}, {"return_entropy": True}]),
 )  # fmt: skip
 @example(ragged_mask(4, 8), (131, [0, 60, 0, 71]), 0, 3, "l2", True, True, "holes", {"return_entropy": True})
+@pytest.mark.runs("tensor parallel", "loss")
 def test_loss_of_a_split_head(
     ranks: Ranks, mask: Tensor, split: tuple[int, list[int]], seed: int, rows: int | None, loss_type: str,
     on_policy: bool, bias: bool, layout: str, extras: dict[str, Any],
@@ -103,6 +105,7 @@ def test_loss_of_a_split_head(
     masks(), st.sampled_from([3, 131]).flatmap(lambda v: st.tuples(st.just(v), splits(v))), seeds, chunk_rows,
     st.booleans(), st.sampled_from([{}, {"softcap": 10.0}, {"temperature": 0.7}]),
 )  # fmt: skip
+@pytest.mark.runs("tensor parallel", "log-probabilities")
 def test_logprobs_of_a_split_head(
     ranks: Ranks, mask: Tensor, split: tuple[int, list[int]], seed: int, rows: int | None, entropy: bool,
     extras: dict[str, Any],
@@ -136,6 +139,7 @@ def test_precision_of_a_split_head(
         assert_as_precise_as(found[name], plain[name], gold[name], name)
 
 
+@pytest.mark.runs("tensor parallel", "sampled gradient")
 def test_the_sampled_gradient_of_a_split_head(ranks: Ranks) -> None:
     """Unbiased, whatever the split: the mean over seeds approaches the dense gradient as one over the root."""
     case, sizes, seeds_taken = make_case(ragged_mask(4, 8), vocab=131), [70, 0, 1, 60], 64
@@ -298,6 +302,7 @@ def test_tokens_apart_and_a_head_of_dtensors(
 
 @settings(max_examples=15)
 @given(spread(), seeds)
+@pytest.mark.runs("FSDP2", "log-probabilities")
 def test_logprobs_of_tokens_apart(ranks: Ranks, batch: tuple[Tensor, list[int], list[int]], seed: int) -> None:
     mask, counts, sizes = batch
     case = make_case(mask, seed=seed)
@@ -317,6 +322,7 @@ def test_logprobs_of_tokens_apart(ranks: Ranks, batch: tuple[Tensor, list[int], 
         assert_close_to_scale(torch.cat([f[name] for f in found]), value, name)
 
 
+@pytest.mark.runs("HSDP", "log-probabilities")
 def test_a_weight_in_copies_gets_the_mean_gradient(ranks: Ranks) -> None:
     case = make_case(ragged_mask(5, 7))
     weight = case.weight.clone().requires_grad_()
@@ -339,6 +345,8 @@ def test_sequence_parallel(ranks: Ranks, split: str, whole_head: bool) -> None:
 @pytest.mark.parametrize(
     ("counts", "hybrid"), [([2, 3], False), ([5, 0], False), ([1, 2, 0, 2], False), ([1, 2, 0, 2], True)], ids=str
 )
+@pytest.mark.runs("FSDP2", "loss")
+@pytest.mark.runs("HSDP", "loss")
 def test_two_steps_under_fsdp2(ranks: Ranks, counts: list[int], hybrid: bool) -> None:
     """Clipping, AdamW and FSDP2's averaging of the trunk: the parameters of one process with all sequences."""
     case = make_case(ragged_mask(5, 8), vocab=131)
@@ -421,6 +429,7 @@ def test_scan_over_spans_of_time(ranks: Ranks, cut: tuple[Tensor, list[int]], se
 
 @settings(max_examples=15)
 @given(cut_time(), seeds, st.booleans(), st.booleans(), st.booleans())
+@pytest.mark.runs("context parallel", "scans, targets")
 def test_targets_over_spans_of_time(
     ranks: Ranks, cut: tuple[Tensor, list[int]], seed: int, scores: bool, bootstrap: bool, trace: bool
 ) -> None:
@@ -436,6 +445,7 @@ def test_targets_over_spans_of_time(
         assert_close_to_scale(torch.cat(ours, 1), value, "targets")
 
 
+@pytest.mark.runs("context parallel", "loss")
 def test_on_policy_over_spans_of_time_is_targets_of_the_same_policy() -> None:
     """The recipe of the docs: scored without gradient, then ``klq_targets`` over the spans, then the loss on them."""
     case: Case = make_case(ragged_mask(4, 8))
@@ -448,3 +458,10 @@ def test_on_policy_over_spans_of_time_is_targets_of_the_same_policy() -> None:
     assert_close_to_scale(again.loss, whole.loss, "loss")
     for name, value in whole.gradients.items():
         assert_close_to_scale(again.gradients[name], value, name)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_runs_under_what() -> None:
+    assert runs_under.PAGE.read_text() == runs_under.page()

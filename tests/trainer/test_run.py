@@ -10,6 +10,7 @@ import held_out_process
 import pytest
 import tiny
 import torch
+from material import REWARD, TINY
 from processes import TWO_PROCESSES, start
 from rich.progress import Progress
 from transformers.utils import logging
@@ -22,24 +23,6 @@ from klq_kernels.commands.train.held_out import win_rate
 from klq_kernels.commands.train.plots import plot_run
 from klq_kernels.commands.train.run import load_function
 from klq_kernels.lab.tasks import load_task, warm_started
-
-REWARD = """
-calls = 0
-
-def even(completion_ids, **_):
-    return [sum(i % 2 == 0 for i in ids) / 8 for ids in completion_ids]
-
-def stops(completion_ids, **_):
-    global calls
-    calls += 1
-    if calls > 2:
-        raise KeyboardInterrupt
-    return even(completion_ids)
-"""
-TINY = [
-    "--per_device_train_batch_size", "4", "--max_completion_length", "6", "--num_update_epochs", "1", "--use_cpu",
-    "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--watch_failures", "False", "--seed", "3",
-]  # fmt: skip
 
 
 def write(path: Path, text: str) -> Path:
@@ -154,20 +137,6 @@ def test_the_command_lists_its_arguments_and_complains_in_one_line():
 
 
 # Runs
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags that name a tiny model, its prompts and a reward."""
-    folder = tmp_path_factory.mktemp("material")
-    tiny.model().save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "ab" * (1 + i % 3)}) + "\n" for i in range(24)))
-    write(folder / "rewards.py", REWARD)
-    return [
-        "--model", str(folder / "model"), "--dataset", str(folder / "prompts.jsonl"),
-        "--reward_function", f"{folder / 'rewards.py'}:even", *TINY,
-    ]  # fmt: skip
 
 
 def train(flags: list[str]) -> dict[str, dict[str, float]]:

@@ -135,6 +135,8 @@ def test_activation_checkpoints_change_nothing(tmp_path: Path) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.runs("DDP", "trainer")
+@pytest.mark.runs("one process", "trainer")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """DDP over gloo: half the prompts each, the same weights in the end as one process with all of them."""
     config = {"max_steps": 4, "num_update_epochs": 2, "learning_rate": 1e-2, "optim": "sgd"}
@@ -194,6 +196,7 @@ SAVING = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "num_mini_
     [{}, {"head_gradient": "sampled", "head_samples": 4}, {"head_gradient": "sampled", "algorithm": "ppo"}],
     ids=str,
 )
+@pytest.mark.runs("one process", "resume", "trainer, sampled gradient")
 def test_a_run_killed_in_an_update_resumes_to_the_same_losses(changes: dict[str, Any], tmp_path: Path) -> None:
     """Step 5 is in the middle of a cycle of eight: its experience has to be in the checkpoint."""
     config = SAVING | changes
@@ -272,6 +275,7 @@ def test_resuming_between_cycles_and_across_epochs(tmp_path: Path) -> None:
     assert series(again, "objective/scores") == series(whole, "objective/scores")
 
 
+@pytest.mark.runs("DDP", "resume")
 def test_two_processes_resume(tmp_path: Path) -> None:
     """In the middle of the second epoch, with its prompts; where one lacks its experience, both say so."""
     config = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 11, "max_steps": 16,
@@ -425,6 +429,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert abs(series(run, "objective/kl")[0]) < 1e-4
 
 
+@pytest.mark.runs("one process", "trainer, LoRA")
 def test_adapters_are_trained_and_their_base_is_the_reference(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM", lora_dropout=0.3)
     settings = {"max_steps": 8, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 6}
@@ -606,7 +611,8 @@ def targets_of(
     """The experience of scripted completions, and per sequence (logp, ref, V, V after the last)."""
     run.rollout_func = lambda prompts, trainer: completions
     torch.nn.init.normal_(run.actor_critic.value.head.weight)
-    torch.nn.init.normal_(run.reference.model.lm_head.weight)  # type: ignore[union-attr]
+    frozen: Any = run.reference.module.model  # type: ignore[union-attr]
+    torch.nn.init.normal_(frozen.lm_head.weight)
     rows = [{"prompt": chr(97 + i) * (i + 1)} for i in range(len(completions.completion_ids))]
     experience = run.collect(rows)
     singles = []
@@ -618,7 +624,10 @@ def targets_of(
                 reference.linear_logprobs(h[at], m.lm_head.weight, sequence.completion).logprobs
                 for h, m in (
                     (hidden, run.policy),
-                    (run.reference.model.model(sequence.ids.unsqueeze(0)).last_hidden_state[0], run.reference.model),  # type: ignore[union-attr]
+                    (
+                        run.reference.module.model.model(sequence.ids.unsqueeze(0)).last_hidden_state[0],
+                        run.reference.module.model,
+                    ),  # type: ignore[union-attr]
                 )
             )
             values = run.actor_critic.value.head(hidden).squeeze(-1)

@@ -30,7 +30,7 @@ class HeldOut:
     def __post_init__(self) -> None:
         data: Any = self.trainer.eval_dataset
         self.rows: list[dict[str, Any]] = [] if data is None else list(data)
-        self.baseline = self.answers(0) if self.task is not None and self.rows else None
+        self.baseline: list[str] | None = None  # what the policy wrote when it was first measured
 
     def answers(self, sample: int) -> list[str]:
         with self.bar("completions for the judge") as advance:
@@ -40,6 +40,8 @@ class HeldOut:
         """Adds the results of the policy as it is now."""
         if not self.rows:
             return
+        if self.task is not None and self.baseline is None:
+            self.baseline = self.answers(0)
         with self.bar(f"evaluation {when} training") as advance, each_turn(self.trainer, advance):
             found = self.trainer.evaluate()
         measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}

@@ -28,6 +28,7 @@ from ...trainer import loading
 from ...trainer.checkpoints import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
+from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
 from .arguments import COPY, ScriptArguments
 from .held_out import HeldOut
@@ -173,6 +174,7 @@ class ProgressBar(TrainerCallback):
         self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.start()
         self.bar = self.progress.add_task("", total=state.max_steps, completed=state.global_step, status="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -183,6 +185,16 @@ class ProgressBar(TrainerCallback):
             self.progress.update(self.bar, status=STATUS.format(**logs))
 
 
+class AtBeginning(TrainerCallback):
+    """Does something once the model is ready to train, on all processes."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do = do
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.do()
+
+
 @contextmanager
 def progress_bar(trainer: KLQTrainer, console: Console) -> Iterator[None]:
     """In place of transformers' bar, for the process that prints; lines only with ``disable_tqdm``."""
@@ -191,8 +203,10 @@ def progress_bar(trainer: KLQTrainer, console: Console) -> Iterator[None]:
         return
     bar = ProgressBar(console)
     trainer.add_callback(bar)
-    with bar.progress:
+    try:
         yield
+    finally:
+        bar.progress.stop()
 
 
 @contextmanager
@@ -223,7 +237,10 @@ def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, fl
     checkpoint = last_complete_checkpoint(out) if arguments.resume else None
     console.print(f"Going on from {checkpoint}" if checkpoint else f"Training into {out}", soft_wrap=True)
     held_out = HeldOut(trainer, None if arguments.task is None else load_task(arguments.task), console)
-    held_out.measure("before")
+    if shards_weights(trainer.accelerator):  # no process can run the model before
+        trainer.add_callback(AtBeginning(lambda: held_out.measure("before")))
+    else:
+        held_out.measure("before")
     written: list[Path] = []
     try:
         with progress_bar(trainer, console):

@@ -143,7 +143,7 @@ def hidden_states(backbone: nn.Module, inputs: Inputs) -> Tensor:
 def look_at_reference(trainer: KLQTrainer, inputs: Inputs) -> Tensor:
     """log pi_ref of all actions, float64 [N, V]."""
     assert trainer.reference is not None
-    model = exact_copy(trainer.reference.model)
+    model = exact_copy(trainer.reference.module.model)
     out = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
     logits = out.logits.flatten(0, 1).index_select(0, inputs.rows)
     return (logits / trainer.args.temperature).log_softmax(-1)
