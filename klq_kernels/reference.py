@@ -36,7 +36,10 @@ from torch import Tensor
 from .types import KLQLoss, KLQTargets, LinearLogprobs
 
 __all__ = [
+    "dppo_policy_loss",
     "gae",
+    "group_offsets",
+    "importance_trace",
     "klq_loss",
     "klq_residual_loss",
     "klq_targets",
@@ -46,6 +49,9 @@ __all__ = [
     "reverse_scan",
     "sampled_gradient",
     "sampling_threshold",
+    "split_residual_loss",
+    "step_towards",
+    "vtrace_targets",
 ]
 
 
@@ -169,6 +175,91 @@ def klq_targets(
     return KLQTargets(logprobs.detach(), values.detach(), advantages.detach())
 
 
+def importance_trace(logprobs: Tensor, sampler_logprobs: Tensor, *, clip: float = 1.0) -> Tensor:
+    """c_t = min(clip, pi(a_t|s_t) / mu(a_t|s_t)), for tokens that mu sampled and pi is to be evaluated on.
+
+    As the ``trace`` of ``klq_targets`` it makes A the Retrace(lambda) error of Q (arXiv 1606.02647, whose clip is 1):
+    the expected bootstrap there is V_{t+1} here, for V is the value after the price of KL. Two facts follow. With
+    clip = inf and lambda = 1, Q_t + A_t is the return of pi from (s_t, a_t), importance-sampled: unbiased. And where Q
+    and V are those of the optimal policy, every delta is 0 at every token, whoever chose it: so mu and the clip decide
+    how fast and how noisily KLQ gets there, not where.
+    """
+    return torch.exp(logprobs - sampler_logprobs).clamp(max=clip)
+
+
+def vtrace_targets(
+    rewards: Tensor, values: Tensor, trace: Tensor, *, gamma: float = 1.0, lam: float = 0.95, last_value: float = 0.0
+) -> Tensor:
+    """The targets of V under pi for one sequence of mu's, [T] each (V-trace, arXiv 1802.01561, eq. 1):
+
+        v_s = V_s + sum_{t >= s} gamma^(t-s) (prod_{s <= i < t} lam c_i) c_t (r_t + gamma V_{t+1} - V_t)
+
+    with one clip for both of its weights: c of ``importance_trace``. They are V + c A for the A of ``klq_targets`` with
+    that trace (and r_t less the price of KL as the reward): an action value needs no weight for the first token, which
+    it takes as given, a state value does.
+    """
+    following = torch.cat([values[1:], values.new_tensor([last_value])])
+    delta = rewards + gamma * following - values
+    out = []
+    for s in range(len(values)):
+        total, weight = values[s], values.new_ones(())
+        for t in range(s, len(values)):
+            total = total + gamma ** (t - s) * weight * trace[t] * delta[t]
+            weight = weight * lam * trace[t]
+        out.append(total)
+    return torch.stack(out)
+
+
+def group_offsets(errors: Tensor, size: int) -> Tensor:
+    """o_i = mean of E_j over the other completions j of i's prompt, [S], for groups of ``size`` in order.
+
+    E_j is the lambda-error of j's first token with lambda = 1: its return, less the price of KL, less V of the prompt.
+    So o_i says by how much V underestimates the prompt. The policy's errors A' are taken with V + o_i in place of V, in
+    every state of completion i but the one after its end; V learns from its own errors A. At lambda = gamma = 1
+
+        A'_t = (G_i - mean of G_j) - (V_t - V_0),        G: the returns from the prompt on, less the price of KL,
+
+    which is the leave-one-out baseline of RLOO (arXiv 2402.14740) less what the critic says has changed since
+    the prompt. o_i knows nothing of the tokens of i, so V + o_i is a baseline: at lambda = 1 the policy gradient
+    E sum_t A'_t grad log pi_t stays unbiased for every V, and for lambda < 1 it is that of GAE with this V + o_i.
+    """
+    out = []
+    for i in range(len(errors)):
+        begin = i - i % size
+        others = [errors[j] for j in range(begin, begin + size) if j != i]
+        out.append(torch.stack(others).mean() if others else errors.new_zeros(()))
+    return torch.stack(out)
+
+
+def dppo_policy_loss(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float = 20.0,
+    divergence: str = "tv",
+    delta: float = 0.15,
+) -> Tensor:
+    """-A min(clip, pi/mu) m log pi of each token, the weights without gradient (DPPO, arXiv 2602.04879).
+
+    m is 0 where the two policies are too far apart at the token, D > delta, and the step would take them further:
+    where A and pi - mu have the same sign. D is the divergence of the two-valued distributions "this token or another":
+
+    tv   |pi - mu|
+    kl   mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi))
+    """
+    pi, mu = logprobs.detach().exp(), sampler_logprobs.exp()
+    if divergence == "tv":
+        distance = (pi - mu).abs()
+    elif divergence == "kl":
+        distance = mu * (mu / pi).log() + torch.xlogy(1 - mu, (1 - mu) / (1 - pi))
+    else:
+        raise ValueError(f"divergence: must be tv or kl, got {divergence!r}")
+    outward = advantages * (pi - mu) > 0
+    kept = (~(outward & (distance > delta))).to(advantages.dtype)
+    return -advantages * (pi / mu).clamp(max=clip) * kept * logprobs
+
+
 def klq_residual_loss(
     d: Tensor,
     v: Tensor,
@@ -203,6 +294,33 @@ def klq_residual_loss(
     if loss_type == "double_clipped":
         return torch.maximum(torch.maximum(e.square(), by_value), by_ratio)
     raise ValueError(f"loss_type: unknown loss {loss_type!r}")
+
+
+def step_towards(alpha: float, spread: float, largest: float) -> float:
+    """alpha' = alpha min(1, largest / spread): the step of eq. 7 where lambda-errors are brought to a common scale.
+
+    G_t = Q_t + alpha' A_t is what dividing A by its running root mean square, ``spread``, in units of ``largest`` comes
+    to. Policy and V share the step, so Q = tau rho + V goes on holding, and E[A_t|s_t, a_t] = 0 stays the fixed point
+    for any alpha' > 0. Whitening would move it, since it subtracts a mean. Small errors are not blown up: alpha' > 1
+    would overshoot, and with a spread that falls as Q converges it would not stop doing so.
+    """
+    return alpha * min(1.0, largest / spread) if spread > 0 else alpha
+
+
+def split_residual_loss(
+    d: Tensor, v: Tensor, policy_advantages: Tensor, value_advantages: Tensor, **loss: float | str
+) -> Tensor:
+    """The loss of each token where policy and V learn from errors of their own, A' and A.
+
+    Each has the gradient of ``klq_residual_loss`` with its own errors, the other's part of Q held constant:
+
+        L(d, sg v, A') + L(sg d, v, A) - sg L(sg d, v, A).
+
+    With A' = A that is the gradient of L(d, v, A). At the fixed point both errors have mean 0 given the state.
+    """
+    policy = klq_residual_loss(d, v.detach(), policy_advantages, **loss)  # type: ignore[arg-type]
+    value = klq_residual_loss(d.detach(), v, value_advantages, **loss)  # type: ignore[arg-type]
+    return policy + value - value.detach()
 
 
 def klq_loss(

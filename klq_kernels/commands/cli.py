@@ -150,7 +150,9 @@ def train(
 def experiment(
     name: Annotated[
         str,
-        typer.Argument(help="One of the experiments, or sampled-gradient or all for several; a wrong name lists them."),
+        typer.Argument(
+            help="One of the experiments, or sampled-gradient, staleness or all for several; a wrong name lists them."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A folder for results and pictures; the page goes beside it.")] = Path(
         "experiments"

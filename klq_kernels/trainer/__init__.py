@@ -8,9 +8,13 @@ loading data rollout rewards models and datasets as users give them; prompts; co
 models actor_critic          the parts of a language model; the module that is trained
 export                       the policy's weights, as an engine loads them
 batches experience           sequences as a model reads them; their targets and log-probabilities
+targets                      lambda-errors from the scores, for V and for the policy
 objectives                   scores, the KLQ loss, the PPO loss
+off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
+replay                       completions of earlier cycles
+running                      running spreads of scores and errors
 processes                    shares in held-out rows, and the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
 """

@@ -101,9 +101,15 @@ class ActorCritic(nn.Module):
         models = (self.policy, self.value.backbone)
         return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
 
-    def forward(self, inputs: Inputs, objective: Objective) -> Any:
-        """objective(states) of a batch; whatever it returns is returned."""
-        states = value_states = self.language_model.hidden_states(inputs)
+    def forward(self, inputs: Inputs, objective: Objective, values_alone: bool = False) -> Any:
+        """objective(states) of a batch; whatever it returns is returned. With ``values_alone`` no gradient of it enters
+        the policy.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not values_alone):
+            states = value_states = self.language_model.hidden_states(inputs)
+            head = self.language_model.head(self.temperature)
+        if values_alone:
+            head = head.held()
         hidden = states.index_select(0, inputs.rows)
         if self.value.backbone is None:
             value_hidden = scaled_gradient(hidden, self.value_gradient)
@@ -112,7 +118,7 @@ class ActorCritic(nn.Module):
             value_hidden = value_states.index_select(0, inputs.rows)
         values = self.value(value_hidden)
         last_values = self.value(value_states.detach().index_select(0, inputs.last))  # bootstraps only: no gradient
-        return objective(States(hidden, self.language_model.head(self.temperature), values, last_values))
+        return objective(States(hidden, head, values, last_values))
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> Tensor:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 Logs = dict[str, float]
 WINDOW = 8  # logs; with the default of one log per cycle, cycles
+SAMPLER_KL = 0.1  # nats per token between the policy that samples and the one that learns
+STALENESS = 4  # cycles, of samplers that do not say how far off they are
 
 
 class Window(NamedTuple):
@@ -111,6 +113,17 @@ def reward_hacking(seen: Window) -> str | None:
     return f"scores rose while completions became {length:.1f} tokens long" if extreme and seen.score_gain > 1 else None
 
 
+def stale_sampler(seen: Window) -> str | None:
+    """The policy that samples has drifted from the one that learns, and nothing corrects for it."""
+    if seen.config.off_policy != "none":
+        return None
+    logs = seen.recent[-1]
+    drift, age = logs.get("rollout/sampler_kl"), logs.get("rollout/staleness", 0.0)
+    if drift is None:
+        return f"weights {age:.1f} cycles old" if age > STALENESS else None
+    return f"{drift:.2g} nats per token from the policy that learns" if drift > SAMPLER_KL else None
+
+
 class Failure(NamedTuple):
     """A question and what to try where the answer is not None; ``at_once``: needs no full window."""
 
@@ -130,6 +143,11 @@ FAILURES = {
         everything_truncated,
         "Raise max_completion_length, or set bootstrap_truncated to False or missing_eos_penalty: nothing is learnt of "
         "scores now",
+        True,
+    ),
+    "stale samples": Failure(
+        stale_sampler,
+        "Give the engine the policy's weights more often, or set off_policy='retrace'",
         True,
     ),
     "KL explosion": Failure(kl_explosion, "Lower the learning rate or num_update_epochs, or raise tau"),

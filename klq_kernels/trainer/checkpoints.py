@@ -18,6 +18,8 @@ from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
+from .replay import Memory
+from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -37,6 +39,8 @@ class Checkpoints(Cycle, Trainer):
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
+        self.running = {name: Running() for name in ("scores", "errors")}
+        self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
         sharding.shard_apart(self.accelerator, self.actor_critic.value.head)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -86,6 +90,9 @@ class Checkpoints(Cycle, Trainer):
         """Beside the random state, what the next log will say, and the experience of a cycle that is not over yet."""
         super()._save_rng_state(output_dir)
         torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
+        torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(output_dir, "running"))
+        if self.args.replay_cycles:
+            torch.save(self.memory.state(), self._file_of_process(output_dir, "memory"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(output_dir, "experience"), self._conditions)
         self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
@@ -97,6 +104,13 @@ class Checkpoints(Cycle, Trainer):
         means = self._file_of_process(checkpoint, "means")
         if means.exists():
             self.means.load_state(torch.load(means, weights_only=True))
+        running = self._file_of_process(checkpoint, "running")
+        if running.exists():
+            for name, state in torch.load(running, weights_only=True).items():
+                self.running[name].load_state(state)
+        memory = self._file_of_process(checkpoint, "memory")
+        if self.args.replay_cycles and memory.exists():
+            self.memory.load_state(torch.load(memory, weights_only=True))
         file = self._file_of_process(checkpoint, "experience")
         present = torch.tensor(float(file.exists()), device=self.args.device)
         # all processes fail together: one that stopped alone would leave the others waiting for it

@@ -3,7 +3,8 @@
 How the numbers hang together (names as in TRL's PPO where it has one):
 
     rollouts per device and cycle   per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches
-    optimizer steps per cycle       num_mini_batches x num_update_epochs
+    prompts per device and cycle    that / num_generations
+    optimizer steps per cycle       num_mini_batches x (num_update_epochs + passes over replayed completions)
 
 ``max_steps``, ``save_steps``, ``eval_steps`` and the rest count optimizer steps, as everywhere in transformers.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,10 @@ from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
 ALGORITHMS = ("klq", "ppo")
+OFF_POLICY = ("none", "retrace")
+CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta")  # the options of off_policy
+PRIORITIES = ("error", "uniform")
+DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
 PLACEMENTS = ("device", "cpu", "sharded")  # of frozen weights
 FLOATS = ("float32", "bfloat16", "float16")
 UNUSED = {  # arguments of the parent without effect here, and what to set instead
@@ -34,8 +40,8 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
 }
 # Arguments that only the other algorithm reads.
 IGNORED = {
-    "klq": ("cliprange", "vf_coef", "whiten_advantages"),
-    "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip"),
+    "klq": ("cliprange", "vf_coef", "whiten_advantages", "importance_clip", "dppo_divergence", "dppo_delta"),
+    "ppo": ("alpha", "loss_type", "huber_delta", "log_ratio_clip", "advantage_spread"),
 }
 
 
@@ -64,6 +70,7 @@ class KLQConfig(TrainingArguments):
     gamma: float = option(1.0, "Discount, in [0, 1].")
     lam: float = option(0.95, "Trace decay lambda, in [0, 1].")
     lam_final: float | None = option(None, "If given, lambda moves linearly from lam to this over the run.")
+    value_lam: float | None = option(None, "Lambda of the errors that V learns from; by default the policy's.")
     alpha: float = option(1.0, "KLQ: step towards the lambda-return, in (0, 1].")
     loss_type: str = option("l2", f"KLQ: one of {', '.join(LOSS_TYPES)}.")
     huber_delta: float = option(1.0, "KLQ: threshold of the huber loss.")
@@ -73,10 +80,44 @@ class KLQConfig(TrainingArguments):
     vf_coef: float = option(0.1, "PPO: weight of the value loss.")
     whiten_advantages: bool = option(True, "PPO: advantages to mean 0 and variance 1 over the batch. KLQ never does.")
 
+    num_generations: int = option(1, "Completions for each prompt of a cycle; must divide a process's rollouts.")
+    group_baseline: bool = option(
+        True,
+        "With several completions for a prompt: the others' mean, beside V, is the baseline of the policy's errors.",
+    )
+
+    off_policy: str = option(
+        "none",
+        "'retrace' corrects for a rollout function whose policy differs from the trained one, by the log-probabilities "
+        "that it returns: a trace on lambda, and for PPO importance weights and DPPO's mask in place of the clip.",
+    )
+    trace_clip: float = option(1.0, "off_policy: largest factor of the trace, and of PPO's value targets. > 0.")
+    importance_clip: float = option(20.0, "off_policy, PPO: largest weight of a token in the policy loss. > 0.")
+    dppo_divergence: str = option("tv", f"off_policy, PPO: of the mask, one of {', '.join(DPPO_DELTAS)}.")
+    dppo_delta: float | None = option(
+        None,
+        f"off_policy, PPO: threshold of the mask, > 0. By default {DPPO_DELTAS['tv']} (tv), {DPPO_DELTAS['kl']} (kl).",
+    )
+
+    replay_cycles: int = option(
+        0, "Learn again from completions of so many earlier cycles, with off_policy='retrace'; 0: from none."
+    )
+    replay_epochs: int = option(1, "replay_cycles: passes over as many replayed completions as a cycle samples.")
+    replay_priority: str = option(
+        "error", "replay_cycles: 'error' draws in proportion to the mean size of lambda-errors, or 'uniform'."
+    )
+
+    advantage_spread: float | None = option(
+        None,
+        "KLQ: the largest spread of lambda-errors, > 0. Where their running root mean square is larger, alpha is made "
+        "as much smaller.",
+    )
+
     num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    value_warmup_steps: int = option(0, "Optimizer steps at first in which the value function alone learns.")
     value_gradient: float | None = option(
         None,
         "Share of V's gradient that enters a backbone shared with the policy, in [0, 1]. By default tau for KLQ, whose "
@@ -84,6 +125,9 @@ class KLQConfig(TrainingArguments):
     )
     disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
 
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Further arguments of the tokenizer's apply_chat_template for prompts, such as enable_thinking."
+    )
     max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
     max_completion_length: int = option(128, "Tokens to generate at most.")
     temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
@@ -100,6 +144,8 @@ class KLQConfig(TrainingArguments):
     )
     missing_eos_penalty: float | None = option(None, "Taken off the score of a completion without EOS.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
+    scale_rewards: bool = option(False, "Divide scores by their running standard deviation. tau prices the result.")
+    reward_clip: float | None = option(None, "Scores, after any scaling, are clipped to +-this. > 0.")
 
     ref_placement: str | None = option(
         None,
@@ -135,12 +181,14 @@ class KLQConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
         *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
         "generation_kwargs",
         "model_init_kwargs",
     ]
 
     def __post_init__(self) -> None:
         self._check()
+        self._check_samples()
         if self.total_episodes is not None:
             per_cycle = self.rollouts_per_device * self._processes()
             steps = math.ceil(self.total_episodes / per_cycle) * self.steps_per_cycle
@@ -153,6 +201,9 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+        for name in ("add_generation_prompt", "tokenize"):
+            given = name in (self.chat_template_kwargs or {})
+            require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
 
     def torch_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that an argument names."""
@@ -163,6 +214,11 @@ class KLQConfig(TrainingArguments):
         """``logits_dtype`` of ``fused_klq_loss`` and ``linear_logprobs``."""
         return torch.float32 if self.fp32_head else None
 
+    @property
+    def mask_delta(self) -> float:
+        """``dppo_delta`` with its default filled in."""
+        return DPPO_DELTAS[self.dppo_divergence] if self.dppo_delta is None else self.dppo_delta
+
     @staticmethod
     def _processes() -> int:
         """World size before the distributed state exists: launchers announce it in the environment."""
@@ -170,13 +226,28 @@ class KLQConfig(TrainingArguments):
 
     @property
     def steps_per_cycle(self) -> int:
-        """Optimizer steps taken on one batch of rollouts."""
-        return self.num_mini_batches * self.num_update_epochs
+        """Optimizer steps between two rollouts."""
+        return self.num_mini_batches * (self.num_update_epochs + self.replay_passes)
+
+    @property
+    def replay_passes(self) -> int:
+        """Passes over replayed completions in a cycle."""
+        return self.replay_epochs if self.replay_cycles else 0
 
     @property
     def rollouts_per_device(self) -> int:
         """Rollouts of one process in one cycle."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def errors_differ(self) -> bool:
+        """Whether the policy learns from other lambda-errors than the value function."""
+        return self.value_lam is not None or self.has_baseline
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the others of a prompt's completions are a baseline."""
+        return self.num_generations > 1 and self.group_baseline
 
     @property
     def shared_value_gradient(self) -> float:
@@ -192,13 +263,18 @@ class KLQConfig(TrainingArguments):
         require(
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
+        for name, choices in (
+            ("off_policy", OFF_POLICY),
+            ("dppo_divergence", tuple(DPPO_DELTAS)),
+            ("replay_priority", PRIORITIES),
+        ):
+            value = getattr(self, name)
+            require(value in choices, name, f"must be one of {', '.join(choices)}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
         for name, instead in UNUSED.items():
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
-        for name in IGNORED[self.algorithm]:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                warnings.warn(f"{name}: has no effect on algorithm={self.algorithm!r}", stacklevel=4)
+        self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         for name in ("ref_placement", "reward_placement"):
@@ -210,11 +286,16 @@ class KLQConfig(TrainingArguments):
             f"must be one of {', '.join(FLOATS)}; got {self.ref_dtype!r}",
         )
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
-        for name in ("tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange"):
-            require_number(name, getattr(self, name), positive=True)
+        positive = (
+            "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
+            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
-        for name in ("gamma", "lam", "lam_final", "value_gradient"):
+        for name in ("gamma", "lam", "lam_final", "value_lam", "value_gradient"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), low=0.0, high=1.0)
         if self.value_learning_rate is not None:
@@ -224,7 +305,39 @@ class KLQConfig(TrainingArguments):
         counts = (
             "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
             "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
+            "num_generations", "replay_epochs",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        for name in ("value_warmup_steps", "replay_cycles"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")
+
+    def _check_samples(self) -> None:
+        """Which completions there are in a cycle, and whose."""
+        corrected = self.off_policy == "retrace"
+        if self.algorithm == "ppo" and corrected:
+            self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
+        if not corrected:
+            read = [name for name in CORRECTION if name not in IGNORED[self.algorithm]]
+            self._warn_of_ignored(read, "off_policy='none'")
+        require(
+            self.replay_cycles == 0 or corrected,
+            "replay_cycles",
+            "learns from samples of older policies, which off_policy='retrace' corrects for; set that as well",
+        )
+        if self.replay_cycles == 0:
+            self._warn_of_ignored(("replay_epochs", "replay_priority"), "replay_cycles=0")
+        require(
+            self.rollouts_per_device % self.num_generations == 0,
+            "num_generations",
+            f"must divide the {self.rollouts_per_device} rollouts of a process in a cycle, which are "
+            "per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches; "
+            f"got {self.num_generations}",
+        )
+
+    def _warn_of_ignored(self, names: Iterable[str], because: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                warnings.warn(f"{name}: has no effect on {because}", stacklevel=5)

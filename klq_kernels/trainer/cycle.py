@@ -4,7 +4,7 @@
     rewards       a score for each completion (``rewards``)
     scoring       one pass per sequence over policy and reference: old log-probs, reference log-probs, values
                   (``objectives.score``)
-    targets       lambda-errors from them (``klq_targets``)
+    targets       lambda-errors from them (``targets``)
 
 The result is an ``Experience``, from which the updates of the cycle learn.
 """
@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from ..call.checks import require
-from ..returns import klq_targets
 from ..types import KLQTargets
 from . import sharding
 from .actor_critic import ActorCritic, Objective
-from .batches import Inputs, collate
+from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .data import tokenize_prompt
@@ -34,10 +33,13 @@ from .frozen import Placed
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
+from .replay import Memory, Sampled
 from .rewards import Rewards, Scores
-from .rollout import Completions, Rollout, RolloutFunction, check_completions, check_ids, eos_ids, generate
+from .rollout import Rollout, RolloutFunction, ask, check_completions, check_ids, eos_ids, generate
+from .running import Running
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
+from .targets import lambda_errors
 
 
 class Cycle:
@@ -53,6 +55,8 @@ class Cycle:
     generation_config: Any
     padding_free: bool  # concatenates sequences instead of padding them
     means: Means
+    memory: Memory  # of earlier cycles
+    running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
 
@@ -92,28 +96,73 @@ class Cycle:
 
     @torch.no_grad()
     def collect(self, rows: list[dict[str, Any]]) -> Experience:
-        """Samples, rewards and scores a completion for each row of the dataset: the experience of a cycle."""
+        """Samples, rewards and scores completions for rows of the dataset: the experience of a cycle."""
         seed = derived_seed(self.args.seed, Purpose.ROLLOUT, self.cycle, self.args.process_index)
+        number = self.args.num_generations
         with self._timed("time/rollout"):
-            rollout = self.roll_out(rows, seed)
+            rollout = self.roll_out(rows, seed, number)
+        rows = [row for row in rows for _ in range(number)]
         with self._timed("time/reward"):
             scores = self.reward(rows, rollout)
         rollout = rollout.without(~scores.scored)
         with self._timed("time/score"):
             scored, ref_logprobs = self.score(rollout)
-        targets = self._targets(rollout, scores, scored, ref_logprobs)
-        experience = Experience(rollout.sequences, targets, ref_logprobs, self._weighted(targets.advantages))
+        sampler_logprobs = self._sampler_logprobs(rollout, scored)
+        sampled = Sampled(rollout.sequences, rollout.truncated, scores.total, ref_logprobs, sampler_logprobs)
+        if self.args.scale_rewards:
+            earned = scores.scored & ~(rollout.truncated & self.args.bootstrap_truncated)
+            self.running["scores"].update(scores.total[earned], self.accelerator)
+        experience = self._experience(sampled, scored)
+        experience.step = self._step(experience.advantages)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
         self.means.add({"lam": self.lam}, len(rollout.sequences))
         if self.completions_log is not None:
             self._log_completions(rows, rollout, scores)
+        if self.args.replay_cycles:
+            with self._timed("time/replay"):
+                experience = self._with_replays(experience, sampled)
+        experience.advantages = self._weighted(experience.advantages)
         return experience
 
-    def roll_out(self, rows: list[dict[str, Any]], seed: int) -> Rollout:
-        """Completions of the rows' prompts, sampled with the policy as it is."""
-        prompts = [self._tokenize(row["prompt"]) for row in rows]
+    def _experience(self, sampled: Sampled, scored: Scored) -> Experience:
+        """What is learnt of completions that have been scored; the advantages are not weighted yet."""
+        targets, errors = self._errors(sampled, scored)
+        return Experience(
+            sampled.sequences, targets, sampled.ref_logprobs, errors, sampler_logprobs=sampled.sampler_logprobs
+        )
+
+    def _with_replays(self, experience: Experience, sampled: Sampled) -> Experience:
+        """A cycle's experience, followed by that of as many completions drawn from the memory for each pass over them.
+
+        The cycle itself is remembered for the next ones; at first, where there are no others, it is drawn from.
+        """
+        args, fresh = self.args, experience
+        seed = derived_seed(args.seed, Purpose.REPLAY, self.cycle, args.process_index)
+        generator = torch.Generator().manual_seed(seed)
+        prompts = len(sampled.sequences) // args.num_generations
+        first = len(self.memory) < prompts
+        if first:
+            self.memory.add(sampled, fresh.advantages, self.cycle)
+        for _ in range(args.replay_passes):
+            places = self.memory.draw(prompts, generator, prioritised=args.replay_priority == "error")
+            again, cycles = self.memory.take(places)
+            again = again.to(args.device)
+            scored = self.rescore(again.sequences)
+            replayed = self._experience(again, scored)
+            self.memory.refresh(places, replayed.advantages, again.rows)
+            experience = experience.followed_by(replayed)
+            assert again.sampler_logprobs is not None
+            self.means.add({"replay/age": (self.cycle - cycles).double().mean()}, len(cycles))
+            self.means.add_effective("replay/ess", (scored.logprobs - again.sampler_logprobs).double().exp())
+        if not first:
+            self.memory.add(sampled, fresh.advantages, self.cycle)
+        return experience
+
+    def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
+        """``number`` completions for each row's prompt, one row after another, of the policy as it is."""
+        prompts = [ids for row in rows for ids in [self._tokenize(row["prompt"])] * number]
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 with sharding.whole(self.accelerator, model):
@@ -122,12 +171,7 @@ class Cycle:
                         batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
                     )  # fmt: skip
             else:
-                completions = self.rollout_func([row["prompt"] for row in rows], self)
-                require(
-                    isinstance(completions, Completions),
-                    "rollout_func",
-                    f"must return Completions, got {type(completions).__name__}",
-                )
+                completions = ask(self.rollout_func, rows, number, self)
         return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
 
     @contextmanager
@@ -146,7 +190,7 @@ class Cycle:
             model.train(was_training)
 
     def _tokenize(self, prompt: Any) -> list[int]:
-        ids = tokenize_prompt(prompt, self.tokenizer)
+        ids = tokenize_prompt(prompt, self.tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
         check_ids("processing_class", ids, self.language_model.vocab_size)
         return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
 
@@ -170,13 +214,22 @@ class Cycle:
     def score(self, rollout: Rollout) -> tuple[Scored, Tensor]:
         """(what the policy and the value function say of a rollout, log-probs under the reference), packed."""
         passes, references = [], []
-        size = self.args.rollout_forward_batch_size
         with self._inference() as model, self._reference(model) as reference:
-            for begin in range(0, len(rollout.sequences), size):
-                batch = self.collate(rollout.sequences[begin : begin + size])
+            for batch in self._batches(rollout.sequences):
                 passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
                 references.append(reference(batch, partial(logprobs, inputs=batch, config=self.args)).logprobs)
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
+
+    def rescore(self, sequences: list[Sequence]) -> Scored:
+        """What the policy and the value function say of completions now, packed."""
+        with self._inference() as model:
+            passes = [model(b, partial(score, inputs=b, config=self.args)) for b in self._batches(sequences)]
+        return Scored(*(torch.cat(column) for column in zip(*passes, strict=True)))
+
+    def _batches(self, sequences: list[Sequence]) -> Iterator[Inputs]:
+        size = self.args.rollout_forward_batch_size
+        for begin in range(0, len(sequences), size):
+            yield self.collate(sequences[begin : begin + size])
 
     @contextmanager
     def _reference(self, model: ActorCritic) -> Iterator[Callable[[Inputs, Objective], Any]]:
@@ -196,23 +249,49 @@ class Cycle:
         pad: Any = self.tokenizer.pad_token_id
         return collate(sequences, pad_id=pad, padding_free=self.padding_free).to(self.args.device)
 
-    def _targets(self, rollout: Rollout, scores: Scores, scored: Scored, ref_logprobs: Tensor) -> KLQTargets:
-        """lambda-errors. A completion that was cut off earns V of its last state in place of a score."""
-        device = scored.logprobs.device
-        cut = rollout.truncated.to(device) & self.args.bootstrap_truncated
-        total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), scores.total.to(device))
-        counts = torch.tensor([0, *(s.rows for s in rollout.sequences)])
-        return klq_targets(
-            scored.logprobs,
-            ref_logprobs,
-            scored.values,
-            total,
-            bootstrap_values=scored.last_values * cut,
-            tau=self.args.tau,
-            gamma=self.args.gamma,
-            lam=self.lam,
-            cu_seqlens=counts.cumsum(0).int().to(device),
+    def _sampler_logprobs(self, rollout: Rollout, scored: Scored) -> Tensor | None:
+        """Those of the policy that sampled, fp32 [N], where they are to be corrected for."""
+        if self.args.off_policy == "none":
+            return None
+        if self.rollout_func is None:
+            return scored.logprobs
+        require(
+            rollout.sampler_logprobs is not None,
+            "off_policy",
+            "'retrace' needs the log-probabilities of the policy that sampled, and the Completions that rollout_func "
+            "returned have no logprobs; give them, or set off_policy='none'",
         )
+        assert rollout.sampler_logprobs is not None
+        return rollout.sampler_logprobs.to(self.args.device)
+
+    def _errors(self, sampled: Sampled, scored: Scored) -> tuple[KLQTargets, Tensor]:
+        """``targets.lambda_errors``. A completion that was cut off earns V of its last state in place of a score."""
+        device = scored.logprobs.device
+        cut = sampled.truncated.to(device) & self.args.bootstrap_truncated
+        total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), sampled.scores.to(device))
+        total = self._rescaled(total)
+        return lambda_errors(
+            scored, sampled.ref_logprobs, sampled.sampler_logprobs, total, cut, sampled.rows, self.args, self.lam
+        )
+
+    def _rescaled(self, scores: Tensor) -> Tensor:
+        """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""
+        args = self.args
+        if args.scale_rewards:
+            deviation = self.running["scores"].deviation
+            scores = scores / deviation if deviation > 1e-8 else scores
+            self.means.add({"objective/reward_scale": deviation}, len(scores))
+        return scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
+
+    def _step(self, errors: Tensor) -> float:
+        """The share of alpha that is taken where the running spread of lambda-errors is too large."""
+        largest = self.args.advantage_spread
+        if self.args.algorithm == "ppo" or largest is None:
+            return 1.0
+        self.running["errors"].update(errors, self.accelerator)
+        step = min(1.0, largest / max(self.running["errors"].rms, 1e-30))
+        self.means.add({"loss/step": step}, len(errors))
+        return step
 
     def _weighted(self, advantages: Tensor) -> Tensor:
         """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""

@@ -252,42 +252,58 @@ def is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and {"role", "content"} <= message.keys()
 
 
-def tokenize_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize_prompt(
+    prompt: str | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The prompt's token ids: a text with the special tokens that the tokenizer adds by default, a chat up to where the
-    assistant is to speak.
+    assistant is to speak, with ``template`` as further arguments of ``apply_chat_template``.
 
     Raises:
         ValueError: where the prompt is neither, has no tokens, or is a chat and the tokenizer has no chat template.
     """
     check_prompt(prompt, "prompt")
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenize_chat(prompt, tokenizer)
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenize_chat(prompt, tokenizer, template)
     if not ids:
         raise ValueError(f"prompt: {prompt!r:.80} has no tokens, and a response needs one to follow")
     return list(ids)
 
 
-def tokenize_chat(messages: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize_chat(
+    messages: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "prompt: is a chat, and the tokenizer has no chat template; set tokenizer.chat_template, or give texts"
         )
     # Keys that only some messages have are None in the others once a data set has stored them.
     said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    ids: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=True)
+    settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, **(template or {})}
+    ids: Any = tokenizer.apply_chat_template(said, **settings)
     if isinstance(ids, Mapping):  # what it returns by default differs between versions
         ids = ids["input_ids"]
     return ids[0] if len(ids) and isinstance(ids[0], list) else ids
 
 
-def keep_short(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Dataset:
+def keep_short(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    template: Mapping[str, Any] | None = None,
+) -> Dataset:
     """The rows whose prompt has at most ``max_prompt_length`` tokens; says how many were left out.
+
+    ``template`` as in ``tokenize_prompt``.
 
     Raises:
         ValueError: where no row is left.
     """
     if max_prompt_length < 1:
         raise ValueError(f"max_prompt_length: must be at least 1, got {max_prompt_length}")
-    lengths = [len(tokenize_prompt(prompt, tokenizer)) for prompt in dataset["prompt"]]
+    lengths = [len(tokenize_prompt(prompt, tokenizer, template)) for prompt in dataset["prompt"]]
     kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         shortest = f"; the shortest has {min(lengths)}" if lengths else ""

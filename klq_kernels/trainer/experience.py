@@ -21,35 +21,62 @@ from .batches import Sequence
 from .config import KLQConfig
 
 
+def positions(rows: Tensor, indices: Tensor) -> Tensor:
+    """Where the tokens of some sequences are among all, int64; ``rows`` [S] are the tokens of each of all."""
+    begins = rows.cumsum(0) - rows
+    return torch.cat([torch.arange(b, b + n) for b, n in zip(begins[indices], rows[indices], strict=True)])
+
+
 @dataclass
 class Experience:
     """S sequences with N trained tokens; tensors on the CPU or all on one device."""
 
     sequences: list[Sequence]
-    targets: KLQTargets  # fp32 [N] each; advantages unwhitened
+    targets: KLQTargets  # fp32 [N] each; the advantages are those that V learns from, unwhitened
     ref_logprobs: Tensor  # fp32 [N]
-    advantages: Tensor  # fp32 [N], as the objective wants them (PPO: whitened)
+    advantages: Tensor  # fp32 [N], those that the policy learns from (PPO: whitened)
+    step: float = 1.0  # KLQ: share of alpha by which to go towards the targets
+    sampler_logprobs: Tensor | None = None  # fp32 [N], of the policy that sampled, where they are corrected for
 
     def __post_init__(self) -> None:
         self.rows = torch.tensor([s.rows for s in self.sequences])
-        self._begins = self.rows.cumsum(0) - self.rows
 
     def select(self, indices: Tensor) -> Experience:
         """The experience of some sequences, in that order."""
-        spans = [torch.arange(b, b + n) for b, n in zip(self._begins[indices], self.rows[indices], strict=True)]
-        at = torch.cat(spans).to(self.ref_logprobs.device)
+        at = positions(self.rows, indices).to(self.ref_logprobs.device)
         return Experience(
             [self.sequences[i] for i in indices.tolist()],
             KLQTargets(*(t[at] for t in self.targets)),
             self.ref_logprobs[at],
             self.advantages[at],
+            self.step,
+            None if self.sampler_logprobs is None else self.sampler_logprobs[at],
+        )
+
+    def followed_by(self, other: Experience) -> Experience:
+        """Both, with the step of this one; either has ``sampler_logprobs`` or neither."""
+        sampler = [e.sampler_logprobs for e in (self, other) if e.sampler_logprobs is not None]
+        return Experience(
+            self.sequences + other.sequences,
+            KLQTargets(*(torch.cat(pair) for pair in zip(self.targets, other.targets, strict=True))),
+            torch.cat([self.ref_logprobs, other.ref_logprobs]),
+            torch.cat([self.advantages, other.advantages]),
+            self.step,
+            torch.cat(sampler) if sampler else None,
         )
 
     def save(self, path: Path, made_under: dict[str, Any]) -> None:
         """``made_under``: ``conditions`` of the run."""
         columns = [*self.targets, self.ref_logprobs, self.advantages]
-        content = {"sequences": [list(s) for s in self.sequences], "columns": [c.cpu() for c in columns]}
-        torch.save({**content, "made_under": made_under}, path)
+        sampler = self.sampler_logprobs
+        content = {
+            "sequences": [list(s) for s in self.sequences],
+            "columns": [c.cpu() for c in columns],
+            "sampler_logprobs": None if sampler is None else sampler.cpu(),
+            "step": self.step,
+            "made_under": made_under,
+        }
+        torch.save(content, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device, now: dict[str, Any]) -> Experience | None:
@@ -75,7 +102,15 @@ class Experience:
             )
             return None
         *targets, ref_logprobs, advantages = (c.to(device) for c in content["columns"])
-        return cls([Sequence(*s) for s in content["sequences"]], KLQTargets(*targets), ref_logprobs, advantages)
+        sampler = content["sampler_logprobs"]
+        return cls(
+            [Sequence(*s) for s in content["sequences"]],
+            KLQTargets(*targets),
+            ref_logprobs,
+            advantages,
+            content["step"],
+            None if sampler is None else sampler.to(device),
+        )
 
 
 # Arguments of which the samples of a cycle, their targets, or their division into steps are made.
@@ -83,7 +118,9 @@ CONDITIONS = (
     "algorithm", "tau", "gamma", "lam", "lam_final", "temperature", "fp32_head", "seed", "whiten_advantages",
     "bootstrap_truncated", "missing_eos_penalty", "reward_weights", "max_prompt_length", "max_completion_length",
     "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "off_policy", "trace_clip", "num_generations", "group_baseline", "value_lam",
+    "replay_cycles", "replay_epochs", "replay_priority", "advantage_spread", "scale_rewards", "reward_clip",
+    "chat_template_kwargs",
 )  # fmt: skip
 
 
@@ -99,12 +136,15 @@ class Plan:
     indices: Tensor
 
     @classmethod
-    def shuffled(cls, *, epochs: int, mini_batches: int, accumulation: int, size: int, seed: int) -> Plan:
-        """Each epoch is a new permutation of all sequences."""
+    def shuffled(
+        cls, *, epochs: int, mini_batches: int, accumulation: int, size: int, seed: int, replays: int = 0
+    ) -> Plan:
+        """Each epoch is a new permutation of the cycle's own sequences; each replay is one of as many that follow."""
         generator = torch.Generator().manual_seed(seed)
         number = mini_batches * accumulation * size
-        orders = [torch.randperm(number, generator=generator) for _ in range(epochs)]
-        return cls(torch.stack(orders).reshape(epochs * mini_batches, accumulation, size))
+        begins = [0] * epochs + [number * (1 + i) for i in range(replays)]
+        orders = [begin + torch.randperm(number, generator=generator) for begin in begins]
+        return cls(torch.stack(orders).reshape(len(begins) * mini_batches, accumulation, size))
 
     def rows_per_step(self, rows: Tensor) -> Tensor:
         """int64 [steps]: trained tokens in each optimizer step, from those of each sequence."""

@@ -130,7 +130,12 @@ def check_dataset(name: str, dataset: Any) -> None:
     """Raises a ValueError unless a dataset, or each of a dict of them, has rows with a prompt."""
     require(dataset is not None, name, "is needed: a dataset with a column 'prompt'")
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        require(hasattr(part, "__len__"), name, "must have a length (a stream has none; take some of it first)")
+        require(
+            hasattr(part, "__len__"),
+            name,
+            "must have a length, since epochs are shuffled and a resumed run finds its prompts again; of a stream take "
+            "first what the run needs: Dataset.from_list(list(stream.take(10_000)))",
+        )
         require(len(part) > 0, name, "is empty")
         require("prompt" in part[0], name, f"must have a column 'prompt', has {', '.join(part[0])}")
 

@@ -33,8 +33,18 @@ def _explained(error: float, error_square: float, value: float, value_square: fl
     return 1 - (error_square - error**2) / spread if spread > 1e-12 * max(value_square, 1e-30) else 0.0
 
 
+def _effective(weight: float, square: float) -> float:
+    """(sum of w)^2 / (n * sum of w^2): the share of n weighted samples that as many equal ones would be worth."""
+    return weight**2 / square if square > 0 else 1.0
+
+
 # Statistics that are functions of means, by the mark between their name and the names of those means.
-DERIVED: dict[str, Callable[..., float]] = {"std": _deviation, "rms": _root, "explained": _explained}
+DERIVED: dict[str, Callable[..., float]] = {
+    "std": _deviation,
+    "rms": _root,
+    "explained": _explained,
+    "effective": _effective,
+}
 MARK = "|"
 
 
@@ -75,6 +85,10 @@ class Means:
         """1 - Var(errors) / Var(values)."""
         parts = {"a": errors, "b": errors.double().square(), "c": values, "d": values.double().square()}
         self._add_derived(name, "explained", parts)
+
+    def add_effective(self, name: str, weights: Tensor) -> None:
+        """The effective share of weighted samples, in (0, 1]."""
+        self._add_derived(name, "effective", {"mean": weights, "square": weights.double().square()})
 
     def _add_derived(self, name: str, rule: str, parts: dict[str, Tensor]) -> None:
         for part, values in parts.items():

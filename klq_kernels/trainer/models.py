@@ -28,6 +28,10 @@ class Head(NamedTuple):
     softcap: float | None
     temperature: float
 
+    def held(self) -> Head:
+        """The head without gradients."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
 
 class LanguageModel:
     """The parts of a causal language model, or of a PEFT model around one. Holds no parameters of its own."""

@@ -1,19 +1,22 @@
 """Sampling completions: the built-in way, and the hook for an engine of one's own.
 
 ``generate`` samples from the policy itself with its KV cache. A ``RolloutFunction`` replaces it, to sample with vLLM or
-to run a conversation with tools. It gets the prompts and the trainer and returns ``Completions``.
+to run a conversation with tools. It gets the prompts, the trainer and the columns it asks for (``ask``), and returns
+``Completions``.
 
 About engines whose weights or arithmetic differ from the trainer's: their log-probabilities are not used as the old
 ones. The trainer computes those itself, at the training temperature, in the pass that also scores the reference, so a
 stale or quantised sampler does not make the ratios wrong. It does make the samples off-policy. Pass the sampler's own
-log-probabilities along and every log shows how far off (``rollout/sampler_kl``, ``rollout/sampler_ratio_max``).
+log-probabilities along and every log shows how far off (``rollout/sampler_kl``, ``rollout/ess``), and
+``off_policy="retrace"`` corrects for it (``off_policy``).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..call.checks import require
+from ..call.checks import require, require_number
 from .batches import Sequence
 
 
@@ -48,11 +51,13 @@ class RolloutContext(Protocol):
 
 @dataclass
 class Completions:
-    """The completions that one process sampled, one entry per prompt, in the order of the prompts.
+    """The completions that one process sampled, in the order of the prompts, those of one prompt together.
 
     ``prompt_ids`` may be left out where they are the tokenized prompts. ``trained`` marks the tokens the policy chose
     itself (all, by default); ``truncated`` says which completions were cut off (by default those without EOS);
-    ``logprobs`` are the sampler's own, one per completion token, and are only compared.
+    ``logprobs`` are the sampler's own, one per completion token, of the distribution that it sampled from: they are
+    compared, and with ``off_policy="retrace"`` corrected for. ``staleness`` is the age of the sampler's weights in
+    cycles, a number for all completions or one for each, for the log.
     """
 
     completion_ids: list[list[int]]
@@ -60,9 +65,39 @@ class Completions:
     truncated: list[bool] | None = None
     trained: list[list[bool]] | None = None
     logprobs: list[list[float]] | None = None
+    staleness: float | list[float] | None = None
 
 
-RolloutFunction = Callable[[list[Any], RolloutContext], Completions]
+RolloutFunction = Callable[..., Completions]  # of (prompts, trainer) and what else it asks for: see ``ask``
+
+
+def ask(function: RolloutFunction, rows: list[dict[str, Any]], number: int, trainer: RolloutContext) -> Completions:
+    """The completions of a rollout function: ``number`` for the prompt of each row, one row after another.
+
+    It is called as ``function(prompts, trainer)``. Columns of the dataset that it names as further parameters, or all
+    where it takes ``**columns``, come by keyword, a list with an entry for each prompt. Every prompt comes ``number``
+    times; a function with a parameter ``num_generations`` gets each once, and returns so many completions for it.
+
+    Raises:
+        ValueError: where it returns something else, or asks for a column that the dataset lacks.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name: p.default is p.empty for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    extra: dict[str, Any] = {"num_generations": number} if "num_generations" in named else {}
+    asked = rows if extra else [row for row in rows for _ in range(number)]
+    for name, needed in named.items():
+        lacks = needed and name not in extra and name not in rows[0]
+        require(not lacks, "rollout_func", f"asks for the column {name!r}; the dataset has {', '.join(rows[0])}")
+    columns = [name for name in rows[0] if name != "prompt" and (every or name in named)]
+    extra |= {name: [row[name] for row in asked] for name in columns}
+    completions = function([row["prompt"] for row in asked], trainer, **extra)
+    require(
+        isinstance(completions, Completions),
+        "rollout_func",
+        f"must return Completions, got {type(completions).__name__}",
+    )
+    return completions
 
 
 @dataclass
@@ -72,6 +107,7 @@ class Rollout:
     sequences: list[Sequence]
     truncated: Tensor  # bool [S]
     sampler_logprobs: Tensor | None  # fp32 [N], at the trained tokens
+    staleness: Tensor | None = None  # fp32 [S], cycles
 
     def without(self, skipped: Tensor) -> Rollout:
         """The rollout with no trained token in the ``skipped`` sequences, bool [S]."""
@@ -84,7 +120,7 @@ class Rollout:
             for s, skip in zip(self.sequences, skipped.tolist(), strict=True)
         ]
         sampled = None if self.sampler_logprobs is None else self.sampler_logprobs[kept]
-        return Rollout(sequences, self.truncated, sampled)
+        return replace(self, sequences=sequences, sampler_logprobs=sampled)
 
 
 @torch.no_grad()
@@ -159,7 +195,7 @@ def sampling_config(
     require(
         extra.get("num_return_sequences", 1) == 1,
         "generation_kwargs",
-        "num_return_sequences must be 1: a prompt gets one completion in a cycle",
+        "num_return_sequences must be 1; set num_generations for several completions per prompt",
     )
     unknown = [name for name in extra if not hasattr(GenerationConfig(), name)]
     require(not unknown, "generation_kwargs", f"GenerationConfig has no {', '.join(unknown)}")
@@ -207,6 +243,9 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
     }
     if completions.logprobs is not None:
         columns["logprobs"] = completions.logprobs
+    staleness = completions.staleness
+    if staleness is not None:
+        columns["staleness"] = staleness if isinstance(staleness, list) else [staleness] * number
     for name, column in columns.items():
         require(len(column) == number, f"rollout_func: {name}", f"must have {number} entries, got {len(column)}")
     for name in ("trained", "logprobs"):
@@ -224,7 +263,17 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
     ]
     sampled = None
     if completions.logprobs is not None:
-        sampled = torch.cat(
-            [torch.tensor(x)[s.trained] for x, s in zip(completions.logprobs, sequences, strict=True)]
-        ).float()
-    return Rollout(sequences, torch.tensor(truncated, dtype=torch.bool), sampled)
+        chosen = [
+            [x for x, kept in zip(entry, s.trained.tolist(), strict=True) if kept]
+            for entry, s in zip(completions.logprobs, sequences, strict=True)
+        ]
+        for row, entry in enumerate(chosen):
+            finite = torch.tensor(entry, dtype=torch.float32).isfinite().all()
+            require(bool(finite), f"rollout_func: logprobs[{row}]", "must be finite at the trained tokens")
+        sampled = torch.tensor([x for entry in chosen for x in entry], dtype=torch.float32)
+    ages = None
+    if staleness is not None:
+        for age in columns["staleness"]:
+            require_number("rollout_func: staleness", age, low=0.0)
+        ages = torch.tensor(columns["staleness"], dtype=torch.float32)
+    return Rollout(sequences, torch.tensor(truncated, dtype=torch.bool), sampled, ages)

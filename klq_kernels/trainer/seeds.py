@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SHUFFLE = 1
     EVALUATION = 2
     GRADIENT = 3
+    REPLAY = 4
 
 
 def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:

@@ -55,10 +55,20 @@ def add_cycle(
 
 
 def add_sampler(means: Means, rollout: Rollout, scored: Scored) -> None:
-    """Adds how far the sampler's own log-probs are from the policy's, where it gave them: rollout/sampler_*."""
+    """Adds how far the policy that sampled, mu, is from the policy that learns, pi, as far as it says so.
+
+    rollout/staleness           age of mu's weights in cycles; rollout/staleness_max
+    rollout/sampler_kl          KL(mu || pi), nats per token, estimated by pi/mu - 1 - log(pi/mu)
+    rollout/sampler_ratio_max   the largest pi/mu
+    rollout/ess                 effective share of the tokens under the weights pi/mu, which is 1 where pi = mu
+    """
+    if rollout.staleness is not None:
+        means.add({"rollout/staleness": rollout.staleness.mean()}, len(rollout.staleness))
+        means.add_maxima({"rollout/staleness_max": rollout.staleness.max()})
     if rollout.sampler_logprobs is None:
         return
-    difference = scored.logprobs - rollout.sampler_logprobs.to(scored.logprobs.device)
+    difference = scored.logprobs.double() - rollout.sampler_logprobs.to(scored.logprobs.device)
+    means.add_effective("rollout/ess", difference.exp())
     means.add({"rollout/sampler_kl": (difference.expm1() - difference).mean()}, len(difference))
     means.add_maxima({"rollout/sampler_ratio_max": difference.exp().max() if len(difference) else -torch.inf})
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -34,8 +35,10 @@ from .frozen import Placed
 from .means import Means
 from .objectives import OBJECTIVES
 from .parts import proven_parts
+from .replay import Memory
 from .rewards import RewardFunction, Rewards, as_list
 from .rollout import RolloutFunction, sampling_config
+from .running import Running
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
 
@@ -99,6 +102,18 @@ class KLQTrainer(Evaluation, Checkpoints):
     ) -> None:
         args = KLQConfig("klq_output") if args is None else args
         require(isinstance(args, KLQConfig), "args", f"must be a KLQConfig, got {type(args).__name__}")
+        require(
+            args.off_policy == "none" or rollout_func is not None or args.replay_cycles > 0,
+            "off_policy",
+            "'retrace' corrects for a rollout_func or for replay_cycles, and there are none: the trainer's own samples "
+            "are on-policy",
+        )
+        require(
+            args.off_policy == "none" or rollout_func is not None or not args.generation_kwargs,
+            "generation_kwargs",
+            "sample from a policy of which off_policy='retrace' would need the log-probabilities; leave them out, or "
+            "sample with a rollout_func that returns them",
+        )
         loading.check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             loading.check_dataset("eval_dataset", eval_dataset)
@@ -142,6 +157,8 @@ class KLQTrainer(Evaluation, Checkpoints):
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
         self.means = Means()
+        self.running = {name: Running() for name in ("scores", "errors")}
+        self.memory = Memory(args.replay_cycles, args.num_generations)
         self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
@@ -168,16 +185,17 @@ class KLQTrainer(Evaluation, Checkpoints):
     def get_train_dataloader(self) -> DataLoader:
         """Every batch is the prompts of one process for one cycle, once per micro-batch of the cycle."""
         args = self.args
+        prompts = args.rollouts_per_device // args.num_generations
         sampler = CycleSampler(
             len(self.train_dataset),  # type: ignore[arg-type]
-            per_cycle=args.rollouts_per_device * self.accelerator.num_processes,
+            per_cycle=prompts * self.accelerator.num_processes,
             repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             cycle=lambda: self.cycle,
         )
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_size=args.rollouts_per_device,
+            batch_size=prompts,
             sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -200,7 +218,11 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.micro_step = (self.micro_step + 1) % self.args.gradient_accumulation_steps
         denom = self.step_rows[step_in_cycle] / self.accelerator.num_processes  # gradients are averaged over processes
         with self._timed("time/update"):
-            return super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
+            loss = super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
+        if self.warming_up:  # without a gradient the optimiser leaves a parameter, and what it knows of it, as it is
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -216,13 +238,20 @@ class KLQTrainer(Evaluation, Checkpoints):
             config=self.args,
             seed=seed,
         )
-        loss, metrics = model(batch, objective)
+        loss, metrics = model(batch, objective, values_alone=self.warming_up)
+        if self.warming_up and isinstance(model, DistributedDataParallel):  # which waits for all gradients
+            loss = loss + 0.0 * sum(p.sum() for p in self.policy.parameters() if p.requires_grad)
         tokens = batch.actions.numel()
         logged = {name: value for name, value in metrics.items() if name in LOGGED}
         self.means.add({LOGGED[name]: value for name, value in logged.items() if name not in RMS}, tokens)
         for name in RMS & logged.keys():
             self.means.add_rms(LOGGED[name], logged[name], tokens)
         return (loss, metrics) if return_outputs else loss
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the step at hand is one of those in which the value function alone learns."""
+        return self.state.global_step < self.args.value_warmup_steps
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # compute_loss puts on the device what belongs there
@@ -234,6 +263,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         seed = derived_seed(args.seed, Purpose.SHUFFLE, self.cycle, args.process_index)
         self._plan = Plan.shuffled(
             epochs=args.num_update_epochs,
+            replays=args.replay_passes,
             mini_batches=args.num_mini_batches,
             accumulation=args.gradient_accumulation_steps,
             size=args.per_device_train_batch_size,

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from klq_kernels.lab.experiments import NAMES, analysis, page, plots, pool, spec, walkthrough
 from klq_kernels.lab.experiments.equivalence import compare_gradients
 from klq_kernels.lab.experiments.job import result
+from klq_kernels.lab.experiments.stale import StaleEngine
 from klq_kernels.lab.experiments.statistics import Interval, interval, paired, t_975, win_share
+from klq_kernels.trainer import Completions, KLQTrainer
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -112,6 +115,65 @@ def test_a_job_that_fails_says_why(tmp_path: Path):
     job = spec.Job("bad", "train", {"task": "chess", "eval_size": 1})
     with pytest.raises(RuntimeError, match=r"job bad failed: ValueError: task: must be one of"):
         pool.run_all([job], tmp_path, tmp_path, 1, lambda: None)
+
+
+# Stale samples
+
+
+def test_a_stale_engine_samples_from_the_policy_of_some_cycles_ago(tmp_path: Path):
+    """Its log-probabilities are those of the weights at the beginning of an earlier cycle."""
+    engine = StaleEngine(tiny.model(), 2)
+    seen: list[tuple[list[str], Completions, dict[str, torch.Tensor]]] = []
+
+    def record(prompts: list[str], trainer: KLQTrainer) -> Completions:
+        weights = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
+        seen.append((prompts, engine(prompts, trainer), weights))
+        return seen[-1][1]
+
+    run = tiny.trainer(
+        tmp_path, {"rollout_func": record}, max_steps=4, num_update_epochs=1, learning_rate=1e-2, off_policy="retrace"
+    )
+    run.train()
+    assert [completions.staleness for _, completions, _ in seen] == [0, 1, 2, 2]
+    sampler = tiny.model()
+    for cycle, (prompts, completions, _) in enumerate(seen):
+        sampler.load_state_dict(seen[max(cycle - 2, 0)][2])
+        prompt, said = run.tokenizer(prompts[0])["input_ids"], completions.completion_ids[0]
+        with torch.no_grad():
+            logits = sampler(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None]).squeeze(1)
+        assert completions.logprobs is not None
+        torch.testing.assert_close(torch.tensor(completions.logprobs[0]), expected, rtol=1e-4, atol=1e-5)
+    run.rollout_func = engine
+    held_out = run.roll_out([{"prompt": "abc"}], 0)
+    assert held_out.staleness is None  # answered by the policy as it is
+
+
+def test_the_page_says_of_stale_samples_what_is_clear():
+    def entry(age: int, policy: str) -> dict[str, Any]:
+        after = {name: [0.5, 0.1] for name in ("reward", "kl", "objective", "length")}
+        curves = {"sampler_kl": {"mean": [0.0, 0.25, 0.2], "half": [0.0] * 3}}
+        return {"variant": {"staleness": age, "off_policy": policy}, "after": after, "curves": curves}
+
+    def pair(policy: str, base: dict[str, Any], mean: float) -> dict[str, Any]:
+        return {
+            "variant": {"staleness": 8, "off_policy": policy},
+            "base": base,
+            "difference": {"objective": [mean, 0.1]},
+        }
+
+    found = {
+        "settings": {"num_mini_batches": 2, "num_update_epochs": 2},
+        "variants": [entry(age, policy) for age in (0, 8) for policy in ("none", "retrace")],
+        "pairs": [
+            pair("none", {"staleness": 0}, -0.3),
+            pair("retrace", {"staleness": 0}, -0.05),
+            pair("retrace", {"off_policy": "none"}, 0.25),
+        ],
+    }
+    words = page.staleness(found).replace("\n", " ")
+    assert "8 cycles behind, uncorrected is worse than fresh, Retrace is better than uncorrected." in words
+    assert "| 8 | 0.25 | -0.300 ± 0.100 | -0.050 ± 0.100 | 0.250 ± 0.100 |" in words
 
 
 # Gradients

@@ -29,9 +29,15 @@ ZERO = {
     for stage in (1, 2, 3)
 }  # fmt: skip
 SETTINGS = {  # a few at once
-    "plain": {"gradient_checkpointing": True},
+    "plain": {"gradient_checkpointing": True, "value_warmup_steps": 1},
     "tied": {"head_gradient": "sampled", "head_samples": 4},
-    "lora": {"gradient_accumulation_steps": 2},
+    "lora": {
+        "gradient_accumulation_steps": 2,
+        "num_generations": 2,
+        "replay_cycles": 1,
+        "off_policy": "retrace",
+        "scale_rewards": True,
+    },
 }
 
 

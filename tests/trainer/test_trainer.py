@@ -140,18 +140,26 @@ def test_activation_checkpoints_change_nothing(tmp_path: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """DDP over gloo: half the prompts each, the same weights in the end as one process with all of them."""
     config = {"max_steps": 4, "num_update_epochs": 2, "learning_rate": 1e-2, "optim": "sgd"}
+    variants: dict[str, dict[str, Any]] = {
+        "klq": {},
+        "ppo": {"algorithm": "ppo"},
+        "scales": {  # that are those of all processes, and a warm-up, in which DDP waits for gradients of the policy
+            "num_generations": 2, "value_warmup_steps": 1, "value_lam": 0.5, "scale_rewards": True, "reward_clip": 1.0,
+            "advantage_spread": 0.05,
+        },
+    }  # fmt: skip
     halves = []
-    for algorithm in ("klq", "ppo"):
-        mine = config | {"algorithm": algorithm}
-        trainer_process.run(tmp_path / algorithm / "1", mine | {"per_device_train_batch_size": 8}, use_script=True)
+    for name, changes in variants.items():
+        mine = config | changes
+        trainer_process.run(tmp_path / name / "1", mine | {"per_device_train_batch_size": 8}, use_script=True)
         half = mine | {"per_device_train_batch_size": 4}
-        halves.append({"folder": str(tmp_path / algorithm / "2"), "config": half, "use_script": True})
+        halves.append({"folder": str(tmp_path / name / "2"), "config": half, "use_script": True})
     start([*TWO_PROCESSES, trainer_process.__file__, json.dumps(halves)])
-    for algorithm in ("klq", "ppo"):
-        one, two = (load_file(tmp_path / algorithm / n / "final" / "model.safetensors") for n in "12")
+    for variant in variants:
+        one, two = (load_file(tmp_path / variant / n / "final" / "model.safetensors") for n in "12")
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-        kl, kl_of_two = (history(tmp_path / algorithm / n, "objective/kl") for n in "12")
+        kl, kl_of_two = (history(tmp_path / variant / n, "objective/kl") for n in "12")
         assert kl == pytest.approx(kl_of_two, abs=1e-5)
         assert abs(kl[-1]) > 1e-5
 

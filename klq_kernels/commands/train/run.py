@@ -47,10 +47,9 @@ def build_trainer(arguments: ScriptArguments, config: KLQConfig) -> KLQTrainer:
     rewards: list[Any] = [*(arguments.reward_model or []), *map(load_function, arguments.reward_function or [])]
     models = load_models(task, arguments, config)
     if arguments.drop_long_prompts and config.max_prompt_length is not None:
-        train, held_out = (
-            None if prompts is None else keep_short(prompts, models["processing_class"], config.max_prompt_length)
-            for prompts in (train, held_out)
-        )
+        template: Any = config.chat_template_kwargs
+        limits = (models["processing_class"], config.max_prompt_length, template)
+        train, held_out = (None if p is None else keep_short(p, *limits) for p in (train, held_out))
     return KLQTrainer(
         **models,
         reward_funcs=rewards or list(task.reward_funcs),  # type: ignore[union-attr]

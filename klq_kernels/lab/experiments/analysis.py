@@ -68,7 +68,7 @@ def analyse(
         }
         results["timing"] = {"update_ms": times, "rounds": timing[0]["rounds"], "tokens": timing[0]["tokens"]}
     if experiment.compare:
-        results["pairs"] = pairs(groups, experiment.compare)
+        results["pairs"] = [pair for base in experiment.compare.items() for pair in pairs(groups, dict([base]))]
     return results
 
 
@@ -111,7 +111,7 @@ def pairs(groups: list[tuple[Settings, list[Results]]], base: Settings) -> list[
         difference["objective"] = paired(
             *([objective(job["after"], tau_of(job)) for job in jobs] for jobs in (ours, theirs))
         )
-        entry: Results = {"variant": variant, "difference": difference}
+        entry: Results = {"variant": variant, "base": base, "difference": difference}
         if all("judged" in job for pair in both for job in pair):
             entry["win_rate"] = interval([win_share(a["judged"], b["judged"]) for a, b in both])
         out.append(entry)

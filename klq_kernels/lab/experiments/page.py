@@ -258,8 +258,8 @@ def noise(found: Results) -> str:
     )
 
 
-def against_dense(found: Results) -> str:
-    """The runs with a sampled gradient less those with the dense one, and where each ended."""
+def against_base(found: Results, which: str = "sampled less dense") -> str:
+    """The pairs' differences, and where each variant ended; ``which`` says what is less what."""
     rows = [[name_of(pair["variant"]), *differences(pair)] for pair in found["pairs"]]
     clear = [
         f"{name_of(pair['variant'])}: {' and '.join(said)}"
@@ -271,7 +271,7 @@ def against_dense(found: Results) -> str:
         if clear
         else "No difference is beyond the noise of these seeds."
     )
-    columns = ("sampled less dense", "reward", "KL", "objective")
+    columns = (which, "reward", "KL", "objective")
     return "\n\n".join([prose(verdict), markdown_table(columns, rows), finals(found, first="")])
 
 
@@ -280,7 +280,7 @@ def learning(found: Results) -> str:
         """The same runs with the gradient through the head dense, and sampled with 64 and 8 samples per token. Seeds
         are shared: the first rollout of a seed is the same in all of them."""
     )
-    return f"{words}\n\n{against_dense(found)}"
+    return f"{words}\n\n{against_base(found)}"
 
 
 def demo_loop(found: Results) -> str:
@@ -288,7 +288,7 @@ def demo_loop(found: Results) -> str:
         """The loop of `klq demo`: a GPT-NeoX of 512 tokens, warm-started, then steps of two epochs of two mini-batches
         at a learning rate of 5e-4, V a head on the policy's own hidden states."""
     )
-    return f"{words}\n\n{against_dense(found)}"
+    return f"{words}\n\n{against_base(found)}"
 
 
 def optimizers(found: Results) -> str:
@@ -304,10 +304,57 @@ def optimizers(found: Results) -> str:
         `head-sgd` AdamW with SGD for the head, `sgd` is SGD throughout; the rate of SGD was chosen before, on another
         seed, with the dense gradient: {rates}."""
     )
-    return f"{words}\n\n{against_dense(found)}"
+    return f"{words}\n\n{against_base(found)}"
+
+
+def staleness(found: Results) -> str:
+    """Old engines less fresh ones, corrected ones less uncorrected ones, and how far the engines were off."""
+    by_variant = {name_of(entry["variant"]): entry for entry in found["variants"]}
+    comparisons = {(name_of(pair["variant"]), next(iter(pair["base"]))): pair for pair in found["pairs"]}
+    ages = sorted({entry["variant"]["staleness"] for entry in found["variants"]} - {0})
+    rows, said = [], []
+    for age in ages:
+        plain, corrected = (name_of({"staleness": age, "off_policy": name}) for name in ("none", "retrace"))
+        older, older_corrected = comparisons[plain, "staleness"], comparisons[corrected, "staleness"]
+        helped = comparisons[corrected, "off_policy"]
+        drift = by_variant[plain]["curves"]["sampler_kl"]["mean"]
+        numbers = [of(pair["difference"]["objective"]) for pair in (older, older_corrected, helped)]
+        rows.append([str(age), f"{max(drift):.2f}", *(number.text() for number in numbers)])
+        meanings = ("uncorrected is {} than fresh", "Retrace is {} than fresh", "Retrace is {} than uncorrected")
+        clear = [
+            text.format("better" if number.sign > 0 else "worse")
+            for text, number in zip(meanings, numbers, strict=True)
+            if number.sign
+        ]
+        if clear:
+            said.append(f"{age} cycle{'s' * (age > 1)} behind, {', '.join(clear)}")
+    words = prose(
+        f"""Completions come from a copy of the policy some cycles old, which gives its log-probabilities. A cycle is
+        {found["settings"]["num_mini_batches"] * found["settings"]["num_update_epochs"]} optimizer steps. By the
+        objective, beyond the noise of these seeds: {"; ".join(said) or "no difference"}. Drift is the largest KL of
+        the engine to the policy that learns, in nats per token, of the means over the seeds and five cycles. A fresh
+        engine's trace is 1, so that its two rows differ by rounding alone. The table is of the policy at the end; the
+        curves are of what the engine sampled, so of an older policy, and their KL is the new policy's log-ratio on the
+        old one's tokens, which can be below 0."""
+    )
+    columns = (
+        "cycles behind", "drift", "uncorrected less fresh", "Retrace less fresh", "Retrace less uncorrected",
+    )  # fmt: skip
+    return "\n\n".join([words, markdown_table(columns, rows), finals(found, first="")])
+
+
+def replay(found: Results) -> str:
+    words = prose(
+        """Passes are those over a cycle's own completions. Runs with replay take one more, over as many completions of
+        earlier cycles, drawn in proportion to their errors; so 2 passes with replay are as many optimizer steps as 3
+        without. Each variant with replay is compared with the one that has as many passes and no replay."""
+    )
+    return f"{words}\n\n{against_base(found, 'replay less none')}"
 
 
 WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
     "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
+    "staleness-summarize": staleness, "staleness-arithmetic": staleness,
+    "replay": replay,
 }  # fmt: skip

@@ -25,7 +25,11 @@ def draw(name: str, results: Results, path: Path) -> None:
     elif results["kind"] == "noise":
         draw_noise(results, path)
     elif "samples" in results["variants"][0]["variant"]:
-        draw_against_dense(results, path)
+        draw_grid(results, path, lines="samples")
+    elif "staleness" in results["variants"][0]["variant"]:
+        draw_grid(results, path, lines="staleness")
+    elif "replay_cycles" in results["variants"][0]["variant"]:
+        draw_grid(results, path, lines="replay_cycles")
     elif "pairs" in results:
         draw_comparison(results, path)
     else:
@@ -33,11 +37,11 @@ def draw(name: str, results: Results, path: Path) -> None:
 
 
 def name_of(variant: dict[str, Any]) -> str:
-    names = {"lam": "λ", "tau": "τ", "samples": "K"}
+    names = {"lam": "λ", "tau": "τ", "samples": "K", "staleness": "staleness"}
+    names |= {"num_update_epochs": "passes", "replay_cycles": "cycles replayed"}
+    values = {"klq": "KLQ", "ppo": "PPO", "none": "uncorrected", "retrace": "Retrace"}
     return ", ".join(
-        f"{names[n]} = {value}"
-        if n in names and value != "dense"
-        else str(value).replace("klq", "KLQ").replace("ppo", "PPO")
+        f"{names[n]} = {value}" if n in names and value != "dense" else values.get(value, str(value))
         for n, value in variant.items()
     )
 
@@ -119,9 +123,9 @@ def draw_noise(results: Results, path: Path) -> None:
     finish(figure, path, means, shares)
 
 
-def draw_against_dense(results: Results, path: Path) -> None:
-    """Reward and KL over the run, a column for each value of the other setting."""
-    other = next((name for name in results["variants"][0]["variant"] if name != "samples"), None)
+def draw_grid(results: Results, path: Path, *, lines: str) -> None:
+    """Reward and KL over the run, a line for each value of one setting, a column for each value of the other."""
+    other = next((name for name in results["variants"][0]["variant"] if name != lines), None)
     values = list(dict.fromkeys(entry["variant"].get(other) for entry in results["variants"]))
     size = (max(4 * len(values), 6), 6.4)
     figure, panels = plt.subplots(2, len(values), figsize=size, layout="constrained", sharey="row", squeeze=False)
@@ -129,7 +133,7 @@ def draw_against_dense(results: Results, path: Path) -> None:
         for axes, value in zip(panels[row], values, strict=True):
             entries = [entry for entry in results["variants"] if entry["variant"].get(other) == value]
             for entry, colour in zip(entries, COLOURS, strict=False):
-                label = name_of({"samples": entry["variant"]["samples"]})
+                label = name_of({lines: entry["variant"][lines]})
                 band(axes, entry["curves"], name, color=colour, label=label)
             of = "" if other is None else f", {name_of({other: value})}"
             axes.set(title=title + of, xlabel="steps", ylabel=unit)

@@ -4,7 +4,8 @@ title, question   for the page
 kind              what a job does (see ``job.KINDS``)
 settings          the same for every job: ``task``, ``eval_size``, ``value_model``, and fields of ``KLQConfig``
 grid              setting -> values; a job for each combination and each seed
-compare           optional, setting -> value: every other value of this setting is compared with that one, seed by seed
+compare           optional, setting -> value: every other value of this setting is compared with that one, seed by seed;
+                  of several settings each in its turn
 seeds             how many, counted from 0
 sweep             optional: settings that are chosen first, by jobs of their own on other seeds, for each
                   combination of ``per`` (the rest of the grid at ``at``): the values with the best held-out
@@ -26,11 +27,12 @@ from ...trainer.loading import read_yaml
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = (  # in the order of the page
     "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-demo",
-    "sampled-optimizers",
+    "sampled-optimizers", "staleness-summarize", "staleness-arithmetic", "replay",
 )  # fmt: skip
 GROUPS = {  # names that stand for several
     "all": NAMES,
     "sampled-gradient": ("sampled-noise", "sampled-learning", "sampled-demo", "sampled-optimizers"),
+    "staleness": ("staleness-summarize", "staleness-arithmetic"),
 }
 SWEEP_SEED = 1000  # the first of the seeds that only sweeps use
 

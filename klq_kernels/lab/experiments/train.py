@@ -14,14 +14,17 @@ from ...trainer.evaluation import answers
 from ..tasks import Task, load_task, warm_started
 from .optimizers import optimizer_for
 from .spec import Settings
+from .stale import StaleEngine
 
 DENSE = "dense"  # in place of a number of samples
-CURVES = {
+CURVES = {  # those that a run logs
     "reward": "objective/scores",
     "kl": "objective/kl",
     "entropy": "policy/entropy_avg",
     "explained_variance": "val/explained_variance",
     "length": "completions/mean_length",
+    "sampler_kl": "rollout/sampler_kl",
+    "ess": "rollout/ess",
 }
 
 
@@ -34,6 +37,7 @@ def build_trainer(settings: Settings, warm: Path, folder: str) -> tuple[KLQTrain
     samples = settings.pop("samples", DENSE)
     if samples != DENSE:
         settings |= {"head_gradient": "sampled", "head_samples": samples}
+    staleness = settings.pop("staleness", None)
     optimizer, rate = settings.pop("optimizer", "adamw"), settings.pop("sgd_learning_rate", None)
     config = KLQConfig(
         folder,
@@ -52,6 +56,7 @@ def build_trainer(settings: Settings, warm: Path, folder: str) -> tuple[KLQTrain
         eval_dataset=held_out,
         processing_class=task.tokenizer(),
         value_model=value,
+        rollout_func=None if staleness is None else StaleEngine(policy, staleness),
     )
     trainer.remove_callback(PrinterCallback)
     if optimizer != "adamw":
@@ -67,10 +72,11 @@ def train(settings: Settings, warm: Path) -> dict[str, Any]:
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
         texts = answers(trainer, rows, 0)
+        curves = {name: [e[key] for e in logs] for name, key in CURVES.items() if key in logs[0]}
         return {
             "before": before,
             "after": held_out(trainer),
-            "curves": {"step": [e["step"] for e in logs]} | {n: [e[key] for e in logs] for n, key in CURVES.items()},
+            "curves": {"step": [e["step"] for e in logs]} | curves,
             "judged": [task.judge(row["prompt"], text, row) for row, text in zip(rows, texts, strict=True)],
         }
 
