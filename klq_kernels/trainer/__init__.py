@@ -5,7 +5,10 @@ trainer                      the seams to transformers: updates, logs, optimiser
 cycle                        a cycle up to its updates: rollout, rewards, scoring, targets
 checkpoints evaluation       saving and resuming; held-out prompts
 loading data rollout rewards models and datasets as users give them; prompts; completions; scores
+parts probe                  the models of a run, each proven to be one that the trainer trains rightly
 models actor_critic          the parts of a language model; the module that is trained
+frozen                       the reference and reward models, and where their weights are
+sharding                     engines that shard weights over processes: FSDP2, ZeRO-3
 export                       the policy's weights, as an engine loads them
 batches experience           sequences as a model reads them; their targets and log-probabilities
 targets                      lambda-errors from the scores, for V and for the policy
