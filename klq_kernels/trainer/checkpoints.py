@@ -41,7 +41,8 @@ class Checkpoints(Cycle, Trainer):
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
-        sharding.shard_apart(self.accelerator, self.actor_critic.value.head)
+        lm_head = self.language_model.lm_head if self.args.head_sharding == "tokens" else None
+        sharding.shard_heads(self.accelerator, self.actor_critic.value.head, lm_head)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

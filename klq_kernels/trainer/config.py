@@ -171,6 +171,11 @@ class KLQConfig(TrainingArguments):
         "than a forward pass costs (gradient of fused_klq_loss).",
     )
     head_samples: int = option(64, "A sampled gradient keeps at most this many entries a token and one, on average.")
+    head_sharding: str | None = option(
+        None,
+        "Under FSDP2: 'tokens' leaves the lm_head sharded, and the tokens of all processes come to its parts (sharding "
+        "of fused_klq_loss); 'head', the default, leaves it to the engine, which gathers it.",
+    )
     workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."

@@ -3,7 +3,7 @@
 The engine is left as it is. A sharded weight is whole while the module that owns it, or the outermost module, runs; so
 everything that reads a weight does it inside a ``forward`` (``ActorCritic``, ``FrozenPolicy``). What remains is here:
 
-    before the model is wrapped   the value head gets a group of its own, in fp32 (``shard_apart``)
+    before the model is wrapped   the value head gets a group of its own, in fp32 (``shard_heads``)
     for generation                all weights are gathered once, not once per token (``whole``)
     a frozen model                is sharded as the policy is (``shard_frozen``)
 """
@@ -72,23 +72,56 @@ def check_engine(accelerator: Any) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def shard_apart(accelerator: Any, head: nn.Linear) -> None:
-    """Makes a value head a group of its own for FSDP2, computing in the precision of its weights.
+def shard_heads(accelerator: Any, value_head: nn.Linear, lm_head: nn.Module | None) -> None:
+    """Makes groups of their own for FSDP2, before accelerate makes the others.
 
-    In the group of the policy it would be rounded to the policy's 16 bits, and it is where the number of processes does
-    not divide its width. It is split along its width: empty parts of its one row would be one to accelerate, which
-    knows weights by where their memory begins.
+    The value head computes in the precision of its weights: in the group of the policy it would be rounded to the
+    policy's 16 bits, and it is where the number of processes does not divide its width. It is split along its width:
+    empty parts of its one row would be one to accelerate, which knows weights by where their memory begins.
+
+    A ``lm_head`` stays sharded: nothing calls it but generation, and the loss reads the ``DTensor`` (``sharding`` of
+    ``fused_klq_loss``).
     """
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
-    if policy is None or policy.param_dtype is None or head.in_features % accelerator.num_processes:
+    if not accelerator.is_fsdp2:
         return
-    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import Shard
 
-    if not isinstance(head, FSDPModule):
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    if (
+        policy is not None
+        and policy.param_dtype is not None
+        and value_head.in_features % accelerator.num_processes == 0
+    ):
+        _shard_apart(accelerator, value_head, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    if lm_head is not None:
+        _shard_apart(accelerator, lm_head, **({} if policy is None else {"mp_policy": policy}))
+
+
+def _shard_apart(accelerator: Any, module: nn.Module, **settings: Any) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(module, FSDPModule):
         plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
         mesh = None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-        fully_shard(head, mesh=mesh, offload_policy=plugin.cpu_offload, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        fully_shard(module, mesh=mesh, offload_policy=plugin.cpu_offload, **settings)
+
+
+def check_head_sharding(accelerator: Any, language_model: Any, sharding: str | None) -> None:
+    """Raises a ValueError where the lm_head cannot stay sharded."""
+    if sharding != "tokens":
+        return
+    name = "head_sharding"
+    require(bool(accelerator.is_fsdp2), name, "'tokens' needs FSDP2, which leaves each process rows of the lm_head")
+    embeddings = language_model.backbone.get_input_embeddings()
+    require(
+        isinstance(language_model.lm_head, nn.Linear) and embeddings.weight is not language_model.lm_head.weight,
+        name,
+        "'tokens' needs an lm_head of its own: neither tied to the embeddings, which are gathered anyway, nor adapted",
+    )
+    offload = type(accelerator.state.fsdp_plugin.cpu_offload).__name__
+    require(
+        offload != "CPUOffloadPolicy", name, "'tokens' needs the weights on the device; turn FSDP's cpu_offload off"
+    )
 
 
 def shard_frozen(accelerator: Any, module: nn.Module) -> nn.Module:

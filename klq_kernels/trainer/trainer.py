@@ -176,6 +176,7 @@ class KLQTrainer(Evaluation, Checkpoints):
     def _check_launch(self) -> None:
         require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         sharding.check_engine(self.accelerator)
+        sharding.check_head_sharding(self.accelerator, self.language_model, self.args.head_sharding)
 
     def _place_reward(self, model: nn.Module) -> Placed:
         return Placed(model, self.args.reward_placement, self.accelerator, "reward_placement")

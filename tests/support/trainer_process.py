@@ -27,7 +27,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from klq_kernels.trainer import Completions, KLQTrainer
+from klq_kernels import fused_klq_loss
+from klq_kernels.trainer import Completions, KLQTrainer, objectives
 from klq_kernels.trainer.processes import leave_process_group
 
 
@@ -80,6 +81,13 @@ def run(
         rollout_func=scripted if use_script else None, reward_processing_classes=tokenizer,
     )  # fmt: skip
     trainer.kill_at = kill_at
+    heads = set()  # the kinds of weight that the loss has read
+
+    def watched(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        heads.add("sharded" if hasattr(weight, "placements") else "whole")
+        return fused_klq_loss(hidden, weight, *args, **kwargs)
+
+    objectives.fused_klq_loss = watched
     if lacks is not None:
         (Path(str(resume)) / lacks).unlink(missing_ok=True)
         try:
@@ -98,6 +106,7 @@ def run(
         save_file(exported, folder / "exported.safetensors")
         assert trainer.experience is not None
         kept = trainer.experience.ref_logprobs
+        (folder / "heads.json").write_text(json.dumps(sorted(heads)))
         (folder / "rounded.json").write_text(json.dumps(torch.equal(kept, kept.bfloat16().float())))
         (folder / "shares.json").write_text(json.dumps({name: share(module) for name, module in modules.items()}))
 

@@ -97,9 +97,19 @@ def check_engine(folder: Path, ddp: Path) -> None:
 @pytest.mark.runs("FSDP2", "trainer", "trainer, LoRA", "trainer, sampled gradient")
 @pytest.mark.runs("DDP", "trainer", "trainer, LoRA", "trainer, sampled gradient")
 def test_fsdp2_is_ddp(ddp: Path, tmp_path: Path) -> None:
-    """Whatever is trained: completions, logs and saved weights are those of two processes with whole weights."""
-    launch(runs(tmp_path, **FSDP2))
+    """Whatever is trained: completions, logs and saved weights are those of two processes with whole weights.
+
+    So they are where the lm_head stays sharded.
+    """
+    told = runs(tmp_path, **FSDP2)
+    for run in told:
+        if run["kind"] in ("plain", "models"):
+            run["config"]["head_sharding"] = "tokens"
+    launch(told)
     check_engine(tmp_path, ddp)
+    heads = {kind: json.loads((tmp_path / kind / "heads.json").read_text()) for kind in KINDS}
+    assert heads["plain"] == heads["models"] == ["sharded"]
+    assert heads["tied"] == ["whole"]
 
 
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
