@@ -290,6 +290,8 @@ class KLQConfig(TrainingArguments):
             "ref_dtype",
             f"must be one of {', '.join(FLOATS)}; got {self.ref_dtype!r}",
         )
+        known = self.head_sharding in (None, "tokens", "head")
+        require(known, "head_sharding", f"must be tokens, head or None; got {self.head_sharding!r}")
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
             "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",

@@ -60,7 +60,7 @@ class Placed:
         else:
             self.module = module.to("cpu" if placement == "cpu" else self.device)
         self._host: list[tuple[Tensor, Tensor]] = []
-        if placement == "cpu" and self.device.type != "cpu":
+        if placement == "cpu":
             self._host = [(tensor, self._held(tensor)) for tensor in (*module.parameters(), *module.buffers())]
 
     def _held(self, tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Placed:
         try:
             with torch.no_grad():
                 for tensor, host in self._host:
-                    tensor.data = host.to(self.device, non_blocking=True)
+                    tensor.data = host.to(self.device, copy=True, non_blocking=True)
             yield self.module
         finally:
             for tensor, host in self._host:
