@@ -3,6 +3,7 @@
     python -m bench.static_gate                    print the table
     python -m bench.static_gate --write            record it in bench/results/static_gate.json
     python -m bench.static_gate --check            compare with the record; exit 1 where anything got worse
+    python -m bench.static_gate --check --spot     the same on sm_90 alone, unless a kernel or Triton has changed
 
 Each variant of each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 as the launcher would on aligned tensors.
 Triton's launcher makes a constant of an integer that is 1, so ``klq_residual`` over one token is another kernel; the
@@ -20,6 +21,7 @@ adds up integers of 64 bits besides, for which it has another 1.7 times.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -290,6 +292,17 @@ def recorded_compiler() -> bool:
     return recorded.split(".")[:2] == triton.__version__.split(".")[:2]
 
 
+def sources() -> str:
+    """A digest of what the record depends on beside the compiler: the kernels, and this file."""
+    files = [*sorted(Path(launch.__file__).parent.glob("*.py")), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def is_current(record: dict[str, Any]) -> bool:
+    """Whether the record was made from these sources by this compiler, which gives the same code again."""
+    return bool(record.get("sources") == sources() and record["triton"] == triton.__version__)
+
+
 def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
     """The rules that hold whatever is on record."""
     out = []
@@ -358,14 +371,18 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the table")
     parser.add_argument("--check", action="store_true", help="compare with the recorded table")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--spot", action="store_true", help="sm_90 alone, if the record is of these sources")
     arguments = parser.parse_args()
+    if arguments.spot and is_current(json.loads(RECORD.read_text())):
+        arguments.targets = ["sm_90"]
     reports, complaints = measure(arguments.targets)
     if not arguments.check:
         show(reports)
     if arguments.write:
         table = {t: {name: r._asdict() for name, r in rows.items()} for t, rows in reports.items()}
         RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps({"triton": triton.__version__, "targets": table}, indent=1) + "\n")
+        record = {"triton": triton.__version__, "sources": sources(), "targets": table}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.check:
         record = json.loads(RECORD.read_text())
         same_compiler = recorded_compiler()

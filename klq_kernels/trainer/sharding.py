@@ -164,15 +164,13 @@ def _plugin_for(plugin: Any, module: nn.Module) -> Any:
 
 
 def _zero3(accelerator: Any, module: nn.Module) -> nn.Module:
+    """The module in an engine of DeepSpeed's of its own, with the policy's settings and no optimiser."""
     import deepspeed
 
     given = accelerator.state.deepspeed_plugin.deepspeed_config
-    names = ("train_micro_batch_size_per_gpu", "bf16", "fp16")
-    config = {name: given[name] for name in names if name in given}
-    config["train_micro_batch_size_per_gpu"] = 1  # read for training alone
-    config["zero_optimization"] = {**given["zero_optimization"], "stage": 3}
-    for name in ("offload_optimizer",):
-        config["zero_optimization"].pop(name, None)
+    zero = {name: value for name, value in given["zero_optimization"].items() if name != "offload_optimizer"}
+    precision = {name: given[name] for name in ("bf16", "fp16") if name in given}
+    config = {**precision, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}  # a size it has to be told
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine

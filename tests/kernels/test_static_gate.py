@@ -24,9 +24,11 @@ GOOD = Report(registers=64, stack=0, shared=1024, wide_accesses=8, issue_slots=6
 
 @pytest.mark.timeout(1200)
 def test_every_kernel_compiles_within_its_record() -> None:
-    """sm_80, sm_90, sm_100, gfx942: no stack, 16-byte accesses, within budget, nothing worse than recorded."""
+    """No stack, 16-byte accesses, within budget, nothing worse than recorded: on sm_90, and, where a kernel or the
+    compiler is another than that of the record, on sm_80, sm_100 and gfx942 too.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static_gate", "--check"]
+    command = [sys.executable, "-m", "bench.static_gate", "--check", "--spot"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 complaints" in done.stdout
@@ -38,7 +40,7 @@ def test_every_kernel_compiles_on_the_oldest_triton() -> None:
     """The lowest version that pyproject.toml declares, by the rules that hold whatever is on record."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(OLDEST_TRITON)
-    command = [sys.executable, "-m", "bench.static_gate", "--check", "--targets", "sm_80", "sm_90"]
+    command = [sys.executable, "-m", "bench.static_gate", "--check", "--targets", "sm_90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lowest = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
@@ -48,6 +50,8 @@ def test_every_kernel_compiles_on_the_oldest_triton() -> None:
 
 def test_the_record_covers_every_variant() -> None:
     record = json.loads(static_gate.RECORD.read_text())
+    if record["triton"] == static_gate.triton.__version__:
+        assert static_gate.is_current(record), "a kernel has changed: python -m bench.static_gate --write"
     names = {variant.name for variant in static_gate.variants()}
     assert set(record["targets"]) == set(static_gate.TARGETS)
     assert all(set(rows) == names for rows in record["targets"].values())
