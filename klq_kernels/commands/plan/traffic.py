@@ -13,7 +13,8 @@ weight, is left out.
     ZeRO     stages 1 and 2 reduce gradients to their owners and gather the new weights (Rajbhandari et al., arXiv
              1910.02054); stage 3 gathers all weights twice.
     DDP      reduces the gradients of all trained parameters, in the dtype of the parameters.
-    tp       reduces the output of attention and of the MLP in forward, recomputation and backward, and the embeddings.
+    tp       reduces the output of attention and of the MLP in forward; in backward the gradient by what each of q, k, v,
+             gate and up reads, as torch.distributed.tensor.parallel and transformers do; and the embeddings.
     cp       gathers keys and values in forward, recomputation and backward, and reduces their gradients.
     head     one that is split shares 12 bytes a token and rank, and sums the gradient by the hidden states in fp32
              (``vocabulary.sharded``); split under FSDP2 it gathers the tokens first (``call.tokens``).
@@ -102,11 +103,12 @@ def _weights(model: Model, run: Run) -> list[Move]:
 def _activations(model: Model, run: Run) -> list[Move]:
     """Of tensor and of context parallelism."""
     item, passes = run.dtype.itemsize, 2 + run.checkpointing
+    sums = 7 + run.checkpointing  # recomputing stops before the second of forward's
     states = run.positions * model.hidden * item
     keys = 2 * run.batch * run.length * model.kv_width * item // run.tp
     return [
         Move("embeddings, tp", "all-reduce", states, run.tp),
-        Move("attention and MLP, tp", "all-reduce", 2 * passes * model.layers * states, run.tp),
+        Move("attention and MLP, tp", "all-reduce", sums * model.layers * states, run.tp),
         Move("keys and values, cp", "all-gather", passes * model.layers * keys, run.cp, run.tp),
         Move("their gradients, cp", "reduce-scatter", model.layers * keys, run.cp, run.tp),
     ]
