@@ -91,18 +91,10 @@ def fsdp2(group: dist.ProcessGroup, checkpointing: bool, half: bool) -> Any:
 
 
 def ddp(group: dist.ProcessGroup) -> Any:
-    """A step under DDP; the buckets as the reducer makes them."""
+    """A step under DDP."""
     built = model(False)
-    wrapped = DistributedDataParallel(built, process_group=group)
-    sizes: list[int] = []
-
-    def add_up(bucket: Any) -> Any:
-        sizes.append(bucket.buffer().nbytes)
-        return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda f: f.value()[0])
-
-    wrapped.register_comm_hook(None, lambda _, bucket: add_up(bucket))
-    _, standing = _step(wrapped, built.parameters(), torch.arange(LENGTH)[None])
-    return {"all-reduce": sum(sizes)}, standing
+    wrapped = DistributedDataParallel(built, process_group=group, broadcast_buffers=False)
+    return _step(wrapped, built.parameters(), torch.arange(LENGTH)[None])
 
 
 def tensor_parallel(group: dist.ProcessGroup, checkpointing: bool) -> Any:
@@ -120,7 +112,7 @@ def tensor_parallel(group: dist.ProcessGroup, checkpointing: bool) -> Any:
 
 
 def split_head(group: dist.ProcessGroup, apart: bool) -> list[tuple[str, int]]:
-    """The collectives of a loss with a head that is split by rows; ``apart``: each rank has its own sequences, as under FSDP2."""
+    """The collectives of a loss with a head split by rows; ``apart``: of each rank's own sequences, as under FSDP2."""
     size = group.size()
     case = make_case(torch.ones(4, 8, dtype=torch.bool), vocab=64)
     rows = [64 // size] * size

@@ -87,17 +87,18 @@ def changes(run: Run) -> Iterator[tuple[str, Run]]:
 
 
 def advice(model: Model, run: Run) -> list[Change]:
-    """Possible changes of one option that lower the bytes of a step of one sequence, the most helpful first."""
+    """The best possible change of each option that lowers the bytes of a step of one sequence, best first."""
     run = run._replace(batch=1)
-    now, found = total(model, run), []
+    now, found = total(model, run), dict[str, Change]()
     for option, changed in changes(run):
         try:
             size = total(model, changed)
         except ValueError:  # impossible with the other options
             continue
-        if size < now:
-            found.append(Change(option, size))
-    return sorted(found, key=lambda change: change.total)
+        flag = option.split()[0]
+        if size < min(now, found[flag].total if flag in found else now):
+            found[flag] = Change(option, size)
+    return sorted(found.values(), key=lambda change: change.total)
 
 
 def fewest_gpus(model: Model, run: Run, budget: int) -> int | None:

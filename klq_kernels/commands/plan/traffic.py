@@ -13,8 +13,8 @@ weight, is left out.
     ZeRO     stages 1 and 2 reduce gradients to their owners and gather the new weights (Rajbhandari et al., arXiv
              1910.02054); stage 3 gathers all weights twice.
     DDP      reduces the gradients of all trained parameters, in the dtype of the parameters.
-    tp       reduces the output of attention and of the MLP in forward; in backward the gradient by what each of q, k, v,
-             gate and up reads, as torch.distributed.tensor.parallel and transformers do; and the embeddings.
+    tp       reduces the outputs of attention and MLP, and the embeddings, in forward; in backward the gradient by the
+             input of each of q, k, v, gate and up, as torch.distributed.tensor.parallel and transformers do.
     cp       gathers keys and values in forward, recomputation and backward, and reduces their gradients.
     head     one that is split shares 12 bytes a token and rank, and sums the gradient by the hidden states in fp32
              (``vocabulary.sharded``); split under FSDP2 it gathers the tokens first (``call.tokens``).
