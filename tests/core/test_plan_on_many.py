@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-import tiny
 import traffic
 from ranks import Ranks
 from typer.testing import CliRunner
@@ -299,4 +298,4 @@ def test_given_rates_take_the_place_of_known_ones() -> None:
 
 
 def test_the_tiny_model_is_the_one_that_is_planned() -> None:
-    assert sum(p.numel() for p in tiny.model(vocab_size=traffic.VOCAB).parameters()) == TINY.size
+    assert sum(p.numel() for p in traffic.model().parameters()) == TINY.size

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import tiny
 import torch
 import torch.distributed as dist
 from cases import make_case
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, LENGTH = 256, 16  # which 2 and 4 divide, so that nothing is padded
 
@@ -51,9 +51,13 @@ class Count(TorchDispatchMode):
             raise AssertionError(f"a collective that is not counted: {name}")
 
 
-def model(checkpointing: bool, **changes: Any) -> Any:
-    built = tiny.model(vocab_size=VOCAB, tie_word_embeddings=False, **changes)
-    built.config.use_cache = False
+def model(checkpointing: bool = False, key_heads: int = 2) -> Any:
+    """A Llama of two layers, its head apart from its embeddings."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=key_heads, use_cache=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    built = LlamaForCausalLM(config)
     if checkpointing:
         built.gradient_checkpointing_enable()
     return built.train()
@@ -92,14 +96,14 @@ def fsdp2(group: dist.ProcessGroup, checkpointing: bool, half: bool) -> Any:
 
 def ddp(group: dist.ProcessGroup) -> Any:
     """A step under DDP."""
-    built = model(False)
+    built = model()
     wrapped = DistributedDataParallel(built, process_group=group, broadcast_buffers=False)
     return _step(wrapped, built.parameters(), torch.arange(LENGTH)[None])
 
 
 def tensor_parallel(group: dist.ProcessGroup, checkpointing: bool) -> Any:
     """A step of the body alone under tensor parallelism; the head is this library's."""
-    built = model(checkpointing, num_key_value_heads=4).model
+    built = model(checkpointing, key_heads=4).model
     plan: dict[str, Any] = {"embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())}
     for layer in range(len(built.layers)):
         columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")

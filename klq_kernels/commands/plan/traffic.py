@@ -38,7 +38,7 @@ class Move(NamedTuple):
     name: str
     kind: str
     size: int
-    ranks: int
+    ranks: int = 1
     stride: int = 1
     overlaps: bool = False  # whether the engine runs it beside the products
 
@@ -53,7 +53,7 @@ class Move(NamedTuple):
 def traffic(model: Model, run: Run) -> list[Move]:
     """All collectives of a step of one micro-batch: forward, backward and optimiser."""
     moves = [*_weights(model, run), *_activations(model, run), *_head(model, run)]
-    return [move for move in moves if move.ranks > 1 and move.size]
+    return [move for move in moves if move.sent]
 
 
 def scoring(model: Model, run: Run) -> list[Move]:
@@ -62,7 +62,7 @@ def scoring(model: Model, run: Run) -> list[Move]:
     if not parameters:
         return []
     if run.placement == "cpu":
-        return [Move("frozen models, from the host", "host", parameters * kept.itemsize, 2)]
+        return [Move("frozen models, from the host", "host", parameters * kept.itemsize)]
     if run.placement == "sharded" and run.copies > 1:
         item = (run.dtype if run.shard == "fsdp2" else kept).itemsize
         return [Move("frozen models, layer by layer", "all-gather", parameters * item, run.copies, run.tp, True)]
@@ -95,8 +95,8 @@ def _weights(model: Model, run: Run) -> list[Move]:
         moves = []
     if run.offload_optimizer:
         mine = own.trained * item // run.copies
-        moves.append(Move("gradients, to the host", "host", mine, 2, 1, True))
-        moves.append(Move("weights, from the host", "host", mine, 2))
+        moves.append(Move("gradients, to the host", "host", mine, overlaps=True))
+        moves.append(Move("weights, from the host", "host", mine))
     return moves
 
 
