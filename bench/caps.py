@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from klq_kernels.commands import loss_memory
-from klq_kernels.commands.memory_plan import most
+from klq_kernels.commands.plan.search import most
 
 from . import memory
 from .contenders.ours import fused

@@ -65,12 +65,15 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def plan(
     config: Annotated[str | None, typer.Option(help="A Hugging Face config: directory, file or id.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A known model in place of a config; a wrong name lists them.")
+    ] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size, where there is no config.")] = 4096,
     vocab: Annotated[int, typer.Option(min=1, help="Vocabulary size.")] = 128_256,
     layers: Annotated[int, typer.Option(min=0, help="Decoder layers.")] = 32,
     intermediate: Annotated[int, typer.Option(min=1, help="MLP size.")] = 14_336,
     kv_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Key/value heads over query heads.")] = 0.25,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences of a micro-batch, which tp x cp GPUs share.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per sequence, prompt and response.")] = 2048,
     response: Annotated[int | None, typer.Option(help="Trained tokens per sequence; half of them.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
@@ -80,53 +83,89 @@ def plan(
     fp32_head: Annotated[bool, typer.Option("--fp32-head", help="Logits in fp32.")] = False,
     gradient: Annotated[str, typer.Option(help="Through the head: dense or sampled.")] = "dense",
     samples: Annotated[int, typer.Option(help="Entries per token of a sampled gradient.")] = 64,
-    lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains every parameter.")] = 0,
+    lora: Annotated[
+        int, typer.Option("--lora-rank", "--lora", help="Rank of the adapters; 0 trains every parameter.")
+    ] = 0,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, sgd-momentum or sgd.")] = "adamw",
     models: Annotated[
         int | None, typer.Option(help="Models held: the policy, a reference, ...; 2, and with adapters 1.")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = True,
+    gpus: Annotated[int, typer.Option(help="All of them.")] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="none, ddp, fsdp2, zero1, zero2 or zero3. By default fsdp2 where gpus exceeds tp."),
+    ] = None,
+    tp: Annotated[int, typer.Option(help="GPUs that share every matrix product: tensor parallel.")] = 1,
+    cp: Annotated[int, typer.Option(help="Groups of tp GPUs that share each sequence's time: context parallel.")] = 1,
+    head: Annotated[
+        str, typer.Option(help="Under fsdp2: gathered, or split: all ranks' tokens come to its rows.")
+    ] = "gathered",
+    ref_dtype: Annotated[str | None, typer.Option(help="Weights of frozen models; as those of the policy.")] = None,
+    ref_placement: Annotated[
+        str | None, typer.Option(help="Of frozen models: device, cpu or sharded, by default as the policy's weights.")
+    ] = None,
+    offload_optimizer: Annotated[
+        bool, typer.Option("--offload-optimizer", help="Masters and optimiser states on the host (zero1 to zero3).")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu: decides the chunks. By default cuda, with --measure what is here.")
     ] = None,
     workspace_mib: Annotated[int | None, typer.Option(help="Memory for one chunk of logits.")] = None,
-    budget_gib: Annotated[float | None, typer.Option(help="What fits into this much memory?")] = None,
-    tflops: Annotated[float | None, typer.Option(help="GEMM rate to predict times from.")] = None,
+    budget_gib: Annotated[
+        float | None, typer.Option(help="What fits into this much memory of a GPU? With several, 78 of an 80 GB one.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(help="GEMM rate to predict times from; on cuda 760 (H100).")] = None,
+    memory_bandwidth: Annotated[float | None, typer.Option(help="Of a GPU, in GB/s; on cuda 3000 (H100).")] = None,
+    node_bandwidth: Annotated[
+        float | None, typer.Option(help="Of a GPU inside its node, in GB/s each way; on cuda 450 (NVLink 4).")
+    ] = None,
+    link_bandwidth: Annotated[
+        float | None, typer.Option(help="Of a GPU to other nodes, in GB/s each way; on cuda 50 (400 Gb/s).")
+    ] = None,
+    host_bandwidth: Annotated[
+        float | None, typer.Option(help="Between a GPU and its host, in GB/s each way; on cuda 64 (PCIe 5).")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs joined by --node-bandwidth.")] = 8,
     measure: Annotated[bool, typer.Option("--measure", help="Measure the GEMM rate here instead.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Predict the memory and time of a training step, with the naive loss and with the fused one."""
+    """Predict memory, traffic and time of a training step on one GPU or many, with the naive and the fused loss."""
     import json as encoder
 
-    import torch
-
-    from ..call.checks import require_number
     from ..call.head import check_sampling
-    from . import memory_plan as planning
+    from .plan import options, run, shapes, table, timing
+    from .plan.memory import problem
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    for name, value in (("dtype", dtype), ("weights", weights or dtype)):
-        if value not in dtypes:
-            raise ValueError(f"{name}: must be one of {', '.join(dtypes)}; got {value!r}")
     check_sampling("gradient", gradient, "samples", samples)
-    if tflops is not None:
-        require_number("tflops", tflops, positive=True)
-    model = planning.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
+    options.require_one("preset", preset, "config", config)
+    model = shapes.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)
     if config is not None:
-        model = planning.from_config(config)
-    workspace = None if workspace_mib is None else workspace_mib * 2**20
-    run = planning.Run(
-        batch, length, max(length // 2, 1) if response is None else response, dtypes[dtype], lora, optimizer, models,
-        checkpointing, planning.device_for(device, measure), workspace, dtypes[weights or dtype], fp32_head,
-        samples if gradient == "sampled" else 0,
+        model = shapes.from_config(config)
+    elif preset is not None:
+        model = shapes.preset(preset)
+    where = timing.device_for(device, measure)
+    planned = run.Run(
+        batch, length, max(length // 2, 1) if response is None else response,
+        options.dtype("dtype", dtype), lora, optimizer, models, checkpointing, where,
+        None if workspace_mib is None else workspace_mib * 2**20,
+        options.dtype("weights", weights or dtype), fp32_head, samples if gradient == "sampled" else 0,
+        gpus, shard or ("fsdp2" if gpus > tp else "none"), tp, cp, head,
+        None if ref_dtype is None else options.dtype("ref_dtype", ref_dtype), ref_placement, offload_optimizer,
     )  # fmt: skip
-    rate = planning.measured_gemm_rate(planning.problem(model, run)) if measure else tflops and tflops * 1e12
-    budget = None if budget_gib is None else int(budget_gib * 2**30)
-    content = planning.report(model, run, budget, rate)
+    run.check(model, planned)
+    rates = options.rates(
+        timing.H100 if where.type == "cuda" else timing.Rates(), gpus_per_node, tflops=tflops,
+        memory_bandwidth=memory_bandwidth, node_bandwidth=node_bandwidth, link_bandwidth=link_bandwidth,
+        host_bandwidth=host_bandwidth,
+    )  # fmt: skip
+    if measure:
+        rates = rates._replace(flop=timing.measured_gemm_rate(problem(model, planned)))
+    content = table.report(model, planned, options.budget(budget_gib, planned), rates)
     if json:
         print(encoder.dumps(content, indent=1))
     else:
-        planning.show(content)
+        table.show(content)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -11,7 +11,8 @@ import torch
 
 from bench import planner_accuracy
 from bench.shapes import Shape
-from klq_kernels.commands import loss_memory, memory_plan
+from klq_kernels.commands import loss_memory
+from klq_kernels.commands.plan import memory, run, search, shapes, table, timing
 from klq_kernels.vocabulary import chunking
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -75,8 +76,8 @@ def test_predicted_memory_is_within_a_twentieth_on_cuda(dtype: torch.dtype) -> N
         assert row["ratio"] == pytest.approx(1.0, abs=0.05), row
 
 
-LLAMA = memory_plan.Model(hidden=4096, vocab=128_256, layers=32, intermediate=14_336, kv_share=0.25)
-RUN = memory_plan.Run(batch=8, length=2048, response=1024)
+LLAMA = shapes.Model(hidden=4096, vocab=128_256, layers=32, intermediate=14_336, kv_share=0.25)
+RUN = run.Run(batch=8, length=2048, response=1024)
 
 
 def test_parameters_are_counted_from_the_sizes() -> None:
@@ -90,42 +91,45 @@ def test_a_config_is_read_from_a_directory(tmp_path: Any) -> None:
         num_key_value_heads=2,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    model = memory_plan.from_config(str(tmp_path))
+    model = shapes.from_config(str(tmp_path))
     assert (model.hidden, model.vocab, model.layers, model.kv_share) == (64, 500, 3, 0.5)
     assert model.parameters == model._replace(parameters=None).size
 
 
 def test_a_step_with_the_fused_loss_needs_less() -> None:
-    found = memory_plan.plan(LLAMA, RUN)
+    found = memory.plan(LLAMA, RUN)
     assert found.total(found.fused) < found.total(found.naive)
     assert sum(found.standing.values()) + found.fused.peak == found.total(found.fused)
 
 
 def test_lora_leaves_out_the_heads_gradient_and_its_optimiser_state() -> None:
-    full, lora = memory_plan.plan(LLAMA, RUN), memory_plan.plan(LLAMA, RUN._replace(lora=16))
+    full, lora = memory.plan(LLAMA, RUN), memory.plan(LLAMA, RUN._replace(lora=16))
     assert "weight gradient fp32" in full.fused.terms
     assert "weight gradient fp32" not in lora.fused.terms
     assert sum(lora.standing.values()) < sum(full.standing.values()) / 3
-    assert "2 matrix products" in memory_plan.strategy(lora)
+    assert "2 matrix products" in table.strategy(lora)
 
 
 def test_adapters_share_the_model_with_the_reference() -> None:
-    lora = memory_plan.plan(LLAMA, RUN._replace(lora=16))
-    assert lora.standing["weights of 1 model(s)"] == 2 * LLAMA.size
-    assert "weights of 2 model(s)" in memory_plan.plan(LLAMA, RUN).standing
-    assert "weights of 2 model(s)" in memory_plan.plan(LLAMA, RUN._replace(lora=16, models=2)).standing
+    lora = memory.plan(LLAMA, RUN._replace(lora=16))
+    assert lora.standing["weights"] == 2 * LLAMA.size
+    assert "reference" not in lora.standing
+    assert memory.plan(LLAMA, RUN).standing["reference"] == 2 * LLAMA.size
+    assert memory.plan(LLAMA, RUN._replace(lora=16, models=2)).standing["reference"] == 2 * LLAMA.size
 
 
 def test_fp32_weights_under_autocast_take_twenty_bytes_a_parameter() -> None:
     """``bf16=True`` of the trainer: weights, gradients and two moments of the policy, and the reference's weights."""
-    found = memory_plan.plan(LLAMA, RUN._replace(weights=torch.float32))
+    found = memory.plan(LLAMA, RUN._replace(weights=torch.float32))
     standing = {name: size for name, size in found.standing.items() if "activations" not in name}
-    of_weights = sum(size for name, size in standing.items() if name.startswith(("weights", "gradients", "optimiser")))
+    of_weights = sum(
+        size for name, size in standing.items() if name.startswith(("weights", "reference", "gradients", "optimiser"))
+    )
     assert of_weights == 20 * LLAMA.size
     assert found.fused.terms["weight cast"] == 2 * LLAMA.vocab * LLAMA.hidden
-    assert memory_plan.autocast_bytes(LLAMA, RUN._replace(weights=torch.float32, checkpointing=False)) < 2 * LLAMA.size
+    assert memory.autocast_bytes(LLAMA, RUN._replace(weights=torch.float32, checkpointing=False)) < 2 * LLAMA.size
     with pytest.raises(ValueError, match="weights"):
-        memory_plan.plan(LLAMA, RUN._replace(weights=torch.float16))
+        memory.plan(LLAMA, RUN._replace(weights=torch.float16))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -140,21 +144,22 @@ def test_what_a_step_holds_is_what_is_counted(stored: torch.dtype) -> None:
         return sum(t.nbytes for t in tensors)
 
     parameters = list(model.parameters())
-    counted = memory_plan.Model(8, 8, 1, 8, parameters=sum(p.numel() for p in parameters))
+    counted = shapes.Model(8, 8, 1, 8, parameters=sum(p.numel() for p in parameters))
     run = RUN._replace(dtype=torch.bfloat16, weights=stored, models=1)
-    standing = memory_plan.plan(counted, run).standing
-    assert standing["weights of 1 model(s)"] == size(parameters)
+    standing = memory.plan(counted, run).standing
+    assert standing["weights"] == size(parameters)
     assert standing["gradients"] == size(p.grad for p in parameters)
     moments = size(t for state in optimizer.state.values() for t in state.values() if t.dim())
     master = 0 if stored == torch.float32 else 4 * counted.size  # which torch's own AdamW goes without
     fp32_moments = moments if stored == torch.float32 else 2 * moments
-    assert standing["optimiser state (adamw)"] == fp32_moments + master
+    assert standing["optimiser state (adamw)"] == fp32_moments
+    assert standing.get("fp32 masters", 0) == master
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_heads_gradient_is_counted_once(dtype: torch.dtype) -> None:
     """It stands among the step's gradients; the loss adds an fp32 accumulator beside one of 16 bits alone."""
-    found = memory_plan.plan(LLAMA, RUN._replace(dtype=dtype))
+    found = memory.plan(LLAMA, RUN._replace(dtype=dtype))
     for loss in (found.fused, found.naive):
         assert "weight gradient" not in loss.terms
     assert ("weight gradient fp32" in found.fused.terms) == (dtype != torch.float32)
@@ -164,18 +169,18 @@ def test_the_heads_gradient_is_counted_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_largest_that_fits_fits_and_one_more_does_not(axis: str, fused: bool) -> None:
     run, budget = RUN._replace(lora=16), 48 * GIB
-    count = memory_plan.largest(LLAMA, run, budget, fused=fused, axis=axis)
+    count = search.largest(LLAMA, run, budget, fused=fused, axis=axis)
 
     def total(value: int) -> int:
         changes = {axis: value} if axis == "batch" else {"length": value, "response": math.ceil(value / 2)}
-        found = memory_plan.plan(LLAMA, run._replace(**changes))
+        found = memory.plan(LLAMA, run._replace(**changes))
         return found.total(found.fused if fused else found.naive)
 
     assert total(count) <= budget < total(count + 1)
 
 
 def test_nothing_fits_a_budget_below_the_weights() -> None:
-    assert memory_plan.largest(LLAMA, RUN, GIB, fused=True, axis="batch") == 0
+    assert search.largest(LLAMA, RUN, GIB, fused=True, axis="batch") == 0
 
 
 @pytest.mark.parametrize(
@@ -189,17 +194,17 @@ def test_nothing_fits_a_budget_below_the_weights() -> None:
 )
 def test_bad_runs_are_named(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        memory_plan.plan(LLAMA, RUN._replace(**changes))
+        memory.plan(LLAMA, RUN._replace(**changes))
 
 
 def test_time_follows_the_products() -> None:
-    head = memory_plan.problem(LLAMA, RUN)
-    assert memory_plan.loss_seconds(head, 1e14) == pytest.approx(3 * 2 * 8192 * 4096 * 128_256 / 1e14)
-    assert memory_plan.step_seconds(LLAMA, RUN, 1e14) > memory_plan.loss_seconds(head, 1e14)
+    head = memory.problem(LLAMA, RUN)
+    assert timing.loss_seconds(head, 1e14) == pytest.approx(3 * 2 * 8192 * 4096 * 128_256 / 1e14)
+    assert timing.step_seconds(LLAMA, RUN, 1e14) > timing.loss_seconds(head, 1e14)
 
 
 def test_a_gemm_rate_is_measured() -> None:
-    assert memory_plan.measured_gemm_rate(problem(n=64, h=32, v=128)) > 0
+    assert timing.measured_gemm_rate(problem(n=64, h=32, v=128)) > 0
 
 
 def test_klq_plan_predicts_from_a_config(tmp_path: Any) -> None:
@@ -243,12 +248,12 @@ def test_klq_plan_names_what_is_wrong(flags: list[str], words: str, monkeypatch:
 
 def test_the_rate_is_measured_on_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert memory_plan.device_for(None, measure=True) == CPU
-    assert memory_plan.device_for(None, measure=False) == GPU
+    assert timing.device_for(None, measure=True) == CPU
+    assert timing.device_for(None, measure=False) == GPU
 
 
 def test_report_is_plain_json() -> None:
-    content = json.loads(json.dumps(memory_plan.report(LLAMA, RUN, 640 * GIB, 4e14)))
+    content = json.loads(json.dumps(table.report(LLAMA, RUN, 640 * GIB, timing.Rates(flop=4e14))))
     assert content["largest"]["batch"]["fused"] >= content["largest"]["batch"]["naive"] > 0
     assert content["chunk_rows"] * content["chunks"] >= 8192
-    memory_plan.show(content)
+    table.show(content)

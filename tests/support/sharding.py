@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import patch
@@ -82,8 +83,9 @@ def targets(group: dist.ProcessGroup, cuts: list[int], case: Case, options: dict
     return tuple(targets_of(*columns, **{k: cut(v) for k, v in options.items()}, process_group=group))
 
 
-def counted(group: dist.ProcessGroup, case: Case, sizes: list[int], options: dict[str, Any]) -> dict[str, Any]:
-    """The collectives of a loss: (name, bytes that this rank gives or gets)."""
+@contextmanager
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """Inside, the library's collectives as they are called: (name, bytes that this rank gives or gets)."""
     calls: list[tuple[str, int]] = []
 
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -97,6 +99,12 @@ def counted(group: dist.ProcessGroup, case: Case, sizes: list[int], options: dic
         return patch.object(dist, name, call)
 
     with counting(gather), counting("all_reduce"):
+        yield calls
+
+
+def counted(group: dist.ProcessGroup, case: Case, sizes: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """The collectives of a loss."""
+    with collectives() as calls:
         outcome = loss(group, case, sizes, options)
     return {"calls": calls, "outcome": outcome}
 
