@@ -88,7 +88,7 @@ def test_a_split_head(ranks: Ranks, size: int, apart: bool) -> None:
     split = run.Run(4 // size if apart else 4, 8, 8, torch.float32, models=1, gpus=size)
     split = split._replace(shard="fsdp2", head="split") if apart else split._replace(tp=size)
     head = [move for move in planned.traffic(model, split) if "head" in move.name]
-    sequences = 8 * 4 * size + 4 * 4  # how many each rank has, in four integers, and the lengths of all
+    sequences = 8 * 7 * size + 4 * 4  # how many each rank has, in seven integers, and the lengths of all
     compared = 8 * 3 * size + (sequences if apart else 0)
     for calls in ranks.run(size, traffic.split_head, apart):
         moved: dict[str, int] = {}
