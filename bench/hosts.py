@@ -1,0 +1,206 @@
+"""A step of TRL's GRPOTrainer with and without ``patch_trl``: python -m bench.hosts [--write]
+
+The model is a Llama built from a config, with a vocabulary of 128,256; a step is whatever lies between two steps of the
+trainer: completions, rewards, loss, gradients, optimizer. It is timed in two ways. *Completions given*: they come from
+a ``rollout_func``, as from an inference engine that runs elsewhere, and are the same for all. *Completions generated*:
+``model.generate`` makes them in the step. The third contender is TRL as it is on a GPU, where it drops masked positions
+before the head; on a CPU it is half of what the drop-in does.
+
+Each run is a process of its own; runs take turns over several rounds. Before anything counts, losses and gradient norms
+are compared with TRL's. Peak memory is the growth of the resident set over what stood there before training.
+
+--write puts the table into docs/hosts.md; the figures lie in bench/results/hosts.json. It needs TRL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from klq_kernels.integrations.host import Patch
+from klq_kernels.integrations.trl import patch_trl
+from klq_kernels.lab.display import markdown_table
+
+from . import environment, report
+from .environment import ROOT
+from .memory import PROCESS, _settle, _status_bytes
+from .report import bytes_text
+
+OUTPUT = ROOT / "bench" / "results" / "hosts.json"
+PAGE = ROOT / "docs" / "hosts.md"
+CONTENDERS = ("TRL", "TRL, masked positions dropped", "TRL with patch_trl()")
+WAYS = ("given", "generated")
+ROUNDS = 3
+STEPS = 4  # of a run; the first is a warm-up
+VOCAB, PROMPT, COMPLETION, SEQUENCES = 128_256, 48, 48, 4
+MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768, "num_attention_heads": 4}
+TOLERANCE = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/hosts.md")
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "CONTENDER"), help="one run in this process, as JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(run(*arguments.one)))
+        return
+    runs = [
+        in_a_fresh_process(way, contender) for way in WAYS for _ in range(ROUNDS) for contender in CONTENDERS
+    ]  # fmt: skip
+    require_same_losses(runs)
+    described = environment.describe(torch.device("cpu"), "python -m bench.hosts")
+    described |= {name: environment.version_of(name) for name in ("trl", "transformers")}
+    shape = {"vocab": VOCAB, "prompt": PROMPT, "completion": COMPLETION, "sequences": SEQUENCES, **MODEL}
+    report.save_json(OUTPUT, {"environment": described, "shape": shape, "runs": runs})
+    if arguments.write:
+        PAGE.write_text(filled(PAGE.read_text()))
+    print(table())
+
+
+def in_a_fresh_process(way: str, contender: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.hosts", "--one", way, contender]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print({key: found[key] for key in ("way", "contender", "seconds", "peak_bytes")}, flush=True)
+    return found
+
+
+def run(way: str, contender: str) -> dict[str, Any]:
+    """Seconds of the counted steps, what the trainer logged, and the peak of the memory."""
+    with TemporaryDirectory() as folder, replaced(contender):
+        trainer = build_trainer(folder, way)
+        _settle()
+        (PROCESS / "clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _status_bytes("VmRSS")
+        trainer.train()
+        peak = _status_bytes("VmHWM") - before
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {
+        "way": way, "contender": contender, "seconds": trainer.clock.seconds[1:], "peak_bytes": peak,
+        "losses": [log["loss"] for log in logs], "grad_norms": [log["grad_norm"] for log in logs],
+    }  # fmt: skip
+
+
+def replaced(contender: str) -> AbstractContextManager[Any]:
+    if contender == "TRL":
+        return nullcontext()
+    if contender == "TRL with patch_trl()":
+        return patch_trl()
+    from trl.trainer import utils
+
+    return Patch([(utils, "_use_triton", lambda device: True)])
+
+
+def build_trainer(folder: str, way: str) -> Any:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        """Seconds of each step."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._since = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self._since)
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="x"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **MODEL)  # type: ignore[arg-type]
+    )
+    g = torch.Generator().manual_seed(1)
+
+    def given(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        completions = torch.randint(2, VOCAB, (len(prompts), COMPLETION), generator=g).tolist()
+        return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
+
+    config = GRPOConfig(
+        folder, per_device_train_batch_size=SEQUENCES, num_generations=SEQUENCES, max_steps=STEPS, logging_steps=1,
+        max_completion_length=COMPLETION, report_to=[], use_cpu=True, bf16=False, save_strategy="no", seed=0,
+        disable_tqdm=True, generation_kwargs={"min_new_tokens": COMPLETION},
+    )  # fmt: skip
+    clock = Clock()
+    trainer = GRPOTrainer(
+        model,
+        lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        config,
+        train_dataset=Dataset.from_dict({"prompt": ["x " * PROMPT] * SEQUENCES * STEPS}),
+        processing_class=tokenizer,
+        rollout_func=given if way == "given" else None,
+        callbacks=[clock],
+    )
+    trainer.clock = clock
+    return trainer
+
+
+def require_same_losses(runs: list[dict[str, Any]]) -> None:
+    """Losses and gradient norms on given completions are TRL's; generated ones may differ by a token."""
+    first = runs[0]
+    for other in runs:
+        if other["way"] != "given":
+            continue
+        for key, scale in (("losses", 1.0), ("grad_norms", max(first["grad_norms"]))):
+            worst = max(abs(a - b) for a, b in zip(first[key], other[key], strict=True)) / scale
+            if not worst <= TOLERANCE:
+                raise SystemExit(f"{other['contender']}: {key} differ from TRL's by {worst:.1e}")
+
+
+def summary(runs: list[dict[str, Any]], way: str, contender: str) -> dict[str, Any]:
+    """Median seconds and peak of a contender; the throughput beside TRL's of the same round, with its spread."""
+    mine = [r for r in runs if (r["way"], r["contender"]) == (way, contender)]
+    trl = [r for r in runs if (r["way"], r["contender"]) == (way, "TRL")]
+    ratios = [median(b["seconds"]) / median(a["seconds"]) for a, b in zip(mine, trl, strict=True)]
+    return {
+        "seconds": median(s for r in mine for s in r["seconds"]),
+        "ratio": median(ratios),
+        "spread": (min(ratios), max(ratios)),
+        "peak_bytes": median(r["peak_bytes"] for r in mine),
+    }
+
+
+def table() -> str:
+    """The committed figures, as docs/hosts.md shows them."""
+    runs = json.loads(OUTPUT.read_text())["runs"]
+    body = []
+    for way in WAYS:
+        for contender in CONTENDERS:
+            found = summary(runs, way, contender)
+            low, high = found["spread"]
+            body.append(
+                [
+                    way, contender, f"{found['seconds']:.2f}", f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                    bytes_text(found["peak_bytes"]),
+                ]
+            )  # fmt: skip
+    return markdown_table(("completions", "", "seconds a step", "steps a second, of TRL's", "peak memory"), body)
+
+
+def filled(page: str) -> str:
+    """The page with the table as it is now."""
+    begin, end = "<!-- begin table -->", "<!-- end table -->"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+
+
+if __name__ == "__main__":
+    main()
