@@ -6,9 +6,10 @@ a ``rollout_func``, as from an inference engine that runs elsewhere, and are the
 ``model.generate`` makes them in the step. The third contender is TRL as it is on a GPU, where it drops masked positions
 before the head; on a CPU it is half of what the drop-in does.
 
-Each run is a process of its own; runs take turns over several rounds. Before anything counts, losses, entropies and
-gradient norms are compared with TRL's (on given completions; in the first epoch GRPO's loss itself is about 0). Peak
-memory is the growth of the resident set over what stood there before training.
+Contenders take turns step by step in one process, so that what else the machine does falls on all of them; a ratio is
+that of two steps of one round. Before anything counts, each runs two steps in a process of its own: losses, entropies
+and gradient norms are compared with TRL's (on given completions; in the first epoch GRPO's loss itself is about 0), and
+peak memory is the growth of the resident set over what stood there before training.
 
 --write puts the table into docs/hosts.md; the figures lie in bench/results/hosts.json. It needs TRL.
 """
@@ -40,8 +41,8 @@ OUTPUT = ROOT / "bench" / "results" / "hosts.json"
 PAGE = ROOT / "docs" / "hosts.md"
 CONTENDERS = ("TRL", "TRL, masked positions dropped", "TRL with patch_trl()")
 WAYS = ("given", "generated")
-ROUNDS = 3
-STEPS = 4  # of a run; the first is a warm-up
+ROUNDS = 9  # after one to warm up
+STEPS = 2  # of a run alone
 VOCAB, PROMPT, COMPLETION, SEQUENCES = 128_256, 48, 48, 4
 MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768, "num_attention_heads": 4}
 LOGGED = {"losses": "loss", "entropies": "entropy", "grad_norms": "grad_norm"}
@@ -51,46 +52,74 @@ TOLERANCE = 1e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/hosts.md")
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "CONTENDER"), help="one run in this process, as JSON")
+    parser.add_argument("--alone", nargs=2, metavar=("WAY", "CONTENDER"), help="one run in this process, as JSON")
+    parser.add_argument("--turns", metavar="WAY", help="all contenders in turns in this process, as JSON")
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(run(*arguments.one)))
+    if arguments.alone:
+        print(json.dumps(alone(*arguments.alone)))
         return
-    runs = [
-        in_a_fresh_process(way, contender) for way in WAYS for _ in range(ROUNDS) for contender in CONTENDERS
-    ]  # fmt: skip
-    require_same_losses(runs)
+    if arguments.turns:
+        print(json.dumps(in_turns(arguments.turns)))
+        return
+    runs = [in_a_fresh_process("--alone", way, contender) for way in WAYS for contender in CONTENDERS]
+    require_same_logs(runs)
+    seconds = {way: in_a_fresh_process("--turns", way) for way in WAYS}
     described = environment.describe(torch.device("cpu"), "python -m bench.hosts")
     described |= {name: environment.version_of(name) for name in ("trl", "transformers")}
     shape = {"vocab": VOCAB, "prompt": PROMPT, "completion": COMPLETION, "sequences": SEQUENCES, **MODEL}
-    report.save_json(OUTPUT, {"environment": described, "shape": shape, "runs": runs})
+    report.save_json(OUTPUT, {"environment": described, "shape": shape, "alone": runs, "seconds": seconds})
     if arguments.write:
         PAGE.write_text(filled(PAGE.read_text()))
     print(table())
 
 
-def in_a_fresh_process(way: str, contender: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.hosts", "--one", way, contender]
+def in_a_fresh_process(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.hosts", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print({key: found[key] for key in ("way", "contender", "seconds", "peak_bytes")}, flush=True)
+    print(found, flush=True)
     return found
 
 
-def run(way: str, contender: str) -> dict[str, Any]:
-    """Seconds of the counted steps, what the trainer logged, and the peak of the memory."""
-    with TemporaryDirectory() as folder, replaced(contender):
-        trainer = build_trainer(folder, way)
+def alone(way: str, contender: str) -> dict[str, Any]:
+    """What the trainer logged in a few steps, and the peak of the memory."""
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(folder, way, STEPS)
         _settle()
         (PROCESS / "clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _status_bytes("VmRSS")
-        trainer.train()
+        with replaced(contender):
+            trainer.train()
         peak = _status_bytes("VmHWM") - before
     logs = [log for log in trainer.state.log_history if "loss" in log]
     logged = {name: [log[key] for log in logs] for name, key in LOGGED.items()}
-    return {"way": way, "contender": contender, "seconds": trainer.clock.seconds[1:], "peak_bytes": peak} | logged
+    return {"way": way, "contender": contender, "peak_bytes": peak} | logged
+
+
+def in_turns(way: str) -> dict[str, list[float]]:
+    """Seconds of each contender's steps, round by round; the head is looked up at each call, so patches may change."""
+    from transformers import TrainerCallback
+
+    found: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.contender = CONTENDERS[state.global_step % len(CONTENDERS)]
+            self.patch = replaced(self.contender)
+            self.patch.__enter__()
+            self.since = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            found[self.contender].append(time.perf_counter() - self.since)
+            self.patch.__exit__(None, None, None)
+
+    with TemporaryDirectory() as folder:
+        trainer = build_trainer(folder, way, len(CONTENDERS) * (1 + ROUNDS))
+        trainer.add_callback(Turns())
+        trainer.train()
+    return {contender: seconds[1:] for contender, seconds in found.items()}
 
 
 def replaced(contender: str) -> AbstractContextManager[Any]:
@@ -103,23 +132,11 @@ def replaced(contender: str) -> AbstractContextManager[Any]:
     return Patch([(utils, "_use_triton", lambda device: True)])
 
 
-def build_trainer(folder: str, way: str) -> Any:
+def build_trainer(folder: str, way: str, steps: int) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        """Seconds of each step."""
-
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._since = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self._since)
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "x": 2}, unk_token="x"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -135,25 +152,21 @@ def build_trainer(folder: str, way: str) -> Any:
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
 
     config = GRPOConfig(
-        folder, per_device_train_batch_size=SEQUENCES, num_generations=SEQUENCES, max_steps=STEPS, logging_steps=1,
+        folder, per_device_train_batch_size=SEQUENCES, num_generations=SEQUENCES, max_steps=steps, logging_steps=1,
         max_completion_length=COMPLETION, report_to=[], use_cpu=True, bf16=False, save_strategy="no", seed=0,
         disable_tqdm=True, generation_kwargs={"min_new_tokens": COMPLETION},
     )  # fmt: skip
-    clock = Clock()
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model,
         lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
         config,
-        train_dataset=Dataset.from_dict({"prompt": ["x " * PROMPT] * SEQUENCES * STEPS}),
+        train_dataset=Dataset.from_dict({"prompt": ["x " * PROMPT] * SEQUENCES * steps}),
         processing_class=tokenizer,
         rollout_func=given if way == "given" else None,
-        callbacks=[clock],
     )
-    trainer.clock = clock
-    return trainer
 
 
-def require_same_losses(runs: list[dict[str, Any]]) -> None:
+def require_same_logs(runs: list[dict[str, Any]]) -> None:
     """What the trainer logged on given completions is TRL's; generated ones may differ by a token."""
     first = runs[0]
     for other in runs:
@@ -165,34 +178,22 @@ def require_same_losses(runs: list[dict[str, Any]]) -> None:
                 raise SystemExit(f"{other['contender']}: {key} {other[key]} differ from TRL's {first[key]}")
 
 
-def summary(runs: list[dict[str, Any]], way: str, contender: str) -> dict[str, Any]:
-    """Median seconds and peak of a contender; the throughput beside TRL's of the same round, with its spread."""
-    mine = [r for r in runs if (r["way"], r["contender"]) == (way, contender)]
-    trl = [r for r in runs if (r["way"], r["contender"]) == (way, "TRL")]
-    ratios = [median(b["seconds"]) / median(a["seconds"]) for a, b in zip(mine, trl, strict=True)]
-    return {
-        "seconds": median(s for r in mine for s in r["seconds"]),
-        "ratio": median(ratios),
-        "spread": (min(ratios), max(ratios)),
-        "peak_bytes": median(r["peak_bytes"] for r in mine),
-    }
-
-
 def table() -> str:
     """The committed figures, as docs/hosts.md shows them."""
-    runs = json.loads(OUTPUT.read_text())["runs"]
+    content = json.loads(OUTPUT.read_text())
+    peaks = {(run["way"], run["contender"]): run["peak_bytes"] for run in content["alone"]}
     body = []
     for way in WAYS:
-        for contender in CONTENDERS:
-            found = summary(runs, way, contender)
-            low, high = found["spread"]
-            body.append(
-                [
-                    way, contender, f"{found['seconds']:.2f}", f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})",
-                    bytes_text(found["peak_bytes"]),
-                ]
-            )  # fmt: skip
+        for contender, seconds in content["seconds"][way].items():
+            faster = ratios(content["seconds"][way]["TRL"], seconds)
+            spread = f"{median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})"
+            body.append([way, contender, f"{median(seconds):.2f}", spread, bytes_text(peaks[way, contender])])
     return markdown_table(("completions", "", "seconds a step", "steps a second, of TRL's", "peak memory"), body)
+
+
+def ratios(base: list[float], seconds: list[float]) -> list[float]:
+    """Throughput beside the base's, round by round."""
+    return [a / b for a, b in zip(base, seconds, strict=True)]
 
 
 def filled(page: str) -> str:

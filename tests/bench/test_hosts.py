@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from statistics import median
 
 import pytest
 
@@ -15,18 +15,19 @@ from bench import hosts
 def test_a_tiny_run_of_each_contender_learns_the_same(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="TRL is not installed (make test-hosts runs this with it)")
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
-    for name, value in {"VOCAB": 300, "PROMPT": 5, "COMPLETION": 4, "MODEL": small, "STEPS": 2}.items():
+    for name, value in {"VOCAB": 300, "PROMPT": 5, "COMPLETION": 4, "MODEL": small, "ROUNDS": 2}.items():
         monkeypatch.setattr(hosts, name, value)
-    runs = [hosts.run(way, contender) for contender in hosts.CONTENDERS]
-    assert all(len(run["seconds"]) == 1 for run in runs)
+    runs = [hosts.alone(way, contender) for contender in hosts.CONTENDERS]
     assert all(norm > 0 for run in runs for norm in run["grad_norms"])
-    hosts.require_same_losses(runs)
-    json.dumps(runs)
+    hosts.require_same_logs(runs)
+    seconds = hosts.in_turns(way)
+    assert {name: len(taken) for name, taken in seconds.items()} == dict.fromkeys(hosts.CONTENDERS, 2)
+    json.dumps([runs, seconds])
 
 
 def test_other_losses_are_refused() -> None:
     run = {"way": "given", "contender": "TRL", "losses": [0.5], "entropies": [3.0], "grad_norms": [2.0]}
-    hosts.require_same_losses([run, run | {"grad_norms": [2.0 + 1e-6]}])
+    hosts.require_same_logs([run, run | {"grad_norms": [2.0 + 1e-6]}])
     for change in (
         {"losses": [0.5001]},
         {"entropies": [3.001]},
@@ -34,21 +35,16 @@ def test_other_losses_are_refused() -> None:
         {"grad_norms": [float("nan")]},
     ):
         with pytest.raises(SystemExit, match="differ from TRL's"):
-            hosts.require_same_losses([run, run | change])
+            hosts.require_same_logs([run, run | change])
 
 
 def test_ratios_are_those_of_a_round() -> None:
-    def run(contender: str, seconds: float) -> dict[str, Any]:
-        return {"way": "given", "contender": contender, "seconds": [seconds] * 3, "peak_bytes": 5}
-
-    ours = hosts.CONTENDERS[2]
-    runs = [run("TRL", 4.0), run(ours, 2.0), run("TRL", 6.0), run(ours, 2.0), run("TRL", 3.0), run(ours, 3.0)]
-    found = hosts.summary(runs, "given", ours)
-    assert (found["ratio"], found["spread"]) == (2.0, (1.0, 3.0))
+    assert hosts.ratios([4.0, 6.0, 3.0], [2.0, 2.0, 3.0]) == [2.0, 3.0, 1.0]
 
 
 def test_the_page_is_made_of_the_committed_result() -> None:
     assert hosts.filled(hosts.PAGE.read_text()) == hosts.PAGE.read_text()
-    runs = json.loads(hosts.OUTPUT.read_text())["runs"]
-    hosts.require_same_losses(runs)
-    assert hosts.summary(runs, "given", hosts.CONTENDERS[2])["ratio"] >= 1.3
+    content = json.loads(hosts.OUTPUT.read_text())
+    hosts.require_same_logs(content["alone"])
+    trl, *_, ours = content["seconds"]["given"].values()
+    assert median(hosts.ratios(trl, ours)) >= 1.3

@@ -14,7 +14,9 @@ pytest.importorskip("verl", reason="verl is not installed (make test-hosts runs 
 import verl.trainer.ppo.core_algos as core
 from omegaconf import OmegaConf
 from verl.protocol import DataProto
+from verl.trainer.config import AlgoConfig, KLControlConfig
 from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
+from verl.workers.config import ActorConfig
 
 from klq_kernels import klq_targets
 from klq_kernels.integrations.host import HostMismatch
@@ -60,14 +62,18 @@ def advantages(config: Any, name: str = "gdpo", **changes: Tensor) -> DataProto:
     return compute_advantage(data, name, gamma=config.gamma, lam=config.lam, config=config)
 
 
-def test_the_estimator_gives_klqs_targets() -> None:
+@pytest.mark.parametrize("dataclass", [False, True])
+def test_the_estimator_gives_klqs_targets(dataclass: bool) -> None:
     """verl takes tau times the log-ratio off the rewards; the whole is what klq_targets does."""
+    config = algorithm()
+    if dataclass:
+        config = AlgoConfig(**{**config, "kl_ctrl": KLControlConfig(**config.kl_ctrl)})
     b = batch()
     want = klq_targets(
         b["old_log_probs"], b["ref_log_prob"], b["values"], b["token_level_scores"],
         tau=TAU, gamma=0.99, lam=0.9, mask=b["response_mask"].bool(),
     )  # fmt: skip
-    found = advantages(algorithm()).batch
+    found = advantages(config).batch
     torch.testing.assert_close(found["advantages"], want.advantages, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["returns"], want.advantages + want.old_values, rtol=1e-5, atol=1e-5)
 
@@ -102,7 +108,7 @@ def test_the_loss_is_verls_aggregate_of_klqs_residual(
     ours, theirs = ((b["old_log_probs"] + 3.0).clone().requires_grad_() for _ in range(2))
     advantage = torch.randn(B, T, generator=g)
     weights = torch.rand(B, T, generator=g) if rollout_weights else None
-    config = OmegaConf.create({"global_batch_info": batch_info})
+    config = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, global_batch_info=batch_info)
     mask = b["response_mask"].bool()
     loss, metrics = core.get_policy_loss_fn("klq")(
         old_log_prob=b["old_log_probs"], log_prob=ours, advantages=advantage.masked_fill(~mask, float("nan")),
