@@ -34,6 +34,7 @@ from klq_kernels.lab.display import markdown_table
 
 from . import environment, report
 from .environment import ROOT
+from .harness import quartiles
 from .memory import PROCESS, _settle, _status_bytes
 from .report import bytes_text
 
@@ -185,8 +186,8 @@ def table() -> str:
     body = []
     for way in WAYS:
         for contender, seconds in content["seconds"][way].items():
-            faster = ratios(content["seconds"][way]["TRL"], seconds)
-            spread = f"{median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})"
+            middle, (low, high) = quartiles(ratios(content["seconds"][way]["TRL"], seconds))
+            spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
             body.append([way, contender, f"{median(seconds):.2f}", spread, bytes_text(peaks[way, contender])])
     return markdown_table(("completions", "", "seconds a step", "steps a second, of TRL's", "peak memory"), body)
 
