@@ -291,3 +291,26 @@ def test_the_recorded_parameters_are_trls() -> None:
     import inspect
 
     assert tuple(inspect.signature(ORIGINAL.forward).parameters) == dropin.PARAMETERS
+
+
+def test_sft_keeps_trls_function_and_scores_completions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+    from datasets import Dataset
+
+    def run(name: str) -> Recorded:
+        config = trl.SFTConfig(
+            str(tmp_path / name), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, logging_steps=1,
+            report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"prompt": ["hello there ", "one and one is "] * 4, "completion": ["you", "two"] * 4})
+        return Recorded(trl.SFTTrainer(tiny_model("qwen3"), config, train_dataset=rows, processing_class=tokenizer()))
+
+    rows = counted(monkeypatch)
+    theirs = run("theirs")
+    all_positions = sum(rows)
+    rows.clear()
+    with patch_trl():
+        ours = run("ours")
+    assert 0 < sum(rows) < all_positions / 2
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.norms == pytest.approx(theirs.norms, rel=1e-4)
