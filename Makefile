@@ -12,17 +12,24 @@ VENV := .venv
 OLDEST_TRITON := triton==3.6.0
 # in a folder of its own too: where accelerate finds DeepSpeed, every process imports it, which takes seconds
 DEEPSPEED := deepspeed==0.19.0 hjson ninja py-cpuinfo einops msgpack pydantic pydantic-core annotated-types typing-inspection
+# hosts of klq_kernels.integrations, without the engines they declare, and the rest that their registries import
+HOSTS_VENV := .venv-hosts
+HOSTS := trl==1.16.0 verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
+HOSTS_NEED := "transformers>=5.6.1,<=5.8" "tensordict>=0.8,!=0.9.0,<=0.10.0" "ray[default]" accelerate datasets peft \
+	omegaconf hydra-core codetiming dill torchdata loguru jaxtyping func_timeout tensorboard cachetools fastapi uvicorn \
+	aiohttp prometheus_client wandb pylatexenc pyzmq
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Twice quiet: no progress and no warnings about the machine's package indexes; errors are printed in full.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+HOSTS_PIP := $(HOSTS_VENV)/bin/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ptx lint bench gpu wheel sanitize clean
+.PHONY: help demo test test-ptx test-hosts lint bench gpu wheel sanitize clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
 	@$(BIN)/klq demo $(ARGS)
@@ -32,6 +39,9 @@ test: $(READY)  ## run the tests (ARGS="-k scan" picks some)
 
 test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine (minutes)
 	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
+
+test-hosts: $(HOSTS_VENV)/.ready  ## test the drop-ins against TRL, verl and SkyRL, in a venv of their own (gigabytes, the first time)
+	@$(HOSTS_VENV)/bin/python -m pytest tests/integrations tests/bench/test_hosts.py $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and the layers of imports
 	@$(BIN)/ruff check
@@ -79,4 +89,13 @@ $(READY): pyproject.toml $(wildcard setup.py csrc/*) | $(BIN)/python
 	@$(PIP) --no-deps --upgrade --target $(VENV)/oldest-triton "$(OLDEST_TRITON)" || \
 		echo "without $(OLDEST_TRITON): its tests are left out"
 	@$(PIP) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED) || echo "without DeepSpeed: its tests are left out"
+	@touch $@
+
+$(HOSTS_VENV)/.ready: pyproject.toml $(wildcard setup.py csrc/*)
+	@test -x $(HOSTS_VENV)/bin/python || $(PYTHON) -m venv $(HOSTS_VENV)
+	@echo "installing $(TORCH), $(HOSTS) and what they need (minutes, the first time)"
+	@$(HOSTS_PIP) "setuptools>=77" wheel "$(TORCH)"
+	@$(HOSTS_PIP) $(HOSTS_NEED)
+	@$(HOSTS_PIP) --no-deps $(HOSTS)
+	@$(HOSTS_PIP) --no-build-isolation -e ".[test]"
 	@touch $@
