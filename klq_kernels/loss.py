@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
-from .call.group import share_head, split_head
+from .call.group import group_of, share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
-from .call.tokens import AllTokens
+from .call.tokens import AllTokens, counts_of, mean_count
 from .call.transforms import needs_gradient, refuse_tangents
+from .logprobs import linear_logprobs
 from .ops import fused_loss
 from .ops import klq_loss as unfused_loss
+from .returns import klq_targets
 from .types import KLQLoss, KLQTargets
 from .vocabulary.metrics import metric_names
 
@@ -60,6 +62,7 @@ def fused_klq_loss(
     workspace_bytes: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
     sharding: str | None = None,
+    time_group: ProcessGroup | DeviceMesh | None = None,
 ) -> KLQLoss:
     """The KLQ loss and all its gradients in one pass over the vocabulary (arXiv 2508.17000; the math: ``reference``).
 
@@ -104,6 +107,11 @@ def fused_klq_loss(
             and targets, and get the same loss and metrics.
         sharding: what moves where each rank has tokens of its own, as in ``linear_logprobs``; loss and metrics are
             those of all ranks' tokens either way.
+        time_group: on-policy, the ranks that share the time of every sequence (context parallelism), as in
+            ``klq_targets``: each passes its span. A token's error depends on those of later ranks, so the
+            log-probabilities are computed once more, for the targets. Loss and metrics are those of all spans;
+            ``denom`` is the global count over the number of ranks (by default that of valid tokens), and gradients are
+            averaged over ranks.
 
     Returns:
         ``KLQLoss(loss, metrics)``: the scalar loss, fp32, and a dict of detached 0-d tensors (``vocabulary.metrics``).
@@ -114,6 +122,23 @@ def fused_klq_loss(
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
+    spans = group_of(time_group)
+    require(time_group is None or targets is None, "time_group", "is for on-policy calls; klq_targets takes the spans'")
+    if spans is not None:
+        require(ref_logprobs is not None and rewards is not None, "time_group", "needs ref_logprobs and rewards")
+        own_layout: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "packing": packing}
+        with torch.no_grad():
+            logp = linear_logprobs(
+                hidden, weight, actions, bias=bias, temperature=temperature, softcap=softcap,
+                logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
+                sharding=sharding, **own_layout,
+            ).logprobs  # fmt: skip
+        targets = klq_targets(
+            logp, ref_logprobs, values.detach(), rewards,  # type: ignore[arg-type]
+            tau=tau, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values, trace=trace, process_group=spans,
+            **own_layout,
+        )  # fmt: skip
+        rewards = bootstrap_values = trace = None
     head = split_head(hidden, weight, bias, process_group, sharding)
     hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
@@ -159,6 +184,10 @@ def fused_klq_loss(
         "denom": _denominator(denom, hidden.device),
     }
     group, peers, counts = head.group, "", []
+    if spans is not None and head.apart is None:
+        peers, counts = spans.group_name, counts_of(spans, layout, arguments["denom"])
+        if denom is None:
+            arguments["denom"] = mean_count(counts, hidden.device)
     if head.apart is not None:
         tokens = AllTokens(head.apart, layout, arguments, settings)
         if tokens.move_head(sharding, split_again=group is not None):

@@ -81,8 +81,7 @@ class AllTokens:
             for name in ("weight", "bias") if own[name] is not None
         }  # fmt: skip
         if own.get("denom", 0) is None:
-            mean = max(sum(self._counts), 1) / self._group.size()
-            found["denom"] = torch.full((), mean, dtype=torch.float32, device=self._cu_seqlens.device)
+            found["denom"] = mean_count(self._counts, self._cu_seqlens.device)
         return {**own, **found}
 
     @property
@@ -123,6 +122,18 @@ class AllTokens:
 
     def _sequences(self, tensor: Tensor) -> Tensor:
         return gather_rows(tensor.contiguous(), self._batches, self._group)
+
+
+def counts_of(group: dist.ProcessGroup, layout: Layout, denom: Tensor | None) -> list[int]:
+    """How many valid tokens each rank of a group has; a ValueError where they divide by other numbers."""
+    index, cu_seqlens = valid_rows(**layout.row_args(), positions=math.prod(layout.shape))
+    n = math.prod(layout.shape) if index is None else index.numel()
+    return [row[0] for row in agree(group, cu_seqlens.device, {"denom": denom is not None}, (n,), (bits_of(denom),))]
+
+
+def mean_count(counts: list[int], device: torch.device) -> Tensor:
+    """fp32, 0-d: the divisor with which the mean over ranks of their losses is the loss of all their tokens."""
+    return torch.full((), max(sum(counts), 1) / len(counts), dtype=torch.float32, device=device)
 
 
 class _Rows(torch.autograd.Function):

@@ -498,7 +498,29 @@ def test_targets_over_spans_of_time(
         assert_close_to_scale(torch.cat(ours, 1), value, "targets")
 
 
+@settings(max_examples=12)
+@given(cut_time(), seeds, st.booleans(), st.sampled_from([None, 7.0]))
 @pytest.mark.runs("context parallel", "loss")
+def test_the_on_policy_loss_over_spans_of_time(
+    ranks: Ranks, cut: tuple[Tensor, list[int]], seed: int, extras: bool, denom: float | None
+) -> None:
+    """Loss and metrics of all spans on every rank; gradients are averaged over ranks."""
+    mask, cuts = cut
+    case, size = make_case(mask, seed=seed), len(cuts)
+    flags = dict.fromkeys(("scores", "bootstrap", "trace"), True) if extras else {}
+    options = case.loss_arguments(on_policy=True, **flags)
+    found = ranks.run(size, sharding.loss_of_spans, cuts, case, {**options, "denom": denom})
+    whole = differentiate(fused_klq_loss, case, **options, denom=None if denom is None else denom * size)
+    for name in ("hidden", "values"):
+        assert_close_to_scale(torch.cat([f.gradients[name] for f in found], 1), size * whole.gradients[name], name)
+    for name in ("weight", "bias"):
+        assert_close_to_scale(sum(f.gradients[name] for f in found) / size, whole.gradients[name], name)
+    for f in found:
+        assert_close_to_scale(f.loss, whole.loss, "loss")
+        for name in f.metrics.keys() & whole.metrics.keys():
+            assert_close_to_scale(f.metrics[name], whole.metrics[name], name)
+
+
 def test_on_policy_over_spans_of_time_is_targets_of_the_same_policy() -> None:
     """The recipe of the docs: scored without gradient, then ``klq_targets`` over the spans, then the loss on them."""
     case: Case = make_case(ragged_mask(4, 8))

@@ -102,6 +102,25 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
         yield calls
 
 
+def loss_of_spans(group: dist.ProcessGroup, cuts: list[int], case: Case, options: dict[str, Any]) -> Outcome:
+    """The on-policy loss of this rank's span of time."""
+    span = span_of(group, cuts)
+
+    def cut(value: Any) -> Any:
+        return value[:, span].contiguous() if isinstance(value, Tensor) and value.dim() == 2 else value
+
+    hidden = case.hidden[:, span].detach().clone().requires_grad_()
+    values = case.values[:, span].detach().clone().requires_grad_()
+    weight, bias = (t.detach().clone().requires_grad_() for t in (case.weight, case.bias))
+    told = {name: cut(value) for name, value in options.items()}
+    found = fused_klq_loss(
+        hidden, weight, case.actions[:, span].contiguous(), values, bias=bias, time_group=group, **told
+    )
+    found.loss.backward()
+    gradients = {"hidden": hidden.grad, "values": values.grad, "weight": weight.grad, "bias": bias.grad}
+    return Outcome(found.loss.detach(), found.metrics, gradients)
+
+
 def counted(group: dist.ProcessGroup, case: Case, sizes: list[int], options: dict[str, Any]) -> dict[str, Any]:
     """The collectives of a loss."""
     with collectives() as calls:
