@@ -186,8 +186,9 @@ def table() -> str:
     body = []
     for way in WAYS:
         for contender, seconds in content["seconds"][way].items():
-            middle, (low, high) = quartiles(ratios(content["seconds"][way]["TRL"], seconds))
-            spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            rounds = ratios(content["seconds"][way]["TRL"], seconds)
+            middle, (low, high) = quartiles(rounds)
+            spread = f"{middle:.2f} ({low:.2f} to {high:.2f}; {min(rounds):.2f} to {max(rounds):.2f})"
             body.append([way, contender, f"{median(seconds):.2f}", spread, bytes_text(peaks[way, contender])])
     return markdown_table(("completions", "", "seconds a step", "steps a second, of TRL's", "peak memory"), body)
 

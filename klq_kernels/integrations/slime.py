@@ -8,8 +8,8 @@
     advantages, loss = klq_functions(tau=0.05)
 
 slime gives both functions lists with one tensor [R] a sample, R tokens of response. The advantage function has the
-critic's values and the reference's log-probabilities, so it is ``klq_targets`` as it stands; slime's own KL coefficient
-(``--kl-coef``) plays no part in it. ``objective`` says what the loss is.
+critic's values and the reference's log-probabilities, so it is ``klq_targets`` as it stands. slime's own KL coefficient
+(``--kl-coef``) has to be above 0 for those to be computed, and plays no other part. ``objective`` says what the loss is.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ def klq_functions(
     def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         """Sets rollout_data["advantages"] and ["returns"], lists of [R]."""
         _require_whole(args, "context_parallel_size")
+        _require_off(args, "normalize_advantages", "slime whitens after this function, and KLQ's A has rewards' unit")
+        _require_off(args, "use_opd", "slime takes another penalty off the advantages after this function")
         name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
         for needed in (name, "ref_log_probs", "values", "rewards", "loss_masks"):
             require(
                 rollout_data.get(needed) is not None,
                 needed,
-                "KLQ needs it in slime's rollout data; run with a critic and a reference model",
+                "KLQ needs it in slime's rollout data; run with a critic, and with --kl-coef above 0, without which "
+                "slime computes no reference log-probabilities",
             )
         columns = [rollout_data[key] for key in (name, "ref_log_probs", "values", "loss_masks")]
         logprobs, ref_logprobs, values, mask = (torch.cat(list(column)) for column in columns)
@@ -71,6 +74,12 @@ def klq_functions(
         batch, logits, reduce = rest[-3:]
         for name in ("tensor_model_parallel_size", "context_parallel_size"):
             _require_whole(args, name)
+        layout = getattr(args, "qkv_format", "thd")
+        require(layout == "thd", "qkv_format", f"must be thd: other layouts pad between samples; got {layout!r}")
+        for name in ("use_tis", "use_opsm", "entropy_coef"):
+            _require_off(args, name, "a custom loss takes its place in slime, and KLQ's has no such part")
+        if getattr(args, "use_kl_loss", False):
+            _require_off(args, "kl_loss_coef", "KLQ's penalty is in the advantages")
         logprobs = _logprobs(logits, batch, args.rollout_temperature)
         name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
         old, advantage, mask = (torch.cat(list(batch[key])) for key in (name, "advantages", "loss_masks"))
@@ -102,3 +111,8 @@ def _ends(lengths: list[int], device: torch.device) -> Tensor:
 def _require_whole(args: Any, name: str) -> None:
     size = getattr(args, name, 1)
     require(size == 1, name, f"must be 1 for KLQ, whose functions see one process's part alone; got {size}")
+
+
+def _require_off(args: Any, name: str, reason: str) -> None:
+    value = getattr(args, name, False)
+    require(not value, name, f"must be off for KLQ ({reason}); got {value!r}")

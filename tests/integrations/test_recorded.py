@@ -102,6 +102,29 @@ def test_slime_with_split_sequences_or_without_a_critic_is_refused() -> None:
         loss(arguments(), {})
 
 
+@pytest.mark.parametrize("name", ["normalize_advantages", "use_opd"])
+def test_slimes_settings_that_change_advantages_afterwards_are_refused(name: str) -> None:
+    advantages, _ = slime.klq_functions()
+    with pytest.raises(ValueError, match=f"{name}: must be off"):
+        advantages(arguments(**{name: True}), rollout())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv_format": "bshd"}, "qkv_format: must be thd"),
+        ({"use_tis": True}, "use_tis: must be off"),
+        ({"use_opsm": True}, "use_opsm: must be off"),
+        ({"entropy_coef": 0.01}, "entropy_coef: must be off"),
+        ({"use_kl_loss": True, "kl_loss_coef": 0.1}, "kl_loss_coef: must be off"),
+    ],
+)
+def test_slimes_settings_that_the_loss_has_no_part_for_are_refused(changes: dict[str, Any], message: str) -> None:
+    _, loss = slime.klq_functions()
+    with pytest.raises(ValueError, match=message):
+        loss(arguments(**changes), {}, torch.zeros(1), sum)
+
+
 @dataclass
 class LossInputs:
     trainer_logprobs: Tensor
