@@ -9,7 +9,8 @@
 
 slime gives both functions lists with one tensor [R] a sample, R tokens of response. The advantage function has the
 critic's values and the reference's log-probabilities, so it is ``klq_targets`` as it stands. slime's own KL coefficient
-(``--kl-coef``) has to be above 0 for those to be computed, and plays no other part. ``objective`` says what the loss is.
+(``--kl-coef``) has to be above 0 for those to be computed, and plays no other part. ``objective`` says what the loss
+is.
 """
 
 from __future__ import annotations
