@@ -30,7 +30,8 @@ ZERO = {
 }  # fmt: skip
 SETTINGS = {  # a few at once
     "plain": {"gradient_checkpointing": True, "value_warmup_steps": 1},
-    "tied": {"head_gradient": "sampled", "head_samples": 4},
+    # one step: after it weights differ in their last bits, and then an entry more may be kept, or one less
+    "tied": {"head_gradient": "sampled", "head_samples": 4, "max_steps": 1, "num_update_epochs": 1},
     "lora": {
         "gradient_accumulation_steps": 2,
         "num_generations": 2,
