@@ -41,6 +41,8 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     whole: tuple[str, list[int]] = ("", [])  # no processes share it
     head = (c.hidden, c.weight, c.bias, *whole, c.actions)
     bare_head = (c.hidden, c.weight, None, *whole, c.actions)
+    loss_head = (*head[:-1], *whole, c.actions)  # nor the results
+    bare_loss_head = (*bare_head[:-1], *whole, c.actions)
     detached = (c.hidden.detach(), c.weight.detach(), c.bias.detach(), *whole, c.actions)
     shape = (0.1, 0.9, "double_clipped", 1.0, 0.2, 0.2)
     d = {n: getattr(c, n).detach() for n in ("old_logprobs", "old_values", "advantages", "ref_logprobs", "rewards")}
@@ -84,21 +86,21 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fused_klq_loss on-policy": (
             fused_loss.fused_klq_loss,
             (
-                *head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
+                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
                 0.7, 9.0, False, True, None, *dense, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss sampled": (
             fused_loss.fused_klq_loss,
             (
-                *head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
+                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
                 0.7, 9.0, False, True, None, *sampled, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss targets": (
             fused_loss.fused_klq_loss,
             (
-                *bare_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0, 1.0,
+                *bare_loss_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0, 1.0,
                 *shape, 1.0, None, True, False, None, *dense, False, True, False, False, True,
             ),
         ),
