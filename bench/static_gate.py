@@ -108,6 +108,28 @@ def variants() -> Iterator[Variant]:
                         dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])) | {"NARROW": True},
                         launch.ROW_GRAD,
                     )  # fmt: skip
+    ref = {"ref_logits": "*fp32", "ref_top": "*fp32", "ref_log_total": "*fp32", "kl": "*fp32", "d_kl": "*fp32"}
+    ref |= {"ref_stride": "i32", "out_stride": "i32", "vocab": "i32", "ref_scale": "fp32", "ref_softcap": "fp32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for softcap in (False, True):
+            absent = dict.fromkeys([] if softcap else ["softcap", "ref_softcap"])
+            for reverse in (False, True):
+                marks = dtype + ("+softcap" if softcap else "") + ("+reverse" if reverse else "")
+                kinds = row | ref | {"logits": f"*{dtype}", "ref_logits": f"*{dtype}"}
+                yield Variant(
+                    f"row_kl[{marks}]", "row_kl", "row_kl_kernel", kinds, absent | {"REVERSE": reverse},
+                    launch.ROW_KL[4 if dtype == "fp32" else 2],
+                )  # fmt: skip
+                yield Variant(
+                    f"row_kl_grad[{marks}]", "row_kl", "row_kl_grad_kernel", kinds | {"out": f"*{dtype}"},
+                    absent | {"REVERSE": reverse, "NARROW": False}, launch.ROW_GRAD,
+                )  # fmt: skip
+                if dtype != "fp32":
+                    yield Variant(
+                        f"row_kl_grad[fp32 to {marks}]", "row_kl", "row_kl_grad_kernel",
+                        row | ref | {"logits": "*fp32", "out": f"*{dtype}"},
+                        absent | {"REVERSE": reverse, "NARROW": True}, launch.ROW_GRAD,
+                    )  # fmt: skip
     select = row | dict.fromkeys(("d_action", "d_softmax", "threshold", "values"), "*fp32") | {"vocab": "i32"}
     select |= {
         "sums": "*i64",
@@ -206,7 +228,7 @@ def variants() -> Iterator[Variant]:
 
 # Bytes of stack that another version of Triton than the recorded one may need: a pair of registers.
 SPILL_OF_OTHERS = 8
-MULTIPLES = ("stride", "out_stride", "elements", "width")
+MULTIPLES = ("stride", "ref_stride", "out_stride", "elements", "width")
 
 
 def compile_for(variant: Variant, target: GPUTarget) -> Any:
