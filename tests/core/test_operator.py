@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs
+from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs
 from klq_kernels.ops.operator import Operator, Parts
 
 N, H, V = 6, 4, 11
@@ -20,6 +20,8 @@ NUMBERS = {
 OPERATORS = {
     "fused_klq_loss": (fused_loss.fused_klq_loss, fused_loss.PARTS),
     "klq_loss": (klq_loss.klq_loss, klq_loss.PARTS),
+    "linear_kl": (linear_kl.linear_kl, linear_kl.PARTS),
+    "linear_kl_backward": (linear_kl.linear_kl_backward, linear_kl.BACKWARD_PARTS),
     "linear_logprobs": (linear_logprobs.linear_logprobs, linear_logprobs.PARTS),
     "linear_logprobs_backward": (linear_logprobs.linear_logprobs_backward, linear_logprobs.BACKWARD_PARTS),
 }

@@ -72,9 +72,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         size: config._replace(sizes={"GROUPS": 4, "LANES": 16, "BLOCK": 32}) for size, config in row_stats.items()
     }
     monkeypatch.setattr(kernel_module("row_kl"), "ROW_KL", row_kl)
-    monkeypatch.setattr(kernel_module("row_kl"), "ROW_GRAD", launch.ROW_GRAD._replace(sizes={"BLOCK": 64}))
     sizes = {
         "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
+        "row_kl": ("ROW_KL_GRAD", {"BLOCK": 64}),
         "row_select": ("ROW_SELECT", {"GROUPS": 2, "SEGMENT": 16, "BLOCK": 4, "HITS": 2}),
         "weighted_sums": ("WEIGHTED_SUMS", {"ENTRIES": 2, "BLOCK": 32}),
         "klq_residual": ("KLQ_RESIDUAL", {"BLOCK": 16}),

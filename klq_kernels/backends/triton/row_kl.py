@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Divergence, Pair
-from .launch import ROW_GRAD, ROW_KL, on_device
+from .launch import ROW_KL, ROW_KL_GRAD, on_device
 from .math import LN2, LOG2E, soft_cap
 from .row_stats import statistics
 
@@ -133,7 +133,7 @@ def row_kl_grad(
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype
     with on_device(logits):
-        row_kl_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
+        row_kl_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_KL_GRAD.sizes["BLOCK"]))](
             logits, ref_logits, *found, d_kl, out, logits.stride(0), ref_logits.stride(0), out.stride(0), *pair[:4],
-            REVERSE=pair.reverse, NARROW=narrow, **ROW_GRAD.sizes, **ROW_GRAD.options,
+            REVERSE=pair.reverse, NARROW=narrow, **ROW_KL_GRAD.sizes, **ROW_KL_GRAD.options,
         )  # fmt: skip
