@@ -73,29 +73,27 @@ def linear_kl(
             requires a gradient. A head that is a DTensor is refused: every process takes a whole one.
         RuntimeError: for a second derivative, and in forward mode.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _check_whole(name, tensor)
+    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        _check_whole(name, tensor)
+        constant = tensor is None or not needs_gradient(tensor)
+        require(constant, name, f"is a constant, and no gradient by it is computed; pass {name}.detach()")
     layout = _layout(hidden, mask, cu_seqlens, packing)
-    ref_temperature = temperature if ref_temperature is None else ref_temperature
-    ref_softcap = softcap if ref_softcap is None else None if ref_softcap == math.inf else ref_softcap
-    for name, tensor in (
-        ("hidden", hidden), ("weight", weight), ("bias", bias),
-        ("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias),
-    ):  # fmt: skip
-        whole = "is a DTensor, and linear_kl takes a head that is whole on each process; pass its full_tensor()"
-        require(not hasattr(tensor, "placements"), name, whole)
-        constant = tensor is not None and name.startswith("ref_") and needs_gradient(tensor)
-        require(not constant, name, f"is a constant, and no gradient by it is computed; pass {name}.detach()")
     hidden = check_linear(
         layout, hidden, weight, bias, temperature=temperature, softcap=softcap, logits_dtype=logits_dtype
     )
+    require(ref_hidden.device == hidden.device, "ref_hidden", f"must be on {hidden.device}, where hidden is")
+    require_alike("ref_hidden", ref_hidden, "hidden", hidden)
+    vocab = weight.shape[0]
+    same = ref_weight.dim() != 2 or ref_weight.shape[0] == vocab
+    require(same, "ref_weight", f"must have the vocabulary of weight, {vocab} rows; got {list(ref_weight.shape)}")
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    ref_softcap = softcap if ref_softcap is None else None if ref_softcap == math.inf else ref_softcap
     ref_hidden = check_linear(
         layout, ref_hidden, ref_weight, ref_bias, temperature=ref_temperature, softcap=ref_softcap,
         logits_dtype=logits_dtype, prefix="ref_",
     )  # fmt: skip
-    require(ref_hidden.device == hidden.device, "ref_hidden", f"must be on {hidden.device}, where hidden is")
-    require_alike("ref_hidden", ref_hidden, "hidden", hidden)
-    vocab = weight.shape[0]
-    same = ref_weight.shape[0] == vocab
-    require(same, "ref_weight", f"must have the vocabulary of weight, {vocab} rows; got {list(ref_weight.shape)}")
     require(direction in DIRECTIONS, "direction", f"must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     fp32_logits = logits_dtype == torch.float32
@@ -123,9 +121,16 @@ def linear_kl(
     return found.kl.reshape(layout.shape)
 
 
+def _check_whole(name: str, tensor: Tensor | None) -> None:
+    """A plain tensor, or none."""
+    whole = "is a DTensor, and linear_kl takes a head that is whole on each process; pass its full_tensor()"
+    require(not hasattr(tensor, "placements"), name, whole)
+    if tensor is not None or not name.endswith("bias"):
+        require_tensor(name, tensor)
+
+
 def _layout(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, packing: Packing | None) -> Layout:
     """The layout of the tokens, which here have no tensor but their hidden states."""
-    require_tensor("hidden", hidden)
     packed = cu_seqlens is not None or (isinstance(packing, Packing) and len(packing.shape) == 1)
     wanted = "[N, H] where cu_seqlens are given" if packed else "[B, T, H], or [N, H] with cu_seqlens"
     require(hidden.dim() == (2 if packed else 3), "hidden", f"must be {wanted}; got {list(hidden.shape)}")
