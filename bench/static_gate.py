@@ -15,7 +15,8 @@ The budget of the row kernels comes from bandwidth. A Hopper SM moves about 8 bf
 4 warp instructions (128 lanes) and evaluates 16 special functions. So 16 issue slots and 2 special functions per logit
 keep up with memory; the inner loops have to stay below. A soft cap costs one special function and about twelve
 slots more, so those variants have 1.75 times the budget: they run at more than half of the memory rate. ``row_select``
-adds up integers of 64 bits besides, for which it has another 1.7 times.
+adds up integers of 64 bits besides, for which it has another 1.7 times; ``row_kl`` has another 1.25 times, for the two
+forms of each term.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     config: launch.Config
     logits_per_turn: int = 0  # logits that one turn of the loop over them handles, per thread; 0: no such loop
-    first_loop: bool = False  # whether that is the first loop of the kernel; else the longest
+    loop: str = "longest"  # which one of the kernel's loops that is: the longest, the first or the last
     wide: bool = True  # whether bulk data should move 16 bytes at a time
 
 
@@ -110,6 +111,29 @@ def variants() -> Iterator[Variant]:
                         dict.fromkeys(absent + ([] if entropy else ["d_entropy", "entropy"])) | {"NARROW": True},
                         launch.ROW_GRAD,
                     )  # fmt: skip
+    ref = {"ref_logits": "*fp32", "ref_top": "*fp32", "ref_log_total": "*fp32", "kl": "*fp32", "d_kl": "*fp32"}
+    ref |= {"ref_stride": "i32", "out_stride": "i32", "vocab": "i32", "ref_scale": "fp32", "ref_softcap": "fp32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for softcap in (False, True):
+            missing = dict.fromkeys([] if softcap else ["softcap", "ref_softcap"])
+            tiles = launch.ROW_KL[4 if dtype == "fp32" else 2]
+            for reverse in (False, True):
+                marks = dtype + ("+softcap" if softcap else "") + ("+reverse" if reverse else "")
+                kinds = row | ref | {"logits": f"*{dtype}", "ref_logits": f"*{dtype}"}
+                yield Variant(
+                    f"row_kl[{marks}]", "row_kl", "row_kl_kernel", kinds, missing | {"REVERSE": reverse},
+                    tiles, 2 * tiles.sizes["BLOCK"] // (32 * tiles.num_warps), loop="last",
+                )  # fmt: skip
+                yield Variant(
+                    f"row_kl_grad[{marks}]", "row_kl", "row_kl_grad_kernel", kinds | {"out": f"*{dtype}"},
+                    missing | {"REVERSE": reverse, "NARROW": False}, launch.ROW_KL_GRAD,
+                )  # fmt: skip
+                if dtype != "fp32":
+                    yield Variant(
+                        f"row_kl_grad[fp32 to {marks}]", "row_kl", "row_kl_grad_kernel",
+                        row | ref | {"logits": "*fp32", "out": f"*{dtype}"},
+                        missing | {"REVERSE": reverse, "NARROW": True}, launch.ROW_KL_GRAD,
+                    )  # fmt: skip
     select = row | dict.fromkeys(("d_action", "d_softmax", "threshold", "values"), "*fp32") | {"vocab": "i32"}
     select |= {
         "sums": "*i64",
@@ -126,7 +150,7 @@ def variants() -> Iterator[Variant]:
                 f"row_select[{dtype}{'+softcap' if softcap else ''}]", "row_select", "row_select_kernel",
                 select | {"logits": f"*{dtype}"}, {} if softcap else {"softcap": None}, launch.ROW_SELECT,
                 chosen["GROUPS"] * chosen["SEGMENT"] // (32 * launch.ROW_SELECT.num_warps),
-                first_loop=True,
+                loop="first",
             )  # fmt: skip
     sums = {"begins": "*i64", "ends": "*i64", "index": "*i32", "values": "*fp32", "width": "i32"}
     for source, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32")):
@@ -208,7 +232,7 @@ def variants() -> Iterator[Variant]:
 
 # Bytes of stack that another version of Triton than the recorded one may need: a pair of registers.
 SPILL_OF_OTHERS = 8
-MULTIPLES = ("stride", "out_stride", "elements", "width")
+MULTIPLES = ("stride", "ref_stride", "out_stride", "elements", "width")
 
 
 def compile_for(variant: Variant, target: GPUTarget) -> Any:
@@ -248,7 +272,9 @@ def inspect(variant: Variant, target: GPUTarget) -> Report:
         raise RuntimeError(f"cuobjdump printed no resource usage for {variant.name}")
     wide = len(re.findall(r"\b(?:LDG|STG)\.E[.\w]*\.128", code))
     found_loops = loops(code) if variant.logits_per_turn else []
-    loop = [] if not found_loops else found_loops[0] if variant.first_loop else max(found_loops, key=len)
+    by_length = sorted(found_loops, key=len)
+    picked = {"longest": by_length[-1:], "first": found_loops[:1], "last": found_loops[-1:]}[variant.loop]
+    loop = picked[0] if picked else []
     per_logit = 1 / variant.logits_per_turn if loop else 0.0
     special = sum("MUFU" in line for line in loop)
     return Report(
@@ -311,7 +337,7 @@ def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
     if variant.wide and report.wide_accesses == 0 and target.startswith("sm_"):
         out.append("has no 16-byte access")
     allowance = 1.75 if "softcap" in variant.name else 1.0
-    slots = allowance * (1.7 if variant.module == "row_select" else 1.0)
+    slots = allowance * {"row_select": 1.7, "row_kl": 1.25}.get(variant.module, 1.0)
     if (report.issue_slots or 0) > slots * ISSUE_SLOTS_PER_LOGIT:
         out.append(f"issues {report.issue_slots} instructions per logit")
     if (report.special_functions or 0) > allowance * SPECIAL_FUNCTIONS_PER_LOGIT + SPECIAL_SLACK:

@@ -1,6 +1,7 @@
 """Fused kernels for KL-regularised Q-learning (KLQ, arXiv 2508.17000) on large-vocabulary language models."""
 
 from .call.layout import Packing, pack
+from .divergence import linear_kl
 from .logprobs import linear_logprobs
 from .loss import fused_klq_loss, klq_loss
 from .returns import gae, klq_targets, lambda_returns, reverse_scan
@@ -19,6 +20,7 @@ __all__ = [
     "klq_loss",
     "klq_targets",
     "lambda_returns",
+    "linear_kl",
     "linear_logprobs",
     "pack",
     "reverse_scan",

@@ -44,6 +44,7 @@ __all__ = [
     "klq_residual_loss",
     "klq_targets",
     "lambda_returns",
+    "linear_kl",
     "linear_logprobs",
     "naive_klq_loss",
     "reverse_scan",
@@ -365,6 +366,42 @@ def linear_logprobs(
     logp = logits.log_softmax(-1)
     taken = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return LinearLogprobs(taken, logits.logsumexp(-1), -(logp.exp() * logp).sum(-1))
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ref_temperature: float | None = None,
+    ref_softcap: float | None = None,
+    direction: str = "forward",
+) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), with p = pi and q = pi_b, or in reverse the other way round.
+
+    Both are softmaxes of the full logits, and 0 log 0 = 0. Temperature and soft cap of the reference are the policy's
+    where they are None; a cap of infinity is none.
+    """
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    ref_softcap = softcap if ref_softcap is None else ref_softcap
+
+    def log_softmax(states: Tensor, rows: Tensor, offset: Tensor | None, heat: float, cap: float | None) -> Tensor:
+        logits = F.linear(states, rows, offset)
+        if cap is not None and cap < float("inf"):
+            logits = cap * torch.tanh(logits / cap)
+        return (logits / heat).log_softmax(-1)
+
+    log_p = log_softmax(hidden, weight, bias, temperature, softcap)
+    log_q = log_softmax(ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap)
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    p = log_p.exp()
+    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
 
 
 def naive_klq_loss(

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Selection, Sums, Terms
 from .portable import klq_metrics as klq_metrics
+from .portable import row_kl as row_kl
+from .portable import row_kl_grad as row_kl_grad
 from .portable import scale as scale
 
 NAME = "native"
 VOCABULARY_MAJOR = True
+PADS_ROWS = False  # of logits stored token by token, which ``row_kl`` reads
 ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")  # in the order of csrc/kernels.h
 

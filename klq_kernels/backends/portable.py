@@ -1,6 +1,6 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the nine functions below; ``triton`` holds the same nine as kernels, and ``native`` has
+A backend is a module with the eleven functions below; ``triton`` holds the same eleven as kernels, and ``native`` has
 functions on strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether
 the rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are
 contiguous fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 from ..vocabulary.chunking import STRIP_ROWS
-from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Selection, Statistics, Sums, Terms, slices
+from ..vocabulary.chunks import (
+    Divergence,
+    LossShape,
+    Pair,
+    Pull,
+    Residuals,
+    ScanTerms,
+    Selection,
+    Statistics,
+    Sums,
+    Terms,
+    slices,
+)
 
 NAME = "torch"
 VOCABULARY_MAJOR = False
@@ -175,6 +187,80 @@ def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
             some = entries[piece]
             total.index_add_(0, owners[piece], source[sums.places[some]].float() * sums.values[some, None])
         out[rows] = total
+
+
+def row_kl(logits: Tensor, ref_logits: Tensor, out: Divergence, *, pair: Pair) -> None:
+    """Writes the divergence of the softmaxes of two rows of logits, and what each is normalised by, as ``row_stats``.
+
+    With u and w the log-probabilities of the two, the policy's first or, in reverse, the reference's, and d = u - w,
+
+        KL = sum exp(u) h(d),        h(d) = d + exp(-d) - 1 >= 0.
+
+    This is sum exp(u) d, with sum exp(w) - exp(u) = 0 added to it. So no term is negative, equal rows give exactly 0,
+    and an error of the normalisers, which all d share, enters in second order only. Where both probabilities are 0 so
+    is the term; where the first alone is, it is the second; where the second alone is 0 the divergence is infinite.
+
+    Args:
+        logits, ref_logits: [n, V], raw, each of its own dtype.
+        out: written.
+    """
+    top, log_total, ref_top, ref_log_total, kl = out
+    for (rows, x), (_, y) in zip(_blocks(logits), _blocks(ref_logits), strict=True):
+        for z, scale, softcap, highest, rest in (
+            (x, pair.scale, pair.softcap, top, log_total),
+            (y, pair.ref_scale, pair.ref_softcap, ref_top, ref_log_total),
+        ):
+            _cap_(z, softcap)
+            torch.amax(z, 1, out=highest[rows])
+            z.sub_(highest[rows, None]).mul_(scale)
+            torch.log(z.exp().sum(1), out=rest[rows])
+            z.sub_(rest[rows, None])
+        u, w = (y, x) if pair.reverse else (x, y)
+        d = u - w
+        p, q = u.exp_(), w.exp_()
+        near = (_excess_ratio(d) * d).mul_(d).mul_(p)
+        far = (p * d).masked_fill_(p == 0, 0.0).add_(q - p)
+        torch.sum(torch.where(d.abs() < 0.5, near, far), 1, out=kl[rows])
+
+
+def _excess_ratio(d: Tensor) -> Tensor:
+    """(d + exp(-d) - 1) / d^2 for |d| < 1/2, by its series; the truncated rest is below a unit of fp32."""
+    out = torch.full_like(d, 1 / 40320)
+    for factorial in (-5040, 720, -120, 24, -6, 2):
+        out.mul_(d).add_(1 / factorial)
+    return out
+
+
+def row_kl_grad(
+    logits: Tensor, ref_logits: Tensor, found: Divergence, d_kl: Tensor, out: Tensor, *, pair: Pair
+) -> None:
+    """Writes the gradient by each row of the policy's logits over the row itself, as ``row_grad`` does.
+
+    With p and q the softmaxes of policy and reference, and g = ``d_kl``, the row becomes
+
+        g p (log p - log q - KL) * dz/dlogits        for KL(p || q), 0 where p = 0,
+        g (p - q) * dz/dlogits                       in reverse.
+
+    Args:
+        logits, ref_logits: as in ``row_kl``; ``found`` is what that one wrote.
+        d_kl: fp32 [n].
+        out: as in ``row_grad``.
+    """
+    top, log_total, ref_top, ref_log_total, kl = found
+    for (rows, x), (_, y) in zip(_blocks(logits), _blocks(ref_logits), strict=True):
+        tanh = _cap_(x, pair.softcap)
+        _cap_(y, pair.ref_softcap)
+        u = x.sub_(top[rows, None]).mul_(pair.scale).sub_(log_total[rows, None])
+        w = y.sub_(ref_top[rows, None]).mul_(pair.ref_scale).sub_(ref_log_total[rows, None])
+        if pair.reverse:
+            d = u.exp_().sub_(w.exp_())
+        else:
+            p = u.exp()
+            d = u.sub_(w).sub_(kl[rows, None]).mul_(p).masked_fill_(p == 0, 0.0)
+        d.mul_((pair.scale * d_kl[rows])[:, None])
+        if tanh is not None:
+            d.mul_(tanh.square_().neg_().add_(1.0))
+        out[rows] = d
 
 
 def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:

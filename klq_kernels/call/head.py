@@ -1,4 +1,4 @@
-"""The checks on hidden states, weight and bias that both functions of the vocabulary share."""
+"""The checks on hidden states, weight and bias that the functions of the vocabulary share."""
 
 from __future__ import annotations
 
@@ -58,58 +58,16 @@ def check_head(
 
     ``split``: other processes have other rows of the head, so that this one may have none.
     """
-    require_tensor("hidden", hidden)
-    require_tensor("weight", weight)
-    if bias is not None:
-        require_tensor("bias", bias)
-    require(
-        hidden.dim() == len(layout.shape) + 1 and tuple(hidden.shape[:-1]) == layout.shape,
-        "hidden",
-        f"must have shape {[*layout.shape, 'H']}, as actions have {list(layout.shape)}; got {list(hidden.shape)}",
+    hidden = check_linear(
+        layout, hidden, weight, bias, temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, split=split
     )
-    hint = FLATTENED if weight.dim() == 1 else ""
-    require(weight.dim() == 2, "weight", f"must be [V, H], got {list(weight.shape)}{hint}")
-    vocab, width = weight.shape
-    enough = (vocab > 0 or split) and width > 0
-    require(enough, "weight", f"must have at least one row and column, got {list(weight.shape)}")
-    require(
-        width == hidden.shape[-1],
-        "weight",
-        f"must be [V, {hidden.shape[-1]}] to match hidden, got {list(weight.shape)}",
-    )
-    device = hidden.device
-    for name, tensor in (("weight", weight), ("actions", actions), ("bias", bias)):
-        require(tensor is None or tensor.device == device, name, f"must be on {device}, where hidden is")
-        if tensor is not None:
-            require_alike(name, tensor, "hidden", hidden)
-    autocasts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
-    if autocasts and hidden.dtype == torch.float32:
-        hidden = hidden.to(torch.get_autocast_dtype(device.type))
-    require(hidden.dtype in DTYPES, "hidden", f"must be float32, bfloat16 or float16, got {hidden.dtype}")
-    require(
-        weight.dtype in (hidden.dtype, torch.float32),
-        "weight",
-        f"must have the dtype of hidden, {hidden.dtype}, or be a float32 master weight; got {weight.dtype}",
-    )
-    if bias is not None:
-        require(tuple(bias.shape) == (vocab,), "bias", f"must be [{vocab}], got {list(bias.shape)}")
-        require(bias.dtype in DTYPES, "bias", f"must be float32, bfloat16 or float16, got {bias.dtype}")
+    (vocab, width), device = weight.shape, hidden.device
+    require(actions.device == device, "actions", f"must be on {device}, where hidden is")
+    require_alike("actions", actions, "hidden", hidden)
     require(actions.dtype in (torch.int64, torch.int32), "actions", f"must be int64 or int32, got {actions.dtype}")
-    require_number("temperature", temperature, positive=True)
-    if softcap is not None:
-        require_number("softcap", softcap, positive=True)
     require_flag("return_entropy", return_entropy)
-    require(
-        logits_dtype in (None, hidden.dtype, torch.float32),
-        "logits_dtype",
-        f"must be torch.float32, or None for the dtype of hidden, {hidden.dtype}; got {logits_dtype!r}",
-    )
     fp32_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float32
-    require(
-        workspace_bytes is None or isinstance(workspace_bytes, int),
-        "workspace_bytes",
-        f"must be an int or None, got {workspace_bytes!r}",
-    )
+    check_workspace(workspace_bytes)
     refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     stored = chunking.head_dtypes(hidden.dtype, device, fp32_logits=fp32_logits).logits
     chunking.chunk_rows(1, max(vocab, 1), stored, device, workspace_bytes)
@@ -125,6 +83,81 @@ def check_head(
         fp32_logits,
         samples if sampled else 0,
         _seed_tensor(seed, device) if sampled and needed else None,
+    )
+
+
+def check_linear(
+    layout: Layout,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    split: bool = False,
+    prefix: str = "",
+) -> Tensor:
+    """Checks a head and the hidden states that it takes; returns those, under autocast in the dtype of autocast.
+
+    ``prefix``: of the names of these arguments, "ref_" for those of a reference.
+    """
+    states, rows, offset = (prefix + name for name in ("hidden", "weight", "bias"))
+    require_tensor(states, hidden)
+    require_tensor(rows, weight)
+    if bias is not None:
+        require_tensor(offset, bias)
+    have = "has" if layout.name == "hidden" else "have"
+    require(
+        hidden.dim() == len(layout.shape) + 1 and tuple(hidden.shape[:-1]) == layout.shape,
+        states,
+        f"must have shape {[*layout.shape, 'H']}, as {layout.name} {have} {list(layout.shape)}; "
+        f"got {list(hidden.shape)}",
+    )
+    hint = FLATTENED if weight.dim() == 1 else ""
+    require(weight.dim() == 2, rows, f"must be [V, H], got {list(weight.shape)}{hint}")
+    vocab, width = weight.shape
+    enough = (vocab > 0 or split) and width > 0
+    require(enough, rows, f"must have at least one row and column, got {list(weight.shape)}")
+    require(
+        width == hidden.shape[-1],
+        rows,
+        f"must be [V, {hidden.shape[-1]}] to match {states}, got {list(weight.shape)}",
+    )
+    device = hidden.device
+    for name, tensor in ((rows, weight), (offset, bias)):
+        require(tensor is None or tensor.device == device, name, f"must be on {device}, where {states} is")
+        if tensor is not None:
+            require_alike(name, tensor, states, hidden)
+    autocasts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
+    if autocasts and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
+    require(hidden.dtype in DTYPES, states, f"must be float32, bfloat16 or float16, got {hidden.dtype}")
+    require(
+        weight.dtype in (hidden.dtype, torch.float32),
+        rows,
+        f"must have the dtype of {states}, {hidden.dtype}, or be a float32 master weight; got {weight.dtype}",
+    )
+    if bias is not None:
+        require(tuple(bias.shape) == (vocab,), offset, f"must be [{vocab}], got {list(bias.shape)}")
+        require(bias.dtype in DTYPES, offset, f"must be float32, bfloat16 or float16, got {bias.dtype}")
+    require_number(prefix + "temperature", temperature, positive=True)
+    if softcap is not None:
+        require_number(prefix + "softcap", softcap, positive=True)
+    require(
+        logits_dtype in (None, hidden.dtype, torch.float32),
+        "logits_dtype",
+        f"must be torch.float32, or None for the dtype of {states}, {hidden.dtype}; got {logits_dtype!r}",
+    )
+    return hidden
+
+
+def check_workspace(workspace_bytes: int | None) -> None:
+    """Raises the ValueError that names the argument unless it is an int or None."""
+    require(
+        workspace_bytes is None or isinstance(workspace_bytes, int),
+        "workspace_bytes",
+        f"must be an int or None, got {workspace_bytes!r}",
     )
 
 

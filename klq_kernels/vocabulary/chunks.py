@@ -76,6 +76,16 @@ class Sums(NamedTuple):
     values: Tensor  # fp32 [entries]
 
 
+class Divergence(NamedTuple):
+    """The divergence of each row's two softmaxes, and what each is normalised by (``portable.row_kl``)."""
+
+    top: Tensor
+    log_total: Tensor
+    ref_top: Tensor
+    ref_log_total: Tensor
+    kl: Tensor
+
+
 class ScanTerms(NamedTuple):
     """The inputs of a token's lambda-error, in any floating dtype; all but the values may be absent."""
 
@@ -97,7 +107,17 @@ class LossShape(NamedTuple):
     log_ratio_clip: float
 
 
-Bundle = TypeVar("Bundle", Statistics, Pull, Terms, Residuals, ScanTerms, Sums)
+class Pair(NamedTuple):
+    """How the logits of a policy and of its reference become softmaxes, and which divergence of the two is meant."""
+
+    scale: float  # 1 / temperature
+    softcap: float | None
+    ref_scale: float
+    ref_softcap: float | None
+    reverse: bool  # KL(reference || policy) instead of KL(policy || reference)
+
+
+Bundle = TypeVar("Bundle", Statistics, Pull, Terms, Residuals, ScanTerms, Sums, Divergence)
 
 
 def each(bundle: Bundle, change: Callable[[Tensor], Tensor]) -> Bundle:
@@ -151,12 +171,15 @@ class Head(NamedTuple):
         return min(rows_for(vocab) for vocab in sizes if vocab)
 
 
-class Rows(NamedTuple):
-    """The valid rows of a call: where they lie, what was taken there, and how many there are."""
+class States(NamedTuple):
+    """The hidden states of the valid rows of a call: where they lie, and how many there are."""
 
     hidden: Tensor  # [M, H], the caller's
     positions: Tensor | None  # int64 [n] into hidden, None for all
-    actions: Tensor  # int64 [n]
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[0] if self.positions is None else self.positions.numel()
 
     def take(self, chunk: slice) -> Tensor:
         """The hidden states of these rows, contiguous."""
@@ -170,6 +193,26 @@ class Rows(NamedTuple):
             total[chunk] = values
         else:
             total.index_copy_(0, self.positions[chunk], values)
+
+
+class Rows(NamedTuple):
+    """The valid rows of a call: their hidden states, and what was taken there."""
+
+    hidden: Tensor  # [M, H], the caller's
+    positions: Tensor | None  # int64 [n] into hidden, None for all
+    actions: Tensor  # int64 [n]
+
+    @property
+    def states(self) -> States:
+        return States(self.hidden, self.positions)
+
+    def take(self, chunk: slice) -> Tensor:
+        """``States.take``."""
+        return self.states.take(chunk)
+
+    def put(self, total: Tensor, chunk: slice, values: Tensor) -> None:
+        """``States.put``."""
+        self.states.put(total, chunk, values)
 
 
 class Needs(NamedTuple):
@@ -253,13 +296,13 @@ def as_dtype(memory: Tensor, dtype: torch.dtype) -> Tensor:
     return flat[: whole // flat.itemsize].view(dtype)
 
 
-def empty_gradients(rows: Rows, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def empty_gradients(states: States, head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Buffers for the gradients of (hidden, weight, bias): 0 wherever no chunk will write, uninitialised elsewhere."""
     vocab, width = head.weight.shape
     device = head.weight.device
-    rowless = rows.actions.numel() == 0 or vocab == 0
-    make = torch.zeros if rowless or rows.positions is not None else torch.empty
-    hidden = make(rows.hidden.shape, dtype=head.hidden_dtype, device=device) if needs.hidden else None
+    rowless = states.n == 0 or vocab == 0
+    make = torch.zeros if rowless or states.positions is not None else torch.empty
+    hidden = make(states.hidden.shape, dtype=head.hidden_dtype, device=device) if needs.hidden else None
     make = torch.zeros if rowless else torch.empty
     weight = make(vocab, width, dtype=head.gradient_dtype, device=device) if needs.weight else None
     bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None

@@ -21,6 +21,7 @@ from .chunks import (
     Residuals,
     Rows,
     Selection,
+    States,
     Statistics,
     Terms,
     VocabularyForm,
@@ -29,22 +30,26 @@ from .chunks import (
 )
 
 
-class TokenMajor(VocabularyForm):
-    """For a backend with the row operations."""
+class Logits:
+    """Logits of a head, a chunk of rows at a time in one buffer, and the head's gradients by theirs.
+
+    ``hidden``, ``weight`` and ``bias`` are the gradients, as ``VocabularyWork`` has them.
+    """
 
     def __init__(
         self,
         backend: ModuleType,
-        rows: Rows,
+        states: States,
         head: Head,
         needs: Needs,
         *,
-        keep: bool,
         workspace_bytes: int | None,
         memory: Tensor | None = None,
+        chunk_rows: int | None = None,
     ) -> None:
-        self._backend, self._rows, self._head, self._keep = backend, rows, head, keep
-        n = rows.actions.numel()
+        """``chunk_rows``: where they are decided elsewhere already."""
+        self._backend, self._states, self._head = backend, states, head
+        n = states.n
         (vocab, width), dtype = head.weight.shape, head.logits_dtype
         room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
@@ -64,40 +69,85 @@ class TokenMajor(VocabularyForm):
             self._buffer = as_dtype(memory, dtype)[: inside * stride].view(inside, stride)[:, :vocab]
         else:
             make = head.weight.new_zeros if padded_on_cpu else head.weight.new_empty
-            self.chunk_rows = head.rows_for_all(
+            self.chunk_rows = chunk_rows or head.rows_for_all(
                 lambda vocab: chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
             )
             self._buffer = make(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
         self._needs = needs
         # whose gradient of hidden is the product itself
-        one_chunk = 0 < self.chunk_rows == rows.hidden.shape[0] and vocab > 0
+        one_chunk = 0 < self.chunk_rows == states.hidden.shape[0] and vocab > 0
         apart = needs._replace(hidden=needs.hidden and not one_chunk)
-        self.hidden, self.weight, self.bias = empty_gradients(rows, head, apart)
+        self.hidden, self.weight, self.bias = empty_gradients(states, head, apart)
         self._first = True
 
     def _stride(self, vocab: int) -> int:
         return chunking.row_stride(vocab) if self._backend.PADS_ROWS else vocab
 
+    def project(self, chunk: slice) -> Tensor:
+        """GEMM 1: raw logits of these rows (before softcap and temperature), valid until the next call."""
+        self._hidden = self._states.take(chunk)
+        self._logits = products.project(
+            self._hidden, self._head.weight, self._head.bias, self._buffer[: self._hidden.shape[0]]
+        )
+        return self._logits
+
+    @property
+    def gradient(self) -> Tensor:
+        """Room for the gradient by the logits, in their memory: in the dtype of the products."""
+        return self._logits.view(self._head.weight.dtype)[:, : self._logits.shape[1]]
+
+    def multiply(self, chunk: slice, dlogits: Tensor) -> None:
+        """GEMM 2 and 3."""
+        if self._needs.hidden:
+            d_hidden = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype)
+            if self.hidden is None:
+                self.hidden = d_hidden
+            else:
+                self._states.put(self.hidden, chunk, d_hidden)
+        if self.weight is not None:
+            products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=torch.float32)
+        self._first = False
+
+
+class TokenMajor(Logits, VocabularyForm):
+    """For a backend with the row operations."""
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        rows: Rows,
+        head: Head,
+        needs: Needs,
+        *,
+        keep: bool,
+        workspace_bytes: int | None,
+        memory: Tensor | None = None,
+    ) -> None:
+        super().__init__(backend, rows.states, head, needs, workspace_bytes=workspace_bytes, memory=memory)
+        self._actions, self._keep = rows.actions, keep
+
     def statistics(self, chunk: slice, out: Statistics) -> None:
-        self._project(chunk)
+        self.project(chunk)
         self._backend.row_stats(
-            self._logits, self._rows.actions[chunk], out, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, self._actions[chunk], out, scale=self._head.scale, softcap=self._head.softcap
         )
 
     def gradients(self, chunk: slice, pull: Pull) -> None:
         if not self._keep:
-            self._project(chunk)
-        dlogits = self._logits.view(self._head.weight.dtype)[:, : self._logits.shape[1]]
+            self.project(chunk)
+        dlogits = self.gradient
         self._backend.row_grad(
-            self._logits, self._rows.actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, self._actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
         )
-        self._multiply(chunk, dlogits)
+        self.multiply(chunk, dlogits)
 
     def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
         if not self._keep:
-            self._project(chunk)
+            self.project(chunk)
         self._backend.row_select(
-            self._logits, self._rows.actions[chunk], pull, selection, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, self._actions[chunk], pull, selection, scale=self._head.scale, softcap=self._head.softcap
         )
 
     def update(
@@ -113,31 +163,10 @@ class TokenMajor(VocabularyForm):
         updates = getattr(self._backend, "updates", None)  # only the Triton backend has this, and row_update
         if updates is None or not updates(self._buffer, softcap=self._head.softcap, entropy=found.entropy is not None):
             return False
-        self._project(chunk)
+        self.project(chunk)
         self._backend.row_update(
-            self._logits, self._rows.actions[chunk], terms, found, residuals, grad_scale=grad_scale, shape=shape,
+            self._logits, self._actions[chunk], terms, found, residuals, grad_scale=grad_scale, shape=shape,
             scale=self._head.scale,
         )  # fmt: skip
-        self._multiply(chunk, self._logits)
+        self.multiply(chunk, self._logits)
         return True
-
-    def _multiply(self, chunk: slice, dlogits: Tensor) -> None:
-        """GEMM 2 and 3."""
-        if self._needs.hidden:
-            d_hidden = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype)
-            if self.hidden is None:
-                self.hidden = d_hidden
-            else:
-                self._rows.put(self.hidden, chunk, d_hidden)
-        if self.weight is not None:
-            products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
-        self._first = False
-
-    def _project(self, chunk: slice) -> None:
-        """Raw logits of these rows (before softcap and temperature), valid until the next call."""
-        self._hidden = self._rows.take(chunk)
-        self._logits = products.project(
-            self._hidden, self._head.weight, self._head.bias, self._buffer[: self._hidden.shape[0]]
-        )

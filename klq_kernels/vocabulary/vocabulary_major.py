@@ -50,7 +50,7 @@ class VocabularyMajor(VocabularyForm):
         vocab, width = head.weight.shape
         stored, device = head.weight.dtype, head.weight.device
         self._computed = torch.float32 if chunking.widens(stored, device) else stored
-        self.hidden, self.weight, self.bias = empty_gradients(rows, head, needs)
+        self.hidden, self.weight, self.bias = empty_gradients(rows.states, head, needs)
         room = chunking.rows_in_one_chunk(width, stored, head.gradient_dtype, workspace_bytes) if needs.weight else 0
         self.chunk_rows = head.rows_for_all(
             lambda vocab: chunking.strip_chunk_rows(n, vocab, stored, device, workspace_bytes, keep=keep, room=room)

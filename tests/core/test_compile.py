@@ -19,6 +19,7 @@ from klq_kernels import fused_klq_loss, gae, klq_loss, klq_targets, linear_logpr
 from klq_kernels.call import layout
 from klq_kernels.ops import fused_loss, scans
 from klq_kernels.ops import klq_loss as loss_op
+from klq_kernels.ops import linear_kl as kl_op
 from klq_kernels.ops import linear_logprobs as logprobs_op
 from klq_kernels.ops.operator import Operator
 
@@ -55,6 +56,9 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     settings = (0.7, 9.0, False, True, None)
     dense, sampled = (0, None), (4, torch.tensor(3, device=ends.device))
     none3 = (None, None, None)
+    reference = (c.hidden.detach().flip(-1), c.weight.detach().flip(0), c.bias.detach())
+    heads = (c.hidden, c.weight, c.bias, *reference)
+    bare_heads = (c.hidden, c.weight, None, *reference[:2], None)
     return {
         "reverse_scan": (scans.reverse_scan, (c.rewards, c.trace, mask, ends)),
         "reverse_scan scalar": (scans.reverse_scan, (c.rewards, torch.full((1,), 0.9, device=ends.device), None, ends)),
@@ -86,22 +90,34 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fused_klq_loss on-policy": (
             fused_loss.fused_klq_loss,
             (
-                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
-                0.7, 9.0, False, True, None, *dense, False, True, True, True, True,
+                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95,
+                *shape, 0.7, 9.0, False, True, None, *dense, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss sampled": (
             fused_loss.fused_klq_loss,
             (
-                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95, *shape,
-                0.7, 9.0, False, True, None, *sampled, False, True, True, True, True,
+                *loss_head, c.values, *none3, d["ref_logprobs"], None, *extra, mask, ends, None, denom, 0.9, 0.95,
+                *shape, 0.7, 9.0, False, True, None, *sampled, False, True, True, True, True,
             ),
         ),
         "fused_klq_loss targets": (
             fused_loss.fused_klq_loss,
             (
-                *bare_loss_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0, 1.0,
-                *shape, 1.0, None, True, False, None, *dense, False, True, False, False, True,
+                *bare_loss_head, c.values, *old, None, None, None, None, None, None, None, row_ends, rows, None, 1.0,
+                1.0, *shape, 1.0, None, True, False, None, *dense, False, True, False, False, True,
+            ),
+        ),
+        "linear_kl": (kl_op.linear_kl, (*heads, mask, ends, None, 0.7, 9.0, 1.0, None, False, False, None)),
+        "linear_kl bare": (
+            kl_op.linear_kl, (*bare_heads, None, row_ends, rows, 1.0, None, 1.0, None, True, True, None)
+        ),
+        "linear_kl_backward": (
+            kl_op.linear_kl_backward,
+            (
+                *(None if t is None else t.detach() for t in heads), mask, ends, None, per_row.abs(), per_row + 9,
+                per_row.abs(), per_row + 8, per_row.abs(), per_row, 0.7, 9.0, 1.0, None, False, False, None, True, True,
+                True,
             ),
         ),
         "klq_loss": (loss_op.klq_loss, (c.ref_logprobs, c.values, *old, None, None, mask, ends, None, denom, *shape)),

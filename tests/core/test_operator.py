@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from klq_kernels.ops import fused_loss, klq_loss, linear_logprobs
+from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs
 from klq_kernels.ops.operator import Operator, Parts
 
 N, H, V = 6, 4, 11
 NUMBERS = {
     "gamma": 0.9, "lam": 0.9, "tau": 0.1, "alpha": 0.9, "huber_delta": 1.0, "value_clip": 0.2, "log_ratio_clip": 0.2,
-    "temperature": 0.7,
+    "temperature": 0.7, "ref_temperature": 1.3,
 }  # fmt: skip
 OPERATORS = {
     "fused_klq_loss": (fused_loss.fused_klq_loss, fused_loss.PARTS),
     "klq_loss": (klq_loss.klq_loss, klq_loss.PARTS),
+    "linear_kl": (linear_kl.linear_kl, linear_kl.PARTS),
+    "linear_kl_backward": (linear_kl.linear_kl_backward, linear_kl.BACKWARD_PARTS),
     "linear_logprobs": (linear_logprobs.linear_logprobs, linear_logprobs.PARTS),
     "linear_logprobs_backward": (linear_logprobs.linear_logprobs_backward, linear_logprobs.BACKWARD_PARTS),
 }
@@ -28,11 +30,14 @@ OPERATORS = {
 def some(name: str, hint: Any) -> Any:
     """An argument of the operators, by its name and type."""
     generator = torch.Generator().manual_seed(len(name))
-    shapes = {"hidden": (N, H), "weight": (V, H), "bias": (V,), "scores": (2,), "bootstrap_values": (2,), "denom": ()}
+    shapes = {
+        "hidden": (N, H), "weight": (V, H), "bias": (V,), "ref_hidden": (N, 3), "ref_weight": (V, 3), "ref_bias": (V,),
+        "scores": (2,), "bootstrap_values": (2,), "denom": ()
+    }  # fmt: skip
     special: dict[str, Any] = {
         "actions": torch.arange(N), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
         "mask": torch.tensor([True, True, False, True, True, True]), "loss_type": "l2", "softcap": 5.0,
-        "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, "group": "",
+        "ref_softcap": None, "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, "group": "",
         "shard_sizes": [], "peers": "", "counts": [], **NUMBERS,
     }  # fmt: skip
     if name in special:
@@ -71,7 +76,7 @@ def test_an_argument_in_the_middle_moves_nothing(name: str) -> None:
     op, parts = OPERATORS[name]
     again = longer(parts)
     known = {field: some(field, hint) for field, hint in typing.get_type_hints(parts.arguments).items()}
-    differentiable = name != "linear_logprobs_backward"
+    differentiable = not name.endswith("_backward")
     before = outcome(op, parts.arguments(**known), differentiable)
     with_dummy = Operator(f"klq_tests::{name}", again)
     after = outcome(with_dummy, again.arguments(**known, dummy=0.5), differentiable)

@@ -37,6 +37,17 @@ RETURNS = {"gamma": 1.0, "lam": 0.95, "bootstrap_values": None, "process_group":
 LOSS = {"tau": 0.05, "alpha": 1.0, "loss_type": "l2", "denom": None, **LAYOUT}
 SIGNATURES = {
     "linear_logprobs": ("hidden weight actions", {**HEAD, **LAYOUT, "return_entropy": False}),
+    "linear_kl": (
+        "hidden weight ref_hidden ref_weight",
+        {
+            **{name: default for name, default in HEAD.items() if name != "process_group"},
+            **LAYOUT,
+            "ref_bias": None,
+            "ref_temperature": None,
+            "ref_softcap": None,
+            "direction": "forward",
+        },
+    ),
     "reverse_scan": ("delta decay", {**LAYOUT, "process_group": None}),
     "gae": ("rewards values", RETURNS),
     "lambda_returns": ("rewards values", RETURNS),

@@ -24,7 +24,9 @@ from klq_kernels import reference
 from klq_kernels.backends import portable
 from klq_kernels.vocabulary import chunking
 from klq_kernels.vocabulary.chunks import (
+    Divergence,
     LossShape,
+    Pair,
     Pull,
     Residuals,
     ScanTerms,
@@ -66,8 +68,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     launch = kernel_module("launch")
     row_stats = {size: config._replace(sizes={"GROUPS": 4, "LANES": 16}) for size, config in launch.ROW_STATS.items()}
     monkeypatch.setattr(kernel_module("row_stats"), "ROW_STATS", row_stats)
+    row_kl = {
+        size: config._replace(sizes={"GROUPS": 4, "LANES": 16, "BLOCK": 32}) for size, config in row_stats.items()
+    }
+    monkeypatch.setattr(kernel_module("row_kl"), "ROW_KL", row_kl)
     sizes = {
         "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
+        "row_kl": ("ROW_KL_GRAD", {"BLOCK": 64}),
         "row_select": ("ROW_SELECT", {"GROUPS": 2, "SEGMENT": 16, "BLOCK": 4, "HITS": 2}),
         "weighted_sums": ("WEIGHTED_SUMS", {"ENTRIES": 2, "BLOCK": 32}),
         "klq_residual": ("KLQ_RESIDUAL", {"BLOCK": 16}),
@@ -163,6 +170,100 @@ def test_row_grad(
     )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(logits.double(), raw.grad, rtol=tolerance, atol=tolerance)
+
+
+PAIRS = {
+    "plain": Pair(1.0, None, 1.0, None, False),
+    "reverse": Pair(1.0, None, 1.0, None, True),
+    "capped": Pair(1 / 0.7, 30.0, 1.0, None, False),
+    "capped reverse": Pair(1.0, None, 1 / 0.7, 30.0, True),
+}
+
+
+def divergence_of(logits: Tensor, ref_logits: Tensor, pair: Pair) -> Tensor:
+    """fp64 [n]; entries that both forbid have no part in it."""
+    log_p = z_of(logits, pair.scale, pair.softcap).log_softmax(1)
+    log_q = z_of(ref_logits, pair.ref_scale, pair.ref_softcap).log_softmax(1)
+    if pair.reverse:
+        log_p, log_q = log_q, log_p
+    return (log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p - log_q)).sum(1)
+
+
+def two_models(
+    n: int, vocab: int, dtype: torch.dtype, device: str, *, ref_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of logits of a policy and of its reference: rows 0 and 1 the same, the next two close, the others apart."""
+    logits, _ = logits_like_a_model(n, vocab, dtype, device)
+    ref_logits, _ = logits_like_a_model(n, vocab, dtype if ref_dtype is None else ref_dtype, device, seed=1)
+    ref_logits[:2] = logits[:2]
+    noise = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2)).to(device)
+    ref_logits[2:4] = logits[2:4] + (0.05 * noise).to(ref_logits.dtype)
+    return logits, ref_logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 131])
+@pytest.mark.parametrize("which", PAIRS)
+def test_row_kl(device: str, dtype: torch.dtype, vocab: int, which: str) -> None:
+    n, pair = 6, PAIRS[which]
+    logits, ref_logits = two_models(n, vocab, dtype, device, ref_dtype=torch.float32 if vocab == 131 else None)
+    found = Divergence(*(nans(n, device) for _ in Divergence._fields))
+    kernel_module("row_kl").row_kl(logits, ref_logits, found, pair=pair)
+    for part_of, top, rest, scale, softcap in (
+        (logits, found.top, found.log_total, pair.scale, pair.softcap),
+        (ref_logits, found.ref_top, found.ref_log_total, pair.ref_scale, pair.ref_softcap),
+    ):
+        lse = scale * top.double() + rest.double()
+        torch.testing.assert_close(lse, z_of(part_of, scale, softcap).logsumexp(1), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(found.kl.double(), divergence_of(logits, ref_logits, pair), rtol=5e-5, atol=1e-8)
+    assert (found.kl >= 0).all()
+    if which in ("plain", "reverse"):
+        assert found.kl[:2].eq(0).all()
+
+
+def test_row_kl_of_forbidden_tokens(device: str) -> None:
+    """Forbidden by both: no part in it. By the second alone: infinite. A NaN logit makes its row NaN."""
+    logits, ref_logits = two_models(6, 131, torch.float32, device)
+    for rows in (logits, ref_logits):
+        rows[:, 40:70] = float("-inf")
+    for reverse in (False, True):
+        first, second = (ref_logits, logits) if reverse else (logits, ref_logits)
+        first[3, 80] = second[4, 90] = float("-inf")
+        second[5, 3] = float("nan")
+        pair = PAIRS["plain"]._replace(reverse=reverse)
+        found = Divergence(*(nans(6, device) for _ in Divergence._fields))
+        kernel_module("row_kl").row_kl(logits, ref_logits, found, pair=pair)
+        torch.testing.assert_close(
+            found.kl[:4].double(), divergence_of(logits, ref_logits, pair)[:4], rtol=5e-5, atol=1e-8
+        )
+        assert found.kl[4].item() == float("inf")
+        assert found.kl[5].isnan()
+        out = logits.clone()
+        kernel_module("row_kl").row_kl_grad(out, ref_logits, found, torch.ones(6, device=device), out, pair=pair)
+        assert out[:4].isfinite().all()
+        assert out[:4, 40:70].eq(0).all()
+        logits[3, 80] = ref_logits[3, 80] = 1.0
+        logits[4, 90] = ref_logits[4, 90] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("logits_dtype", "dtype"),  # the interpreter mis-rounds bf16 stores
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16)],
+)
+@pytest.mark.parametrize("vocab", [1, 131])
+@pytest.mark.parametrize("which", PAIRS)
+def test_row_kl_grad(device: str, logits_dtype: torch.dtype, dtype: torch.dtype, vocab: int, which: str) -> None:
+    n, pair = 6, PAIRS[which]
+    logits, ref_logits = two_models(n, vocab, logits_dtype, device, ref_dtype=dtype)
+    d_kl = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device)
+    raw = logits.double().requires_grad_()
+    (d_kl.double() * divergence_of(raw, ref_logits, pair)).sum().backward()
+    found = Divergence(*(nans(n, device) for _ in Divergence._fields))
+    kernel_module("row_kl").row_kl(logits, ref_logits, found, pair=pair)
+    out = logits.view(dtype)[:, :vocab]
+    kernel_module("row_kl").row_kl_grad(logits, ref_logits, found, d_kl, out, pair=pair)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(out.double(), raw.grad, rtol=tolerance, atol=tolerance)
 
 
 SAMPLING_SEED = 11

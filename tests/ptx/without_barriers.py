@@ -18,7 +18,7 @@ import torch
 from ptx_machine import Fault
 
 from klq_kernels.vocabulary.chunking import row_stride
-from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Statistics, Terms
+from klq_kernels.vocabulary.chunks import Divergence, LossShape, Pair, Pull, Residuals, ScanTerms, Statistics, Terms
 from klq_kernels.vocabulary.metrics import klq_metrics
 from klq_kernels.vocabulary.sampling import Entries, Sampling
 
@@ -62,6 +62,15 @@ def kernels() -> dict[str, Callable[[], object]]:
         pull, selection = Entries(N, vocab, sampling).selection(slice(0, N), pull, torch.full((N,), -8.0), 1.0)
         module("row_select").row_select(logits, actions, pull, selection, **head)
 
+    def divergence(backward: bool) -> None:
+        pair = Pair(1.0, None, 1.0, None, False)
+        if backward:
+            out = fp32.view(torch.bfloat16)[:, :VOCAB]
+            found = Divergence(*columns(5))
+            module("row_kl").row_kl_grad(fp32, rows(torch.float32), found, torch.ones(N), out, pair=pair)
+        else:
+            module("row_kl").row_kl(rows(torch.bfloat16), rows(torch.bfloat16), Divergence(*columns(5)), pair=pair)
+
     def scan(masked: bool) -> None:
         mask = torch.rand(n) < 0.8 if masked else None
         module("scans").reverse_scan(torch.randn(n), torch.rand(n), mask, ends, out)
@@ -83,6 +92,8 @@ def kernels() -> dict[str, Callable[[], object]]:
             fp32, actions, Pull(*columns(4)), fp32.view(torch.bfloat16)[:, :VOCAB], **head
         ),
         "row_update": update,
+        "row_kl": lambda: divergence(False),
+        "row_kl_grad, narrower": lambda: divergence(True),
         "row_select": lambda: [select(vocab) for vocab in LARGE],
         "reverse_scan": lambda: scan(False),
         "reverse_scan, masked": lambda: scan(True),

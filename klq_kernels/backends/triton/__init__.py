@@ -10,6 +10,7 @@ next row is padding that ``row_grad`` may overwrite. So every access is 16 bytes
 from .klq_metrics import klq_metrics
 from .klq_residual import klq_residual
 from .row_grad import row_grad
+from .row_kl import row_kl, row_kl_grad
 from .row_select import row_select
 from .row_stats import row_stats
 from .row_update import row_update, updates
@@ -30,6 +31,8 @@ __all__ = [
     "lambda_errors",
     "reverse_scan",
     "row_grad",
+    "row_kl",
+    "row_kl_grad",
     "row_select",
     "row_stats",
     "row_update",

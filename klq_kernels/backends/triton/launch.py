@@ -27,7 +27,12 @@ ROW_STATS = {
     2: Config({"GROUPS": 8, "LANES": 1024}, num_warps=4),
     4: Config({"GROUPS": 4, "LANES": 1024}, num_warps=4),
 }
+# The same tiles for the normalisers of the two rows, then BLOCK logits of each at a time.
+ROW_KL = {
+    size: Config({**config.sizes, "BLOCK": 2048}, num_warps=config.num_warps) for size, config in ROW_STATS.items()
+}
 ROW_GRAD = Config({"BLOCK": 4096}, num_warps=4)
+ROW_KL_GRAD = Config({"BLOCK": 2048}, num_warps=4)  # of two rows
 # As many threads as a multiprocessor takes in one program, so that only one row of each is in flight.
 ROW_UPDATE = Config({"GROUPS": 4, "LANES": 8192, "BLOCK": 16384}, num_warps=32)
 ROW_SELECT = Config({"GROUPS": 8, "SEGMENT": 256, "BLOCK": 512, "HITS": 4}, num_warps=4)
