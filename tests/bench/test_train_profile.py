@@ -54,7 +54,7 @@ def test_the_naive_loss_is_the_fused_one_and_keeps_its_logits_once() -> None:
     values, *targets = torch.randn(4, n, generator=g)
     states = States(hidden, Head(weight, None, None, 1.0), values, values[:1])
     inputs = SimpleNamespace(actions=torch.randint(vocab, (n,), generator=g), cu_seqlens=torch.tensor([0, n]).int())
-    experience = SimpleNamespace(targets=KLQTargets(*targets), ref_logprobs=None)
+    experience = SimpleNamespace(targets=KLQTargets(*targets), ref_logprobs=None, step=1.0)
     config, count = KLQConfig("unused", use_cpu=True), torch.tensor(float(n))
     kept: set[int] = set()
 
