@@ -115,24 +115,24 @@ def variants() -> Iterator[Variant]:
     ref |= {"ref_stride": "i32", "out_stride": "i32", "vocab": "i32", "ref_scale": "fp32", "ref_softcap": "fp32"}
     for dtype in ("bf16", "fp16", "fp32"):
         for softcap in (False, True):
-            missing = dict.fromkeys([] if softcap else ["softcap", "ref_softcap"])
+            caps = dict.fromkeys([] if softcap else ["softcap", "ref_softcap"])
             tiles = launch.ROW_KL[4 if dtype == "fp32" else 2]
             for reverse in (False, True):
                 marks = dtype + ("+softcap" if softcap else "") + ("+reverse" if reverse else "")
                 kinds = row | ref | {"logits": f"*{dtype}", "ref_logits": f"*{dtype}"}
                 yield Variant(
-                    f"row_kl[{marks}]", "row_kl", "row_kl_kernel", kinds, missing | {"REVERSE": reverse},
+                    f"row_kl[{marks}]", "row_kl", "row_kl_kernel", kinds, caps | {"REVERSE": reverse},
                     tiles, 2 * tiles.sizes["BLOCK"] // (32 * tiles.num_warps), loop="last",
                 )  # fmt: skip
                 yield Variant(
                     f"row_kl_grad[{marks}]", "row_kl", "row_kl_grad_kernel", kinds | {"out": f"*{dtype}"},
-                    missing | {"REVERSE": reverse, "NARROW": False}, launch.ROW_KL_GRAD,
+                    caps | {"REVERSE": reverse, "NARROW": False}, launch.ROW_KL_GRAD,
                 )  # fmt: skip
                 if dtype != "fp32":
                     yield Variant(
                         f"row_kl_grad[fp32 to {marks}]", "row_kl", "row_kl_grad_kernel",
                         row | ref | {"logits": "*fp32", "out": f"*{dtype}"},
-                        missing | {"REVERSE": reverse, "NARROW": True}, launch.ROW_KL_GRAD,
+                        caps | {"REVERSE": reverse, "NARROW": True}, launch.ROW_KL_GRAD,
                     )  # fmt: skip
     select = row | dict.fromkeys(("d_action", "d_softmax", "threshold", "values"), "*fp32") | {"vocab": "i32"}
     select |= {

@@ -218,16 +218,16 @@ def row_kl(logits: Tensor, ref_logits: Tensor, out: Divergence, *, pair: Pair) -
         u, w = (y, x) if pair.reverse else (x, y)
         d = u - w
         p, q = u.exp_(), w.exp_()
-        near = (_excess_ratio(d) * d).mul_(d).mul_(p)
-        far = (p * d).masked_fill_(p == 0, 0.0).add_(q - p)
-        torch.sum(torch.where(d.abs() < 0.5, near, far), 1, out=kl[rows])
+        far = (p * d).masked_fill_(p == 0, 0.0).add_(q.sub_(p))
+        near = _excess_ratio(d, out=q).mul_(d).mul_(d).mul_(p)
+        torch.sum(torch.where(d.abs_() < 0.5, near, far), 1, out=kl[rows])
 
 
-def _excess_ratio(d: Tensor) -> Tensor:
+def _excess_ratio(d: Tensor, out: Tensor) -> Tensor:
     """(d + exp(-d) - 1) / d^2 for |d| < 1/2, by its series; the truncated rest is below a unit of fp32."""
-    out = torch.full_like(d, 1 / 40320)
+    out.fill_(1 / 40320)
     for factorial in (-5040, 720, -120, 24, -6, 2):
-        out.mul_(d).add_(1 / factorial)
+        torch.addcmul(out.new_tensor(1 / factorial), out, d, out=out)
     return out
 
 

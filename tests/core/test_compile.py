@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from watch import OPERATORS
 
-from klq_kernels import fused_klq_loss, gae, klq_loss, klq_targets, linear_logprobs, reverse_scan
+from klq_kernels import fused_klq_loss, gae, klq_loss, klq_targets, linear_kl, linear_logprobs, reverse_scan
 from klq_kernels.call import layout
 from klq_kernels.ops import fused_loss, scans
 from klq_kernels.ops import klq_loss as loss_op
@@ -305,7 +305,7 @@ def test_inference_mode(device: torch.device) -> None:
 
 
 def packed_step(device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """A whole update on packed tokens without a mask: targets, loss, gradients."""
+    """A whole update on packed tokens without a mask: targets, loss, divergence, gradients."""
     case = make_case(ragged_mask(5, 24), vocab=1009, width=64, dtype=torch.bfloat16, device=device).packed()
     hidden, weight, values = (getattr(case, n).clone().requires_grad_() for n in ("hidden", "weight", "values"))
     denom = torch.tensor(float(case.actions.numel()), device=hidden.device)
@@ -319,7 +319,9 @@ def packed_step(device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
         other = fused_klq_loss(
             hidden, weight, case.actions, values, ref_logprobs=case.ref_logprobs, rewards=case.scores, **keywords
         ).loss
-        return (loss.detach(), *torch.autograd.grad(loss + other, (hidden, weight, values)))
+        ref = (hidden.detach().flip(0), weight.detach())
+        kl = linear_kl(hidden, weight, *ref, cu_seqlens=case.cu_seqlens).mean()
+        return (loss.detach(), kl.detach(), *torch.autograd.grad(loss + other + kl, (hidden, weight, values)))
 
     return step
 

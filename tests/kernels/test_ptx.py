@@ -22,6 +22,11 @@ SUITES = {
     "kernels": ("kernels/test_kernels.py", "cpu", 260),
     "scans": ("core/test_returns.py", "triton-cpu and not long", 15),
     "logprobs": ("core/test_logprobs.py", "triton-cpu and not long", 20),
+    "divergence": (
+        "core/test_divergence.py",
+        "triton-cpu and (forbidden or digits or precision_contract and large and dtype1 and capped)",
+        6,
+    ),
     "loss": ("core/test_loss.py", "triton-cpu and precision_contract and double and (peaked or large)", 20),
     "sampled": (
         "core/test_sampled.py",
