@@ -26,7 +26,7 @@ HOSTS_PIP := $(HOSTS_VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ptx test-hosts lint bench gpu wheel sanitize clean
+.PHONY: help demo test test-slow test-ptx test-hosts lint bench gpu wheel sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,8 +34,11 @@ help:  ## list the targets
 demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
 	@$(BIN)/klq demo $(ARGS)
 
-test: $(READY)  ## run the tests (ARGS="-k scan" picks some)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: $(READY)  ## run the tests but for a few slow ones (ARGS="-k scan" picks some)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, ZeRO-3 by its launcher (minutes)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine (minutes)
 	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done

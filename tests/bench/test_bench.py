@@ -619,6 +619,7 @@ def test_klq_bench_says_that_it_needs_a_checkout(monkeypatch: pytest.MonkeyPatch
     assert "source checkout" in str(done.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1100)
 def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     """All parts end well, the kernels run in the interpreter, and the files are there.

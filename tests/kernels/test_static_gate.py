@@ -34,6 +34,7 @@ def test_every_kernel_compiles_within_its_record() -> None:
     assert " 0 complaints" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not OLDEST_TRITON.exists(), reason="the Makefile installs the oldest Triton in .venv/oldest-triton")
 def test_every_kernel_compiles_on_the_oldest_triton() -> None:

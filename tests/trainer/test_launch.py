@@ -37,6 +37,7 @@ def test_accelerate_fsdp2(material: list[str], tmp_path: Path) -> None:
     assert list((tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0").glob("*.distcp"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
 def test_accelerate_zero3(material: list[str], tmp_path: Path) -> None:
     start([*launched("zero3.yaml", material), "--output_dir", str(tmp_path)], deepspeed=True)
