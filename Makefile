@@ -37,7 +37,7 @@ demo: $(READY)  ## train a small model with the fused loss, compare with naive; 
 test: $(READY)  ## run the tests but for a few slow ones (ARGS="-k scan" picks some)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, ZeRO-3 by its launcher (minutes)
+test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, an isolated build … (minutes)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine (minutes)

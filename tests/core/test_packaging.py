@@ -208,6 +208,7 @@ def has_library(names: set[str]) -> bool:
 HAS_COMPILER = shutil.which("g++") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
 def test_an_isolated_build_finds_torch_and_builds_the_extension(source: Path, tmp_path: Path):
     """``pip install .`` as the README says: without --no-build-isolation."""
