@@ -66,7 +66,7 @@ def linear_kl(
 
     Returns:
         fp32, [B, T] or [N], in nats, 0 at masked tokens. Infinite where the first distribution gives a probability to
-        a token that the second forbids; in direction "forward" that token's gradient is then NaN.
+        a token that the second forbids; in direction "forward" its gradient is then not finite.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the ``ref_`` tensor that

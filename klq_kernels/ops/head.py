@@ -1,8 +1,8 @@
-"""The head that an operator's arguments describe, in the dtypes of its products."""
+"""The head that an operator's arguments describe, in the dtypes of its products, and the gradients handed back."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,3 +75,64 @@ def weight_gradient_dtype(given: HeadArguments, *, keep: bool = True) -> torch.d
         given.hidden.device, given.workspace_bytes, vocabulary_major=vocabulary_major(given.hidden.device), keep=keep,
         sampled=given.samples > 0,
     )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """In the dtypes of hidden, weight and bias; those that are not needed are empty."""
+
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+class GradientArguments(Protocol):
+    """The arguments that every operator has that computes a head's gradients."""
+
+    @property
+    def hidden(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def need_hidden(self) -> bool: ...
+    @property
+    def need_weight(self) -> bool: ...
+    @property
+    def need_bias(self) -> bool: ...
+
+
+class Sums(Protocol):
+    """A head's gradients as a pass over the vocabulary leaves them (``chunks.VocabularyWork``)."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def fake_gradients(given: GradientArguments) -> Gradients:
+    """Empty tensors like the gradients."""
+
+    def shaped(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None or not needed:
+            return given.hidden.new_empty(0)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    return Gradients(
+        shaped(given.hidden, given.need_hidden),
+        shaped(given.weight, given.need_weight),
+        shaped(given.bias, given.need_bias),
+    )
+
+
+def rounded_gradients(found: Sums, given: GradientArguments) -> Gradients:
+    """The gradients that a pass found, in the dtypes of their arguments."""
+
+    def rounded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+        if gradient is None or like is None:
+            return given.hidden.new_empty(0)
+        return gradient.to(like.dtype)
+
+    return Gradients(
+        rounded(found.hidden, given.hidden), rounded(found.weight, given.weight), rounded(found.bias, given.bias)
+    )

@@ -16,7 +16,7 @@ from ..vocabulary import chunking
 from ..vocabulary.chunks import Divergence, Needs, States
 from ..vocabulary.divergence import Side, divergence_backward_pass, divergence_pass
 from ..vocabulary.precision import own_settings
-from .head import head_dtypes, make_head
+from .head import Gradients, fake_gradients, head_dtypes, make_head, rounded_gradients
 from .operator import Operator, Parts
 
 
@@ -50,14 +50,6 @@ class BackwardArguments(NamedTuple):
     need_hidden: bool
     need_weight: bool
     need_bias: bool
-
-
-class Gradients(NamedTuple):
-    """In the dtypes of hidden, weight and bias; those that are not needed are empty."""
-
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
 
 
 class Arguments(NamedTuple):
@@ -138,19 +130,6 @@ def _weight_gradient_dtype(policy: _OneHead) -> torch.dtype:
     )  # fmt: skip
 
 
-def _fake_gradients(given: BackwardArguments) -> Gradients:
-    def shaped(like: Tensor | None, needed: bool) -> Tensor:
-        if like is None or not needed:
-            return given.hidden.new_empty(0)
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-    return Gradients(
-        shaped(given.hidden, given.need_hidden),
-        shaped(given.weight, given.need_weight),
-        shaped(given.bias, given.need_bias),
-    )
-
-
 def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
     raise RuntimeError("linear_kl: there is no second derivative; use klq_kernels.reference")
 
@@ -178,15 +157,10 @@ def _gradients(given: BackwardArguments) -> Gradients:
             workspace_bytes=policy.workspace_bytes,
         )
 
-    def needed(gradient: Tensor | None, like: Tensor | None) -> Tensor:
-        if gradient is None or like is None:
-            return hidden.new_empty(0)
-        return gradient.to(like.dtype)
-
-    return Gradients(needed(found.hidden, hidden), needed(found.weight, given.weight), needed(found.bias, given.bias))
+    return rounded_gradients(found, given)
 
 
-BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, _fake_gradients, lambda *_: None, _second_derivative)
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients, lambda *_: None, _second_derivative)
 linear_kl_backward = Operator("klq_kernels::linear_kl_backward", BACKWARD_PARTS)
 
 

@@ -17,7 +17,7 @@ from ..vocabulary.chunks import Needs, Pull, Rows
 from ..vocabulary.one_pass import logprobs_backward_pass, logprobs_pass
 from ..vocabulary.precision import own_settings
 from ..vocabulary.sampling import Sampling
-from .head import make_head, vocabulary, weight_gradient_dtype
+from .head import Gradients, fake_gradients, make_head, rounded_gradients, vocabulary, weight_gradient_dtype
 from .operator import Operator, Parts
 
 
@@ -55,34 +55,13 @@ class BackwardArguments(NamedTuple):
     need_bias: bool
 
 
-class Gradients(NamedTuple):
-    """In the dtypes of hidden, weight and bias; those that are not needed are empty."""
-
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
-
-
-def _fake_gradients(given: BackwardArguments) -> Gradients:
-    def shaped(like: Tensor | None, needed: bool) -> Tensor:
-        if like is None or not needed:
-            return given.hidden.new_empty(0)
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-    return Gradients(
-        shaped(given.hidden, given.need_hidden),
-        shaped(given.weight, given.need_weight),
-        shaped(given.bias, given.need_bias),
-    )
-
-
 def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
     raise RuntimeError("linear_logprobs: there is no second derivative; use klq_kernels.reference")
 
 
 def _gradients(given: BackwardArguments) -> Gradients:
     """Recomputes the logits chunk by chunk, and from them the gradients of the head's inputs."""
-    hidden, weight, bias = given.hidden, given.weight, given.bias
+    hidden = given.hidden
     index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, given.actions.numel())
 
     def take(tensor: Tensor | None) -> Any:
@@ -106,15 +85,10 @@ def _gradients(given: BackwardArguments) -> Gradients:
             workspace_bytes=given.workspace_bytes,
         )
 
-    def needed(gradient: Tensor | None, like: Tensor | None) -> Tensor:
-        if gradient is None or like is None:
-            return hidden.new_empty(0)
-        return gradient.to(like.dtype)
-
-    return Gradients(needed(gradients.hidden, hidden), needed(gradients.weight, weight), needed(gradients.bias, bias))
+    return rounded_gradients(gradients, given)
 
 
-BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, _fake_gradients, lambda *_: None, _second_derivative)
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients, lambda *_: None, _second_derivative)
 linear_logprobs_backward = Operator("klq_kernels::linear_logprobs_backward", BACKWARD_PARTS)
 
 
