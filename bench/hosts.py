@@ -30,7 +30,7 @@ import torch
 
 from klq_kernels.integrations.host import Patch
 from klq_kernels.integrations.trl import patch_trl
-from klq_kernels.lab.display import markdown_table
+from klq_kernels.lab.display import markdown_table, with_text
 
 from . import environment, report
 from .environment import ROOT
@@ -200,9 +200,7 @@ def ratios(base: list[float], seconds: list[float]) -> list[float]:
 
 def filled(page: str) -> str:
     """The page with the table as it is now."""
-    begin, end = "<!-- begin table -->", "<!-- end table -->"
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+    return with_text(page, "table", table())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from .environment import ROOT
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "memory.png"
-BEGIN, END = "<!-- begin numbers: python -m bench.readme -->", "<!-- end numbers -->"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -94,8 +93,9 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def filled(readme: str, text: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    from klq_kernels.lab.display import with_text
+
+    return with_text(readme, "numbers", text)
 
 
 def draw(memory: dict[str, Any], path: Path) -> None:

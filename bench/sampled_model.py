@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from klq_kernels.commands.loss_memory import SEGMENT
-from klq_kernels.lab.display import markdown_table
+from klq_kernels.lab.display import markdown_table, with_text
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "sampled-gradient.md"
@@ -97,11 +97,7 @@ def bars() -> str:
 
 def filled(page: str) -> str:
     """The page with both tables as they are now."""
-    for name, text in (("bars", bars()), ("model", table())):
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
+    return with_text(with_text(page, "bars", bars()), "model", table())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from klq_kernels import KLQTargets, fused_klq_loss
-from klq_kernels.lab.display import markdown_table
+from klq_kernels.lab.display import markdown_table, with_text
 
 from . import environment, memory, report
 
@@ -125,9 +125,7 @@ def table() -> str:
 
 def filled(page: str) -> str:
     """The page with the table as it is now."""
-    begin, end = "<!-- begin memory -->", "<!-- end memory -->"
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+    return with_text(page, "memory", table())
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def linear_logprobs(
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, split=head.group is not None or head.apart is not None,
+        workspace_bytes=workspace_bytes, split=head.split,
     )  # fmt: skip
     settings = {
         "temperature": temperature, "softcap": softcap, "return_entropy": return_entropy,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
-from .call.group import group_of, share_head, split_head
+from .call.group import check_spans, group_of, share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
-from .call.tokens import AllTokens, counts_of, mean_count
+from .call.tokens import AllTokens, mean_count
 from .call.transforms import needs_gradient, refuse_tangents
 from .logprobs import linear_logprobs
 from .ops import fused_loss
@@ -122,8 +122,10 @@ def fused_klq_loss(
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
-    spans = group_of(time_group)
+    head, spans = split_head(hidden, weight, bias, process_group, sharding), group_of(time_group)
     require(time_group is None or targets is None, "time_group", "is for on-policy calls; klq_targets takes the spans'")
+    if spans is not None and head.apart is not None:
+        check_spans(spans, head.apart)
     if spans is not None:
         require(ref_logprobs is not None and rewards is not None, "time_group", "needs ref_logprobs and rewards")
         own_layout: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "packing": packing}
@@ -139,13 +141,12 @@ def fused_klq_loss(
             **own_layout,
         )  # fmt: skip
         rewards = bootstrap_values = trace = None
-    head = split_head(hidden, weight, bias, process_group, sharding)
     hidden = head.hidden
     layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
     inputs = check_head(
         layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
-        workspace_bytes=workspace_bytes, split=head.group is not None or head.apart is not None,
+        workspace_bytes=workspace_bytes, split=head.split,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:
@@ -185,7 +186,7 @@ def fused_klq_loss(
     }
     group, peers, counts = head.group, "", []
     if spans is not None and head.apart is None:
-        peers, counts = spans.group_name, counts_of(spans, layout, arguments["denom"])
+        peers, counts = spans.group_name, AllTokens(spans, layout, arguments, settings).counts
         if denom is None:
             arguments["denom"] = mean_count(counts, hidden.device)
     if head.apart is not None:

@@ -79,6 +79,11 @@ class SplitHead(NamedTuple):
     apart: dist.ProcessGroup | None  # the ranks that have other tokens, and other parts of these rows
     vocab: int  # of all ranks together, where that is known without asking them; else 0
 
+    @property
+    def split(self) -> bool:
+        """Whether other ranks have rows too, so that this one may have none."""
+        return self.group is not None or self.apart is not None
+
 
 def split_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: object, sharding: str | None = None
@@ -128,6 +133,16 @@ def split_head(
     if _is_dtensor(hidden):
         return SplitHead(_whole(hidden, ranks), rows, own_bias, ranks, None, vocab)
     return SplitHead(hidden, rows, own_bias, None, ranks, vocab)
+
+
+def check_spans(spans: dist.ProcessGroup, apart: dist.ProcessGroup) -> None:
+    """Raises a ValueError unless all ranks of ``spans`` are among those that share a head, each with its own tokens:
+    the loss is that of the tokens of those.
+    """
+    shared = set(dist.get_process_group_ranks(apart))
+    inside = shared.issuperset(dist.get_process_group_ranks(spans))
+    ranks = f"must be of the ranks over which the weight is split by rows, {sorted(shared)}"
+    require(inside, "time_group", f"{ranks}: the loss is that of their tokens, and of all spans")
 
 
 def _splits_rows(placement: Any) -> bool:

@@ -4,7 +4,8 @@ Each rank of a group has tokens of its own and some rows of the head. Where the 
 ranks, one rank's after another's, make one packed batch, on which every rank does the work of its rows of the head
 (``vocabulary.sharded``). So a whole weight, or a whole gradient of it, is nowhere; N H numbers of hidden states move,
 and as many of their gradient. Where the head moves, each rank gets it whole, makes the plain call on its own tokens,
-and gives back V H numbers of the weight's gradient. Whichever moves, the results are the same but for rounding.
+and gives back V H numbers of the weight's gradient. Whichever moves, the results are the same but for rounding: where
+the head moves, a 16-bit gradient of it is rounded on each rank before those of the ranks are added.
 
 Gradients follow the convention of data parallelism, in which those of the ranks are averaged: with L the mean over
 ranks of what each makes of its own tokens, a rank's rows of the weight get dL/dW, which needs no further reduction, and
@@ -122,13 +123,6 @@ class AllTokens:
 
     def _sequences(self, tensor: Tensor) -> Tensor:
         return gather_rows(tensor.contiguous(), self._batches, self._group)
-
-
-def counts_of(group: dist.ProcessGroup, layout: Layout, denom: Tensor | None) -> list[int]:
-    """How many valid tokens each rank of a group has; a ValueError where they divide by other numbers."""
-    index, cu_seqlens = valid_rows(**layout.row_args(), positions=math.prod(layout.shape))
-    n = math.prod(layout.shape) if index is None else index.numel()
-    return [row[0] for row in agree(group, cu_seqlens.device, {"denom": denom is not None}, (n,), (bits_of(denom),))]
 
 
 def mean_count(counts: list[int], device: torch.device) -> Tensor:

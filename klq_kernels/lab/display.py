@@ -55,3 +55,13 @@ def markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     """The same for a page."""
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_text(page: str, name: str, text: str) -> str:
+    """A page with ``text`` between its comments "begin NAME", which may say more, and "end NAME".
+
+    Raises:
+        ValueError: where the page lacks one of them.
+    """
+    begin = page.index("-->", page.index(f"<!-- begin {name}")) + len("-->")
+    return f"{page[:begin]}\n{text}\n{page[page.index(f'<!-- end {name} -->') :]}"

@@ -107,7 +107,7 @@ def warn_of_16_bit(name: str, model: nn.Module | None) -> None:
         warnings.warn(
             f"{name}: its weights are {dtype}, in which small updates are lost. Load it with dtype=torch.float32 and "
             "set bf16=True, which computes in 16 bits and keeps weights in fp32; or train adapters (peft_config).",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

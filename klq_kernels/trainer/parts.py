@@ -44,50 +44,38 @@ def proven_parts(
     """
     given = [model for model in (policy, critic, ref_model) if model is not None]
     with gathered(p for model in given for p in model.parameters()):
-        return _proven_parts(args, policy, critic, ref_model, tokenizer, peft_config, optimizer)
-
-
-def _proven_parts(
-    args: KLQConfig,
-    policy: nn.Module,
-    critic: nn.Module | None,
-    ref_model: nn.Module | None,
-    tokenizer: Any,
-    peft_config: Any,
-    optimizer: torch.optim.Optimizer | None,
-) -> Parts:
-    language_model = LanguageModel(policy)
-    probe.prove_head(language_model)
-    check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
-    before = None
-    if peft_config is not None:
-        before = probe.logits_of(language_model) if ref_model is None else None
-        policy = loading.with_adapters(policy, peft_config)
         language_model = LanguageModel(policy)
-    elif ref_model is None:
-        probe.check_initialisation(policy)
-    probe.prove_adapters(language_model, before)
-    loading.check_trainable(policy, language_model.is_peft)
-    loading.warn_of_16_bit("model", policy)
-    loading.warn_of_16_bit("value_model", critic)
-    reference = _reference(args, language_model, ref_model)
-    value = ValueFunction(language_model.config.hidden_size, critic)
-    loading.check_optimizer(optimizer, value)
-    actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
-    backbones = {"model": language_model.backbone}
-    if value.backbone is not None:
-        backbones["value_model"] = value.backbone
-        embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
-        loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
-    for name, backbone in backbones.items():
-        probe.prove_padding(name, backbone, language_model)
-    if args.disable_dropout:
-        probe.silence(actor_critic, backbones, language_model)
-    else:
-        probe.check_head_dropout(language_model)
-    if reference is not None:
-        backbones["ref_model"] = reference.language_model.backbone
-    return Parts(actor_critic, reference, _padding_free(args, backbones, language_model))
+        probe.prove_head(language_model)
+        check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
+        before = None
+        if peft_config is not None:
+            before = probe.logits_of(language_model) if ref_model is None else None
+            policy = loading.with_adapters(policy, peft_config)
+            language_model = LanguageModel(policy)
+        elif ref_model is None:
+            probe.check_initialisation(policy)
+        probe.prove_adapters(language_model, before)
+        loading.check_trainable(policy, language_model.is_peft)
+        loading.warn_of_16_bit("model", policy)
+        loading.warn_of_16_bit("value_model", critic)
+        reference = _reference(args, language_model, ref_model)
+        value = ValueFunction(language_model.config.hidden_size, critic)
+        loading.check_optimizer(optimizer, value)
+        actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
+        backbones = {"model": language_model.backbone}
+        if value.backbone is not None:
+            backbones["value_model"] = value.backbone
+            embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
+            loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
+        for name, backbone in backbones.items():
+            probe.prove_padding(name, backbone, language_model)
+        if args.disable_dropout:
+            probe.silence(actor_critic, backbones, language_model)
+        else:
+            probe.check_head_dropout(language_model)
+        if reference is not None:
+            backbones["ref_model"] = reference.language_model.backbone
+        return Parts(actor_critic, reference, _padding_free(args, backbones, language_model))
 
 
 def _reference(args: KLQConfig, policy: LanguageModel, given: nn.Module | None) -> FrozenPolicy | None:
@@ -117,6 +105,6 @@ def _padding_free(args: KLQConfig, backbones: dict[str, nn.Module], language_mod
         warnings.warn(
             f"padding_free: {', '.join(failing)} mixes sequences that are concatenated (a probe shows it), so they "
             "are padded",
-            stacklevel=5,
+            stacklevel=4,
         )
     return wanted and not failing

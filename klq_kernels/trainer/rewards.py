@@ -61,6 +61,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
         batch_size: int = 64,
+        device: torch.device | str = "cpu",
         place: Callable[[nn.Module], Placed] | None = None,
     ) -> None:
         """
@@ -71,7 +72,8 @@ class Rewards:
             processing_classes: the tokenizers of the models: one for all, or one per function with None for callables
                 and for models whose own is to be loaded.
             batch_size: how many texts a model reads at once.
-            place: puts a model where its weights are to be; left where they are by default.
+            device: where models are moved to.
+            place: puts a model where its weights are to be, in place of ``device``.
 
         Raises:
             ValueError: naming the argument or the function that is wrong.
@@ -85,7 +87,7 @@ class Rewards:
         self.weights = checked_weights(weights, len(functions))
         tokenizers = per_function(processing_classes, len(functions))
         self._functions = [
-            as_callable(name, function, tokenizer, batch_size, place)
+            as_callable(name, function, tokenizer, batch_size, place or torch.device(device))
             for name, function, tokenizer in zip(self.names, functions, tokenizers, strict=True)
         ]
         # whether all processes must ask together, because each has a part of a model
@@ -204,7 +206,7 @@ def per_function(processing_classes: Any, count: int) -> list[Any]:
 
 
 def as_callable(
-    name: str, function: Any, tokenizer: Any, batch_size: int, place: Callable[[nn.Module], Placed] | None
+    name: str, function: Any, tokenizer: Any, batch_size: int, place: Callable[[nn.Module], Placed] | torch.device
 ) -> Callable[..., Any]:
     if isinstance(function, (str, nn.Module)):
         return ModelReward(name, function, tokenizer, batch_size=batch_size, place=place)
@@ -319,7 +321,7 @@ class ModelReward:
         tokenizer: Any = None,
         *,
         batch_size: int,
-        place: Callable[[nn.Module], Placed] | None = None,
+        place: Callable[[nn.Module], Placed] | torch.device,
     ) -> None:
         self.__name__ = name
         self.batch_size = batch_size
@@ -334,7 +336,12 @@ class ModelReward:
         set_padding(name, self.model, self.tokenizer)
         # Models that were spread over devices or quantised as they were loaded stay where they are.
         stays = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
-        self._placed = None if stays or place is None else place(self.model)
+        self._placed = None
+        if not stays:
+            if isinstance(place, torch.device):
+                self.model.to(place)
+            else:
+                self._placed = place(self.model)
         self.sharded = self._placed is not None and self._placed.placement == "sharded"
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:

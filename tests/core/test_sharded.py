@@ -521,6 +521,11 @@ def test_the_on_policy_loss_over_spans_of_time(
             assert_close_to_scale(f.metrics[name], whole.metrics[name], name)
 
 
+def test_spans_on_other_ranks_than_those_of_the_head_are_refused(ranks: Ranks) -> None:
+    said = ranks.run(4, sharding.refusal_of_spans_beyond_the_head, make_case(ragged_mask(2, 6)))
+    assert all(m.startswith("time_group: must be of the ranks over which the weight is split") for m in said), said
+
+
 def test_on_policy_over_spans_of_time_is_targets_of_the_same_policy() -> None:
     """The recipe of the docs: scored without gradient, then ``klq_targets`` over the spans, then the loss on them."""
     case: Case = make_case(ragged_mask(4, 8))

@@ -10,9 +10,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from klq_kernels.lab.display import with_text
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "many-processes.md"
-BEGIN, END = "<!-- begin runs -->", "<!-- end runs -->"
 ENGINES = (
     "one process", "DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "tensor parallel",
     "FSDP2 x tensor parallel", "context parallel",
@@ -52,8 +53,7 @@ def table() -> str:
 
 def page() -> str:
     """docs/many-processes.md with the table as the tests have it."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    return with_text(PAGE.read_text(), "runs", table())
 
 
 if __name__ == "__main__":

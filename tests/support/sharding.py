@@ -181,6 +181,20 @@ def loss_of_a_head_split_twice(group: dist.ProcessGroup, case: Case, counts: lis
     return Outcome(found.loss.detach(), found.metrics, {"hidden": hidden.grad, "values": values.grad, **whole})
 
 
+def refusal_of_spans_beyond_the_head(group: dist.ProcessGroup, case: Case) -> str:
+    """The message, where the head is split over other ranks than time is."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("head", "time"))
+    head = mesh["head"]
+    weight, bias = (distribute_tensor(t.clone(), head, [Shard(0)]).requires_grad_() for t in (case.weight, case.bias))
+    options = {"rewards": case.rewards, "ref_logprobs": case.ref_logprobs, "mask": case.mask}
+    hidden, values = case.hidden.detach(), case.values.detach()
+    try:
+        fused_klq_loss(hidden, weight, case.actions, values, bias=bias, time_group=mesh["time"], **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def counted_own_tokens(
     group: dist.ProcessGroup, case: Case, counts: list[int], sizes: list[int], move: str | None
 ) -> dict[str, int]:
