@@ -33,7 +33,9 @@ def _weights(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
         return
     if hasattr(module, "get_base_layer"):  # a layer with adapters
         with gathered(module.parameters()):
-            yield from _weights(_merged(module), prefix, seen)
+            base = _merged(module)
+            fresh = base is not module.get_base_layer()  # a copy has weights of its own, whose ids others have later
+            yield from _weights(base, prefix, set() if fresh else seen)
         return
     passing = module._non_persistent_buffers_set
     buffers = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if name not in passing]

@@ -124,6 +124,15 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_no_weight_is_left_out_however_memory_is_reused() -> None:
+    """Merged copies are freed one after the other, so that later ones lie where earlier ones did."""
+    base = tiny.model(num_hidden_layers=24, tie_word_embeddings=False)
+    names = [name for name, _ in base.named_parameters()]
+    lora = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **lora))
+    assert [name for name, _ in LanguageModel(model).weights()] == names
+
+
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_weights_for_an_engine_are_those_of_the_merged_model(kind: str) -> None:
     model = peft.get_peft_model(untied(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **EXPORTS[kind]))
