@@ -19,6 +19,7 @@ right, and slower.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -138,10 +139,10 @@ class CandidateScorer:
             input_ids=ids,
             attention_mask=self._mask(input_ids.shape[1], cached, candidates.shape[1]),
             position_ids=position_ids,
-            past_key_values=self._cache,
             use_cache=True,
+            **{cache_argument(self.guide.backbone): self._cache},
         ).last_hidden_state
-        self._cache.crop(input_ids.shape[1])
+        self._cache.crop(-candidates.shape[1])  # the candidates leave it again
         self._ids = input_ids.clone()
         return self.guide.read(states[:, -candidates.shape[1] :])
 
@@ -205,6 +206,11 @@ class _States:
     @staticmethod
     def read(states: Tensor) -> Tensor:
         return states.float()
+
+
+def cache_argument(backbone: Any) -> str:
+    """What a backbone calls its cache; the name changed within transformers 5."""
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
 
 def _tolerance(guide: ValueGuide) -> float:
