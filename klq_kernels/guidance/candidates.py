@@ -184,10 +184,10 @@ class CandidateScorer:
                     raise ValueError(f"states differ by {error:.3g}")
                 ids = torch.cat([ids, next_ones[:, -1:]], 1)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as failure:
+            why = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
             warnings.warn(
                 f"guide: {type(self.guide.backbone).__name__} cannot score candidates in one pass over a shared cache "
-                f"({str(failure).splitlines()[0] if str(failure) else type(failure).__name__}); each is read in a row of "
-                "its own, which is slower",
+                f"({why}); each is read in a row of its own, which is slower",
                 stacklevel=5,
             )
             return False

@@ -44,7 +44,7 @@ class ValueGuide(nn.Module):
         )
         self.law = Law() if law is None else law
         self.backbone: Any = backbone.base_model
-        config = self.backbone.config.get_text_config()
+        config = backbone.config.get_text_config()
         require(not config.is_encoder_decoder, "backbone", "is an encoder-decoder; a decoder is needed")
         first = next(self.backbone.parameters())
         self.head = nn.Linear(config.hidden_size, self.law.outputs, dtype=torch.float32, device=first.device)

@@ -130,7 +130,9 @@ def test_others_keep_their_probabilities_or_lose_them() -> None:
     assert (kept[chosen] - before[chosen]).abs().max() > 1e-3
     excluded = GuidedLogits(guide, 0.1, top_k=k, others="exclude")(ids, scores).softmax(-1)
     assert not excluded[~chosen].any()
-    torch.testing.assert_close(excluded[chosen].view(2, k), (kept * chosen / (kept * chosen).sum(1, True))[chosen].view(2, k))
+    torch.testing.assert_close(
+        excluded[chosen].view(2, k), (kept * chosen / (kept * chosen).sum(1, True))[chosen].view(2, k)
+    )
 
 
 @pytest.mark.parametrize("others", ["keep", "exclude"])
@@ -211,7 +213,7 @@ def test_a_prompt_that_begins_with_the_padding_token() -> None:
     candidates = torch.tensor([[3, 4], [3, 4]])
     found = CandidateScorer(guide, tiny.PAD, mask)(ids, candidates)
     with torch.no_grad():
-        wanted = [guide(torch.tensor([row + [c] for c in (3, 4)]))[:, -1] for row in ([0, 5], [0, 6, 7, 8])]
+        wanted = [guide(torch.tensor([[*row, c] for c in (3, 4)]))[:, -1] for row in ([0, 5], [0, 6, 7, 8])]
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-4)
 
 
@@ -222,7 +224,9 @@ def test_a_padded_batch_generates_what_its_rows_do_alone(how: dict[str, Any]) ->
     batch = torch.tensor([rows[0], [tiny.PAD] * 2 + rows[1]])
     mask = (batch != tiny.PAD).long()
     sampled = "do_sample" in how
-    together = GuidedLogits(guide, 0.05, top_k=1 if sampled else 8, others="exclude" if sampled else "keep", pad_token_id=tiny.PAD)
+    together = GuidedLogits(
+        guide, 0.05, top_k=1 if sampled else 8, others="exclude" if sampled else "keep", pad_token_id=tiny.PAD
+    )
     out = generate(model, batch, together, mask, **how)
     number = how.get("num_return_sequences", 1)
     for i, row in enumerate(rows):
@@ -279,11 +283,11 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             GuidedLogits(guide, **kwargs)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^guide: "):
+    with pytest.raises(ValueError, match=r"^guide: "):
         GuidedLogits(tiny.model())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^guide: reads ids below"):
+    with pytest.raises(ValueError, match=r"^guide: reads ids below"):
         GuidedLogits(guide)(torch.tensor([[tiny.VOCAB + 5]]), torch.zeros(1, tiny.VOCAB + 10))
-    with pytest.raises(ValueError, match="^attention_mask: "):
+    with pytest.raises(ValueError, match=r"^attention_mask: "):
         GuidedLogits(guide, attention_mask=torch.ones(1, 9))(torch.tensor([[3, 4]]), torch.zeros(1, tiny.VOCAB))
-    with pytest.raises(ValueError, match="^kl: "):
+    with pytest.raises(ValueError, match=r"^kl: "):
         GuidedLogits(guide).kl  # noqa: B018
