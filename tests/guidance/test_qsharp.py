@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import LogitsProcessorList
 
-from klq_kernels.guidance import ValueGuide
+from klq_kernels.guidance import Law, ValueGuide
 from klq_kernels.trainer import QSharpConfig, QSharpTrainer
 from klq_kernels.trainer.qsharp.examples import Example, Examples, varied
 from klq_kernels.trainer.qsharp.quality import auroc, quality
@@ -43,7 +43,8 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> QSharpTrainer:
     """A run in which the guide learns something, shared by the tests that only look at it."""
     run = trainer(
         tmp_path_factory.mktemp("learnt"), {"eval_dataset": tiny.prompts(48)},
-        law="categorical", atoms=9, rounds=2, steps_per_round=80, samples_per_prompt=64, prompts_per_round=None, eta=0.2, logging_steps=40, top_k=32,
+        law="categorical", atoms=9, rounds=2, steps_per_round=80, samples_per_prompt=64, prompts_per_round=None,
+        eta=0.2, logging_steps=40, top_k=32,
         per_device_train_batch_size=32, rollout_forward_batch_size=512, eval_strategy="steps", eval_steps=80,
         eval_on_start=True,
     )  # fmt: skip
@@ -227,22 +228,17 @@ def test_wrong_settings_are_named(tmp_path: Path, argument: str, changes: dict[s
 
 def test_wrong_models_and_data_are_named(tmp_path: Path) -> None:
     model = tiny.model()
-    small = tiny.model(vocab_size=40)
-    law = arguments(tmp_path).reward_law
-    for argument, given in (
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("guide", {"guide": 3}),
-        ("guide", {"guide": small}),
-        ("guide", {"guide": ValueGuide(model, law), "model": model}),
-        ("guide", {"guide": ValueGuide(tiny.model())}),
+        ("guide", {"guide": tiny.model(vocab_size=40)}),  # does not know every token
+        ("guide", {"guide": ValueGuide(model), "model": model}),  # would train the reference
+        ("guide", {"guide": ValueGuide(tiny.model(), Law("categorical"))}),  # of another law
         ("train_dataset", {"train_dataset": []}),
-        ("args", {}),
-    ):
-        changes = {"law": "categorical"} if argument == "guide" and isinstance(given["guide"], ValueGuide) else {}
-        if given.get("model") is not None:
-            changes = {}
+    ]
+    for argument, given in wrong:
         with pytest.raises(ValueError, match=f"^{argument}: "):
-            if argument == "args":
-                QSharpTrainer(model, tiny.even, tiny.arguments(tmp_path), tiny.prompts(), None, tiny.tokenizer())
-            trainer(tmp_path, given, **changes)
+            trainer(tmp_path, given)
+    with pytest.raises(ValueError, match=r"^args: must be a QSharpConfig"):
+        QSharpTrainer(model, tiny.even, tiny.arguments(tmp_path), tiny.prompts(), None, tiny.tokenizer())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^reward_high: a completion earned"):
         trainer(tmp_path, reward_high=0.1).train()
