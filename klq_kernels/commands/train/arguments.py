@@ -1,14 +1,15 @@
 """The arguments of ``klq train``: where each value comes from.
 
 A value comes from a flag, else from the YAML file, else from the recipe of the built-in task, else it is the default.
-All names are those of ``ScriptArguments`` (what to train on what) and ``KLQConfig`` (how); a name that is neither is
+All names are those of ``ScriptArguments`` (what to train on what) and of the algorithm's configuration (how), which is
+``KLQConfig`` or that of a relative on the same cycle; a name that is neither is
 an error, because a misspelt hyperparameter that is silently ignored costs a run.
 """
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action
-from collections.abc import Collection, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +21,7 @@ from ...call.checks import require
 from ...lab.tasks import TASKS, load_task
 from ...trainer.config import KLQConfig, option
 from ...trainer.loading import read_yaml
+from ...trainer.relatives import CYCLES
 
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
@@ -83,17 +85,32 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def argument_parser() -> Parser:
+def config_class(flags: Sequence[str], given: Mapping[str, Any] | None = None) -> type[KLQConfig]:
+    """The configuration of the algorithm that the flags name, or the values ``given`` in a file.
+
+    Raises:
+        ValueError: where there is no such algorithm.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algorithm", nargs="?", default=(given or {}).get("algorithm", KLQConfig.algorithm))
+    algorithm = first.parse_known_args(list(flags))[0].algorithm
+    names = (*KLQConfig.algorithms, *CYCLES)
+    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
+    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
+
+
+def argument_parser(config: type[KLQConfig] = KLQConfig) -> Parser:
     """Every field of both dataclasses as a flag; the help shows ours, and names where the others are documented."""
     parser = Parser(
-        [ScriptArguments, KLQConfig],  # type: ignore[list-item]
+        [ScriptArguments, config],  # type: ignore[list-item]
         prog="klq train",
         usage="klq train [--config FILE.yaml] [--NAME VALUE ...]",
-        description="Train a language model with KLQ. The names below are also the keys of the YAML file.",
+        description="Train a model with KLQ or a relative. The names below are also the keys of the YAML file.",
         epilog="So are all fields of transformers.TrainingArguments.",
         allow_abbrev=False,
     )
-    inherited = {f.name for f in fields(TrainingArguments)} - set(KLQConfig.__annotations__) - {"output_dir", "seed"}
+    ours = {name for kind in config.__mro__ if issubclass(kind, KLQConfig) for name in kind.__annotations__}
+    inherited = {f.name for f in fields(TrainingArguments)} - ours - {"output_dir", "seed"}
     for action in parser._actions:
         if action.dest in inherited or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
@@ -111,9 +128,10 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
     Raises:
         ValueError: naming the key or flag that is unknown (with the nearest that exists) or has a bad value.
     """
-    parser = argument_parser()
-    actions = {action.dest: action for action in reversed(parser._actions)}
     given = {} if config is None else read_yaml(config)
+    kind = config_class(flags, given)
+    parser = argument_parser(kind)
+    actions = {action.dest: action for action in reversed(parser._actions)}
     for key in given:
         require(key in actions, "config", f"{config} has an unknown key {key!r}{near(key, actions)}")
     values = {key: as_default(actions[key], value) for key, value in given.items()}
@@ -124,15 +142,20 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         raise ValueError(f"{name}: unknown argument{near(name.lstrip('-').replace('-', '_'), actions, '--')}")
     if known.task is not None:
         flagged = {a.dest for a in parser._actions for f in flags if f.partition("=")[0] in a.option_strings}
-        suited = recipe(known.task, {*values, *flagged})
+        suited = recipe(known.task, {*values, *flagged}, critic=kind.has_critic)
         parser.set_defaults(**{name: value for name, value in suited.items() if name not in values})
     arguments, training = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     return arguments, training
 
 
-def recipe(task: str, given: Collection[str]) -> dict[str, Any]:
-    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
+def recipe(task: str, given: Collection[str], *, critic: bool = True) -> dict[str, Any]:
+    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one.
+
+    Those of a value function are left out where the algorithm has no ``critic``.
+    """
     settings = {**RECIPE, "max_completion_length": load_task(task).max_completion_length}
+    if not critic:
+        del settings["value_model"], settings["value_learning_rate"]
     if "max_steps" in given or "num_train_epochs" in given:
         del settings["total_episodes"]
     return settings

@@ -28,6 +28,7 @@ from ...trainer import loading
 from ...trainer.checkpoints import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
+from ...trainer.relatives import CYCLES
 from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
 from .arguments import COPY, ScriptArguments
@@ -50,7 +51,7 @@ def build_trainer(arguments: ScriptArguments, config: KLQConfig) -> KLQTrainer:
         template: Any = config.chat_template_kwargs
         limits = (models["processing_class"], config.max_prompt_length, template)
         train, held_out = (None if p is None else keep_short(p, *limits) for p in (train, held_out))
-    return KLQTrainer(
+    return CYCLES.get(config.algorithm, KLQTrainer)(
         **models,
         reward_funcs=rewards or list(task.reward_funcs),  # type: ignore[union-attr]
         args=config,
