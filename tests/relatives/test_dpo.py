@@ -113,6 +113,8 @@ def test_texts_end_with_eos_and_chats_as_their_template_says() -> None:
     tokenizer = tiny.tokenizer()
     assert tokenizer.decode(chosen.completion) == "cd<eos>"
     assert tokenizer.decode(rejected.completion) == "e<eos>"
+    ended, _ = reader.sequences([{"prompt": "ab", "chosen": "cd<eos>", "rejected": "e"}])
+    assert torch.equal(ended.completion, chosen.completion)
     assert tokenizer.decode(chosen.prompt) == "ab"
     assert chosen.trained.all()
     chat = tiny.tokenizer(chat=True)

@@ -70,7 +70,8 @@ class PairReader:
         """The ids of a completion, which the policy is to say after the prompt."""
         if isinstance(said, str):
             ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-            return [*ids, self.tokenizer.eos_token_id] if said else []
+            ended = not ids or ids[-1] == self.tokenizer.eos_token_id
+            return ids if ended else [*ids, self.tokenizer.eos_token_id]
         chat = isinstance(said, (list, tuple)) and bool(said) and all(map(is_message, said))
         require(
             chat and not isinstance(before, str),
