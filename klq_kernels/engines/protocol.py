@@ -34,7 +34,7 @@ class WeightsLost(EngineError):
 class Model:
     """The model that is to be served."""
 
-    config: Any  # its transformers configuration
+    config: Any  # its transformers configuration, with ``architectures``
     dtype: str  # of its weights in the engine, such as "bfloat16"
 
 

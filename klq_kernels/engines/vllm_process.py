@@ -154,7 +154,8 @@ class Child:
                 if self.process.poll() is not None and not self.connection.poll(0.0):
                     raise EOFError
                 if time.monotonic() >= until:
-                    self.stop()  # what it would still answer is of no more use
+                    self.process.kill()  # what it would still answer is of no more use
+                    self.stop()
                     raise EngineError(
                         f"vLLM took longer than {timeout:g} s for {method}, and was ended: allow more "
                         f"(engine_timeout), or ask for fewer or shorter completions at once; its log is {self.log}. "
@@ -162,7 +163,7 @@ class Child:
                     )
             outcome, value = self.connection.recv()
         except (EOFError, OSError):
-            raise EngineError(f"{self._how_it_ended()} during {method}. {self._last_words()}. {RESUME}") from None
+            raise EngineError(f"{self._how_it_ended()} during {method}. {RESUME}. {self._last_words()}") from None
         if outcome == "failed":
             raise EngineError(f"vLLM failed in {method}: {value}; its log is {self.log}")
         return value
@@ -178,7 +179,7 @@ class Child:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-8:]
-        return f"Its log {self.log} ends with:\n  " + "\n  ".join(lines)
+        return "\n  ".join([f"Its log {self.log} ends with:", *lines, ""]) if lines else f"Its log is {self.log}"
 
 
 def end(process: subprocess.Popen[bytes], connection: Connection, folder: Path) -> None:

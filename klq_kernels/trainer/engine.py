@@ -9,6 +9,7 @@ asks for the same completions.
 
 from __future__ import annotations
 
+import copy
 import uuid
 import weakref
 from typing import Any
@@ -112,9 +113,9 @@ class EngineRollout:
         run = [uuid.uuid4().hex[:8]]
         broadcast_object_list(run)
         self._run, self._updates, self._policy = run[0], 0, None
-        config = trainer.policy.config
-        facts = self.engine.start(Model(config, dtype_name(trainer)))
-        check_shape(config, facts)
+        model = served_model(trainer)
+        facts = self.engine.start(model)
+        check_shape(model.config, facts)
         self._follow(trainer)
         self._compare(trainer, probe_of(request, facts.max_length))
         self._facts = facts
@@ -190,11 +191,16 @@ def check_shape(config: Any, facts: Facts) -> None:
         )
 
 
-def dtype_name(trainer: RolloutContext) -> str:
-    """The precision of training, in which the engine computes too."""
-    if trainer.args.bf16 or trainer.args.fp16:
-        return "bfloat16" if trainer.args.bf16 else "float16"
-    return str(next(trainer.policy.parameters()).dtype).removeprefix("torch.")
+def served_model(trainer: RolloutContext) -> Model:
+    """The policy, without adapters, in the precision of training."""
+    args, policy = trainer.args, trainer.policy
+    config = copy.deepcopy(policy.config)
+    if config.architectures is None:  # a model that was never saved
+        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        config.architectures = [type(base).__name__.removeprefix("FSDP")]
+    trained = next(policy.parameters()).dtype
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else trained
+    return Model(config, str(dtype).removeprefix("torch."))
 
 
 def state_of(trainer: RolloutContext) -> tuple[int, int, int]:
