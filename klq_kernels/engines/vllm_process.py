@@ -11,7 +11,6 @@ the policy's own. So a policy that exists only in memory can be served as well a
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -124,7 +123,8 @@ class Child:
     """The process, the connection to it, and a folder for what it reads."""
 
     def __init__(self, python: str, environment: dict[str, str], log: str | Path | None, bucket_bytes: int) -> None:
-        self.folder = folder_for(bucket_bytes)
+        folder = folder_for(bucket_bytes)
+        self.folder = Path(folder.name)
         self.log = Path(tempfile.mkstemp(prefix="klq_vllm_", suffix=".log")[1] if log is None else log)
         ours, theirs = socket.socketpair()
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
@@ -139,7 +139,7 @@ class Child:
                 start_new_session=True,  # it and its workers are one group, which Ctrl-C does not reach
             )
         self.connection = Connection(ours.detach())
-        self.stop = weakref.finalize(self, end, self.process, self.connection, self.folder)
+        self.stop = weakref.finalize(self, end, self.process, self.connection, folder)
 
     def call(self, method: str, timeout: float, **arguments: Any) -> Any:
         """What ``Served.method`` returns.
@@ -182,7 +182,7 @@ class Child:
         return "\n  ".join([f"Its log {self.log} ends with:", *lines, ""]) if lines else f"Its log is {self.log}"
 
 
-def end(process: subprocess.Popen[bytes], connection: Connection, folder: Path) -> None:
+def end(process: subprocess.Popen[bytes], connection: Connection, folder: tempfile.TemporaryDirectory[str]) -> None:
     """Ends the process and what it has started: by the end of its connection, or else by force."""
     connection.close()
     with suppress(subprocess.TimeoutExpired):
@@ -190,4 +190,4 @@ def end(process: subprocess.Popen[bytes], connection: Connection, folder: Path) 
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.cleanup()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +82,7 @@ class VLLMServer:
         self.concurrency = concurrency
         self.bucket_bytes = bucket_bytes
         self.folder = folder
-        self._own_folder: Path | None = None
+        self._own_folder: tempfile.TemporaryDirectory[str] | None = None
         self._name = ""
 
     def start(self, model: Model) -> Facts:
@@ -106,7 +106,7 @@ class VLLMServer:
     def take_weights(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         if self.folder is None and self._own_folder is None:
             self._own_folder = folder_for(self.bucket_bytes)
-        folder = Path(self.folder or self._own_folder)  # type: ignore[arg-type]
+        folder = Path(self._own_folder.name if self.folder is None else self.folder)  # type: ignore[union-attr]
         self._ask("POST", "/start_weight_update")
         for bucket in buckets(weights, self.bucket_bytes):
             with written(bucket, folder) as path:
@@ -133,7 +133,7 @@ class VLLMServer:
     def stop(self) -> None:
         """Forgets the server, which goes on."""
         if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
+            self._own_folder.cleanup()
             self._own_folder = None
 
     def _complete(self, body: dict[str, Any]) -> tuple[list[int], list[float]]:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -66,9 +68,21 @@ class FileTransfer(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in tied_layers(self.model):
+            layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         pass
+
+
+def tied_layers(model: Any) -> list[Any]:
+    """Layers that share their weight with another, such as a head with the embeddings.
+
+    The weight comes once, for one of them. The others keep what they made of it before: on a CPU, a packed copy.
+    """
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    shared = Counter(id(layer.weight) for layer in layers)
+    return [layer for layer in layers if shared[id(layer.weight)] > 1 and hasattr(layer, "quant_method")]
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

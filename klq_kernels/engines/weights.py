@@ -50,7 +50,8 @@ def written(bucket: dict[str, Tensor], folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def folder_for(size: int) -> Path:
+def folder_for(size: int) -> tempfile.TemporaryDirectory[str]:
     """A new folder for buckets of ``size`` bytes: in shared memory where there is room for several, else on a disk."""
     roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 8 * size
-    return Path(tempfile.mkdtemp(prefix="klq_weights_", dir=SHARED_MEMORY if roomy else None))
+    place = SHARED_MEMORY if roomy else None
+    return tempfile.TemporaryDirectory(prefix="klq_weights_", dir=place, ignore_cleanup_errors=True)

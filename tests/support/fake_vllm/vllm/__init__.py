@@ -54,6 +54,9 @@ class Served:
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
+    def modules(self) -> list[Any]:
+        return []  # that make copies of their weights
+
     def load_weights(self, weights: Any) -> None:
         assert self.pending is not None, "outside of a reload"
         self.pending.update({name: weight.clone() for name, weight in weights})
