@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_it_ends_with_the_trainer() -> None:
     child.stop()
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_it_says_so() -> None:
     without = {"PYTHONPATH": STAND_IN["PYTHONPATH"].rsplit(os.pathsep, 1)[0]}
     with pytest.raises(EngineError, match="No module named 'vllm'"):
