@@ -36,6 +36,7 @@ class Model:
 
     config: Any  # its transformers configuration, with ``architectures``
     dtype: str  # of its weights in the engine, such as "bfloat16"
+    device: str = "cpu"  # where the trainer's process has it, such as "cuda:1"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class VLLMProcess:
         bucket_bytes: size of the files in which weights go over.
         log: file to which vLLM writes; by default one in a temporary folder.
         python: interpreter of the environment in which vLLM and this package are installed; by default this one.
-        environment: variables to add to the child's environment.
+        environment: variables to add to the child's environment. Without ``tensor_parallel_size`` the child sees the
+            GPU of the trainer's process alone, unless CUDA_VISIBLE_DEVICES is given here.
         options: arguments of ``vllm.LLM``, such as ``gpu_memory_utilization`` or ``max_model_len``.
     """
 
@@ -78,7 +79,9 @@ class VLLMProcess:
             EngineError: where vLLM is not installed, does not start, or takes longer than twice ``timeout``.
         """
         self.stop()
-        child = self._child = Child(self.python, self.environment, self.log, self.bucket_bytes)
+        alone = self.options.get("tensor_parallel_size", 1) == 1
+        environment = {**(same_gpu(model.device) if alone else {}), **self.environment}
+        child = self._child = Child(self.python, environment, self.log, self.bucket_bytes)
         model.config.save_pretrained(child.folder)
         defaults = {
             "dtype": model.dtype, "load_format": "dummy", "skip_tokenizer_init": True, "disable_log_stats": True,
@@ -117,6 +120,16 @@ class VLLMProcess:
         if self._child is None:
             raise EngineError("vLLM is not running: call start first")
         return self._child
+
+
+def same_gpu(device: str) -> dict[str, str]:
+    """The variable by which a child sees, of the GPUs that this process sees, the ``device`` alone."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    return {"CUDA_VISIBLE_DEVICES": index or "0" if names is None else names[int(index or 0)]}
 
 
 class Child:

@@ -200,7 +200,7 @@ def served_model(trainer: RolloutContext) -> Model:
         config.architectures = [type(base).__name__.removeprefix("FSDP")]
     trained = next(policy.parameters()).dtype
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else trained
-    return Model(config, str(dtype).removeprefix("torch."))
+    return Model(config, str(dtype).removeprefix("torch."), str(args.device))
 
 
 def state_of(trainer: RolloutContext) -> tuple[int, int, int]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from own_engine import OwnEngine
 from stand_in import STAND_IN
 
 from klq_kernels.engines import EngineError, Model, Request, VLLMProcess
-from klq_kernels.engines.vllm_process import Child
-from klq_kernels.trainer import KLQTrainer
+from klq_kernels.engines.vllm_process import Child, same_gpu
+from klq_kernels.trainer import EngineRollout, KLQTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = Model(tiny.config(architectures=["LlamaForCausalLM"]), "float32")
@@ -29,35 +29,30 @@ def gone(pid: int) -> bool:
     return False
 
 
-def build(folder: Path, reward: Callable[..., list[float]] = tiny.even, **changes: Any) -> KLQTrainer:
+def build(folder: Path, rollout: EngineRollout | None = None, **given: Any) -> KLQTrainer:
     options = {"environment": STAND_IN, "bucket_bytes": 5000, "max_model_len": 64}
-    settings = {"engine": "vllm", "engine_kwargs": options, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    settings |= {"num_update_epochs": 2, "logging_steps": 1, "learning_rate": 1e-2, **changes}
-    return tiny.trainer(folder, {"reward_funcs": reward}, **settings)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_update_epochs": 2, "logging_steps": 1}
+    settings |= {"engine": "vllm", "engine_kwargs": options} if rollout is None else {}
+    return tiny.trainer(folder, {"rollout_func": rollout, **given}, learning_rate=1e-2, **settings)
+
+
+def child_of(run: Any) -> Child:
+    return run.rollout_func.engine._child
 
 
 def test_a_run_whose_engine_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole")
+    whole = build(tmp_path / "whole", EngineRollout(OwnEngine()))  # the same arithmetic, in this process
     whole.train()
-    drift = [logs["rollout/sampler_kl"] for logs in whole.state.log_history if "rollout/sampler_kl" in logs]
-    assert len(drift) == 3
-    assert max(drift) < 1e-9
-    engine: Any = whole.rollout_func
-    pid = engine.engine.pid
-    engine.stop()
-    assert gone(pid)
-
     scored = 0
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         nonlocal scored
         scored += 1
         if scored == 2:
-            killed: Any = cut.rollout_func
-            os.kill(killed.engine.pid, signal.SIGKILL)
+            os.kill(child_of(cut).process.pid, signal.SIGKILL)
         return tiny.even(completion_ids)
 
-    cut = build(tmp_path / "cut", reward)
+    cut = build(tmp_path / "cut", reward_funcs=reward)
     with pytest.raises(EngineError, match=r"(?s)ended by SIGKILL during .*resume_from_checkpoint=True"):
         cut.train()
     assert (tmp_path / "cut" / "checkpoint-4").is_dir()
@@ -65,6 +60,12 @@ def test_a_run_whose_engine_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Pa
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert tiny.losses(resumed) == tiny.losses(whole)
+    drift = [logs["rollout/sampler_kl"] for logs in resumed.state.log_history if "rollout/sampler_kl" in logs]
+    assert len(drift) == 3
+    assert max(drift) < 1e-9
+    child = child_of(resumed)
+    child.connection.close()  # as the end of the trainer's process does, however sudden
+    assert child.process.wait(10) == 0
 
 
 def test_what_vllm_complains_of_is_passed_on(tmp_path: Path) -> None:
@@ -90,15 +91,15 @@ def test_what_vllm_complains_of_is_passed_on(tmp_path: Path) -> None:
     assert not child.folder.exists()
 
 
-def test_it_ends_with_the_trainer() -> None:
-    """Whose end, however sudden, closes the connection."""
-    engine = VLLMProcess(environment=STAND_IN)
-    child = Child(engine.python, engine.environment, None, 1)
-    child.connection.close()
-    assert child.process.wait(60) == 0
-    child.stop()
+def test_the_child_sees_the_trainers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert same_gpu("cpu") == {}
+    assert same_gpu("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5a,6")
+    assert [same_gpu(device)["CUDA_VISIBLE_DEVICES"] for device in ("cuda", "cuda:1")] == ["4", "GPU-5a"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_it_says_so() -> None:
     without = {"PYTHONPATH": STAND_IN["PYTHONPATH"].rsplit(os.pathsep, 1)[0]}

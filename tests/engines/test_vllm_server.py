@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import engine_process
 import pytest
 import tiny
+from processes import TWO_PROCESSES, start
 from stand_in import Server
 
 from klq_kernels.engines import EngineError, Model, Request, VLLMServer, WeightsLost
@@ -127,3 +130,13 @@ def test_a_policy_whose_vocabulary_was_changed(server: Server, tmp_path: Path) -
     model.resize_token_embeddings(tiny.VOCAB + 2)
     with pytest.raises(ValueError, match=f"vocab_size={tiny.VOCAB}, and the policy has vocab_size={tiny.VOCAB + 2}"):
         build(tmp_path, server, model=model).train()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_server(server: Server, tmp_path: Path) -> None:
+    start([*TWO_PROCESSES, engine_process.__file__, server.url, str(tmp_path)])
+    for rank in range(2):
+        history = json.loads((tmp_path / f"{rank}.json").read_text())
+        drift = [logs["rollout/sampler_kl"] for logs in history if "rollout/sampler_kl" in logs]
+        assert len(drift) == 3
+        assert max(drift) < 1e-9

@@ -32,7 +32,7 @@ def drift(trained: KLQTrainer) -> list[float]:
     ("given", "changes"),
     [
         (dict, {"temperature": 0.7}),
-        (dict, {"algorithm": "ppo"}),
+        (dict, {"algorithm": "ppo", "off_policy": "retrace"}),
         (lambda: {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "down_proj"])}, {}),
         (lambda: {"model": tiny.model("gemma2", tie_word_embeddings=True)}, {}),
     ],
