@@ -114,3 +114,10 @@ def sampling(request: Request) -> dict[str, Any]:
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": list(request.stop_ids),
         "ignore_eos": True, "logprobs": 0,
     }  # fmt: skip
+
+
+def check_ends(reasons: set[str | None]) -> None:
+    """Raises an EngineError unless completions ended by a token of ``stop_ids`` or their length, by vLLM's names."""
+    others = reasons - {"stop", "length"}
+    if others:
+        raise EngineError(f"vLLM broke off completions ({', '.join(map(str, others))}): does another client pause it?")

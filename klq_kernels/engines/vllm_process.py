@@ -33,7 +33,7 @@ from .weights import BUCKET_BYTES, buckets, folder_for, written
 # Set by launchers for the trainer's processes; vLLM would take itself for one of them.
 LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR",
-    "MASTER_PORT",
+    "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from ..call.checks import require, require_number
-from .protocol import RESUME, EngineError, Facts, Generated, Model, Request, WeightsLost, sampling
+from .protocol import RESUME, EngineError, Facts, Generated, Model, Request, WeightsLost, check_ends, sampling
 from .weights import BUCKET_BYTES, buckets, folder_for, written
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # statuses after which to ask again
@@ -138,6 +138,7 @@ class VLLMServer:
 
     def _complete(self, body: dict[str, Any]) -> tuple[list[int], list[float]]:
         choice = self._ask("POST", "/v1/completions", body, again=self.retries)["choices"][0]
+        check_ends({choice["finish_reason"]})
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, *, again: int = 0) -> Any:

@@ -30,7 +30,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from .protocol import SHAPE, Generated, Request, sampling
+from .protocol import SHAPE, Generated, Request, check_ends, sampling
 
 BACKEND = "klq_kernels"
 EXTENSION = "klq_kernels.engines.vllm_worker.Extension"
@@ -135,6 +135,7 @@ class Served:
         prompts = [{"prompt_token_ids": ids} for ids in request.prompt_ids]
         parameters = [SamplingParams(**sampling(request), seed=seed, detokenize=False) for seed in request.seeds]
         chosen = [output.outputs[0] for output in self.llm.generate(prompts, parameters, use_tqdm=False)]
+        check_ends({output.finish_reason for output in chosen})
         ids = [list(output.token_ids) for output in chosen]
         logprobs = [
             [entry[token].logprob for token, entry in zip(row, output.logprobs, strict=True)]

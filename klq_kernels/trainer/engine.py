@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import uuid
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 
 from ..call.checks import require, require_number
-from ..engines import Engine, Facts, Generated, Model, Request, VLLMProcess, VLLMServer, WeightsLost
+from ..engines import Engine, EngineError, Facts, Generated, Model, Request, VLLMProcess, VLLMServer, WeightsLost
 from ..engines.protocol import SHAPE
 from .config import KLQConfig
 from .rollout import Completions, RolloutContext, check_completions, eos_ids
@@ -61,12 +62,16 @@ class EngineRollout:
         prompt_ids = [trainer.tokenize(prompt) for prompt in prompts]
         # drawn from the generator that the trainer seeds for this rollout
         request = requested(trainer.generation_config, prompt_ids, torch.randint(2**31, (len(prompts),)).tolist())
-        if self._facts is None:
-            self._start(trainer, request)
-        assert self._facts is not None
-        check_length(request, self._facts.max_length)
-        self._follow(trainer)
-        generated = self._generate(request, trainer)
+        try:
+            if self._facts is None:
+                self._start(trainer, request)
+            assert self._facts is not None
+            check_length(request, self._facts.max_length)
+            self._follow(trainer)
+            generated = self._generate(request, trainer)
+        except EngineError:
+            self._facts = None  # another attempt starts the engine anew
+            raise
         return Completions(generated.completion_ids, prompt_ids, logprobs=generated.logprobs)
 
     # ---- the weights --------------------------------------------------------------------------------------------
@@ -216,4 +221,5 @@ def engine_of(args: KLQConfig) -> EngineRollout | None:
     options: dict[str, Any] = dict(args.engine_kwargs or {})  # type: ignore[arg-type]  # parsed where it was JSON
     if args.engine_url is not None:
         return EngineRollout(VLLMServer(args.engine_url, timeout=args.engine_timeout, **options))
-    return EngineRollout(VLLMProcess(timeout=args.engine_timeout, **options))
+    log = Path(str(args.output_dir)) / f"vllm_{args.process_index}.log"
+    return EngineRollout(VLLMProcess(timeout=args.engine_timeout, **{"log": log, **options}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,10 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import engine_process
 import pytest
 import tiny
 import torch
+from engine_process import SIZES
 from peft import LoraConfig
+from processes import TWO_PROCESSES, start
 
 from klq_kernels.engines import EngineError, VLLMProcess, VLLMServer
 from klq_kernels.engines.vllm_server import COMMAND
@@ -29,7 +33,6 @@ except PackageNotFoundError:
     pytest.skip("vLLM is not installed (make test-engines runs this with it)", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"max_model_len": 64, "max_num_seqs": 32, "enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20}
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of the engines
 
 
@@ -89,7 +92,7 @@ def test_without_updates_it_falls_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_seeds_and_stop_tokens(tmp_path: Path) -> None:
-    run = build(tmp_path, VLLMProcess(**SIZES))
+    run = build(tmp_path, VLLMProcess(**SIZES), temperature=2.0)
     run.evaluate(tiny.prompts(2))
     rollout: Any = run.rollout_func
     request = requested(run.generation_config, [[5, 6, 7]] * 20, [1, 1, *range(2, 20)])
@@ -110,6 +113,16 @@ def test_sixteen_bits_are_within_the_tolerance(tmp_path: Path) -> None:
     run.train()
     assert 0 < max(drift(run)) < 0.01
     run.rollout_func.stop()
+
+
+@pytest.mark.slow
+def test_two_training_processes_have_one_each(tmp_path: Path) -> None:
+    start([*TWO_PROCESSES, engine_process.__file__, str(tmp_path)])
+    for rank in range(2):
+        history = json.loads((tmp_path / f"{rank}.json").read_text())
+        found = [logs["rollout/sampler_kl"] for logs in history if "rollout/sampler_kl" in logs]
+        assert len(found) == 3
+        assert max(found) < 1e-6
 
 
 @pytest.fixture(scope="module")

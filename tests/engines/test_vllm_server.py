@@ -88,6 +88,13 @@ def test_a_slow_server_is_said_to_be_slow(server: Server) -> None:
         engine.generate(PROMPTS, "one")
 
 
+def test_completions_that_were_broken_off_are_refused(server: Server) -> None:
+    engine = ready(server)
+    server.fault(broken=True)
+    with pytest.raises(EngineError, match=r"broke off completions \(abort\)"):
+        engine.generate(PROMPTS, "one")
+
+
 def test_a_server_with_other_weights_is_found_out(server: Server) -> None:
     engine = ready(server)
     ready(server).take_weights(tiny.model(seed=4).named_parameters(), "another run's")
@@ -134,7 +141,7 @@ def test_a_policy_whose_vocabulary_was_changed(server: Server, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_processes_share_a_server(server: Server, tmp_path: Path) -> None:
-    start([*TWO_PROCESSES, engine_process.__file__, server.url, str(tmp_path)])
+    start([*TWO_PROCESSES, engine_process.__file__, str(tmp_path), server.url])
     for rank in range(2):
         history = json.loads((tmp_path / f"{rank}.json").read_text())
         drift = [logs["rollout/sampler_kl"] for logs in history if "rollout/sampler_kl" in logs]

@@ -1,4 +1,7 @@
-"""One of two training processes that share a server: engine_process.py URL FOLDER; its log is FOLDER/RANK.json."""
+"""One of two training processes: engine_process.py FOLDER URL shares a server, without URL it has a vLLM of its own.
+
+Its log is FOLDER/RANK.json.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,15 @@ import tiny
 
 from klq_kernels.trainer import leave_process_group
 
+SIZES = {"max_model_len": 64, "max_num_seqs": 32, "enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20}
 
-def main(url: str, folder: str) -> None:
+
+def main(folder: str, url: str | None = None) -> None:
     settings = {"engine": "vllm", "engine_url": url, "max_steps": 6, "num_update_epochs": 2, "logging_steps": 1}
-    run = tiny.trainer(Path(folder), learning_rate=1e-2, per_device_train_batch_size=4, **settings)
+    if url is None:
+        settings["engine_kwargs"] = SIZES
+    given = {"model": tiny.model(hidden_size=32 if url else 128)}
+    run = tiny.trainer(Path(folder), given, learning_rate=1e-2, per_device_train_batch_size=4, **settings)
     run.train()
     (Path(folder) / f"{run.args.process_index}.json").write_text(json.dumps(run.state.log_history))
 

@@ -1,8 +1,9 @@
 """``vllm serve`` in small: python fake_server.py FOLDER_OF_THE_MODEL; prints its port.
 
 It serves the routes that ``VLLMServer`` calls, from the stand-in for vLLM. POST /fault makes trouble: {"busy": 2}
-answers 503 to so many of the next requests for completions, {"slow": 1.5} makes each take so many seconds, {"restart":
-true} gives up all weights that it was given, {"mode": "raw_logprobs"} does so too, with that option.
+answers 503 to so many of the next requests for completions, {"slow": 1.5} makes each take so many seconds, {"broken":
+true} breaks completions off, {"restart": true} gives up all weights that it was given, {"mode": "raw_logprobs"} does so
+too, with that option.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class State:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.lock = threading.Lock()
-        self.busy, self.slow = 0, 0.0
+        self.busy, self.slow, self.broken = 0, 0.0, False
         self.start()
 
     def start(self, mode: str = "processed_logprobs") -> None:
@@ -38,6 +39,7 @@ class State:
         llm = self.llm
         if route == "/fault":
             self.busy, self.slow = body.get("busy", 0), body.get("slow", 0.0)
+            self.broken = body.get("broken", False)
             if body.get("restart") or "mode" in body:
                 self.start(body.get("mode", "processed_logprobs"))
         elif route == "/v1/models":
@@ -73,7 +75,8 @@ class State:
         with self.lock:
             output = self.llm.generate([{"prompt_token_ids": body["prompt"]}], [parameters])[0].outputs[0]
         logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
-        return 200, {"choices": [{"token_ids": output.token_ids, "logprobs": {"token_logprobs": logprobs}}]}
+        choice = {"token_ids": output.token_ids, "logprobs": {"token_logprobs": logprobs}}
+        return 200, {"choices": [choice | {"finish_reason": "abort" if self.broken else output.finish_reason}]}
 
 
 class Handler(BaseHTTPRequestHandler):

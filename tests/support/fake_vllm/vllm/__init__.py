@@ -96,6 +96,7 @@ class Logprob(NamedTuple):
 class Output(NamedTuple):
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]]
+    finish_reason: str
 
 
 class RequestOutput(NamedTuple):
@@ -157,7 +158,8 @@ class LLM:
             prompt, seed=parameters.seed, temperature=parameters.temperature, max_tokens=parameters.max_tokens,
             stop=parameters.stop_token_ids, top_k=parameters.top_k, raw=self.raw,
         )  # fmt: skip
-        return Output(ids, [{token: Logprob(logp)} for token, logp in zip(ids, logprobs, strict=True)])
+        reason = "stop" if ids[-1] in parameters.stop_token_ids else "length"
+        return Output(ids, [{token: Logprob(logp)} for token, logp in zip(ids, logprobs, strict=True)], reason)
 
 
 def _module(name: str, **content: Any) -> None:
