@@ -118,6 +118,9 @@ def test_an_engine_that_lost_the_weights_gets_them_again(tmp_path: Path) -> None
     engine.lose = 2
     with pytest.raises(WeightsLost):
         run.evaluate(tiny.prompts(4))
+    started = len(engine.models)
+    run.evaluate(tiny.prompts(4))  # another attempt begins with another start
+    assert len(engine.models) == started + 1
 
 
 @pytest.mark.parametrize(
