@@ -53,6 +53,7 @@ def on_the_machine(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("suite", SUITES)
 def test_compiled_kernels_pass_the_suite(suite: str) -> None:
     file, which, least = SUITES[suite]
@@ -70,6 +71,7 @@ def test_compiled_kernels_pass_the_suite(suite: str) -> None:
     assert int(launched.group(3)) == 0
 
 
+@pytest.mark.lengthy
 def test_a_kernel_without_one_of_its_barriers_is_reported() -> None:
     done = on_the_machine(str(TESTS / "ptx" / "without_barriers.py"))
     assert done.returncode == 0, done.stdout + done.stderr
