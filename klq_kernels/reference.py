@@ -39,6 +39,7 @@ __all__ = [
     "dppo_policy_loss",
     "gae",
     "group_offsets",
+    "guide_tilt",
     "importance_trace",
     "klq_loss",
     "klq_residual_loss",
@@ -437,6 +438,25 @@ def naive_klq_loss(
             bootstrap_values=bootstrap_values, trace=trace, mask=mask, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     return klq_loss(logprobs, values, targets, mask=mask, denom=denom, weights=weights, tau=tau, **loss)
+
+
+def guide_tilt(outputs: Tensor, kind: str, eta: float, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """log E[exp(R / eta)] of the laws that a guide's outputs [..., A] say (Q-sharp, arXiv 2502.20548, eq. 3), [...].
+
+    bernoulli     R is high with probability sigmoid(z), else low
+    categorical   R is one of A atoms, evenly from low to high, with probabilities softmax(z)
+    mse           R is its mean, low + (high - low) sigmoid(z), for certain: controlled decoding (arXiv 2310.17022)
+    """
+    if kind == "categorical":
+        atoms = torch.linspace(low, high, outputs.shape[-1], dtype=outputs.dtype)
+        logp = outputs.log_softmax(-1)
+    else:
+        z = outputs.squeeze(-1)
+        if kind == "mse":
+            return (low + (high - low) * torch.sigmoid(z)) / eta
+        atoms = torch.tensor([low, high], dtype=outputs.dtype)
+        logp = torch.stack([F.logsigmoid(-z), F.logsigmoid(z)], -1)
+    return (logp + atoms / eta).logsumexp(-1)
 
 
 def sampling_threshold(dense: Tensor, actions: Tensor, samples: int) -> Tensor:

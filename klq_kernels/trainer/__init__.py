@@ -16,6 +16,7 @@ objectives                   scores, the KLQ loss, the PPO loss
 off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
+qsharp                       a guide for a reference that stays as it is
 replay                       completions of earlier cycles
 running                      running spreads of scores and errors
 processes                    shares in held-out rows, and the end of a run that has several
@@ -33,6 +34,7 @@ except ImportError as error:
 from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
 from .processes import leave_process_group
+from .qsharp import QSharpConfig, QSharpTrainer
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
 from .trainer import KLQTrainer
@@ -41,6 +43,8 @@ __all__ = [
     "Completions",
     "KLQConfig",
     "KLQTrainer",
+    "QSharpConfig",
+    "QSharpTrainer",
     "RewardFunction",
     "Rewards",
     "RolloutFunction",

@@ -27,15 +27,14 @@ from .actor_critic import ActorCritic, Objective
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
-from .data import tokenize_prompt
 from .experience import Experience
 from .frozen import Placed
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
 from .replay import Memory, Sampled
-from .rewards import Rewards, Scores
-from .rollout import Rollout, RolloutFunction, ask, check_completions, check_ids, eos_ids, generate
+from .rewards import Rewards, Scores, scores_of
+from .rollout import Rollout, RolloutFunction, ask, check_completions, eos_ids, generate, prompt_ids
 from .running import Running
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
@@ -190,23 +189,14 @@ class Cycle:
             model.train(was_training)
 
     def _tokenize(self, prompt: Any) -> list[int]:
-        ids = tokenize_prompt(prompt, self.tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
-        check_ids("processing_class", ids, self.language_model.vocab_size)
-        return ids if self.args.max_prompt_length is None else ids[-self.args.max_prompt_length :]
+        args, vocab = self.args, self.language_model.vocab_size
+        template, longest = args.chat_template_kwargs, args.max_prompt_length
+        return prompt_ids(prompt, self.tokenizer, vocab, template=template, longest=longest)
 
     def reward(self, rows: list[dict[str, Any]], rollout: Rollout) -> Scores:
         """Scores by the reward functions, with the penalty for completions that did not end."""
-        prompts = [row["prompt"] for row in rows]
         ids = [s.completion.tolist() for s in rollout.sequences]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chats = [isinstance(prompt, list) for prompt in prompts]
-        completions = [
-            [{"role": "assistant", "content": text}] if chat else text for chat, text in zip(chats, texts, strict=True)
-        ]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        scores = self.rewards(
-            prompts=prompts, completions=completions, completion_ids=ids, columns=columns, context=self.state
-        )
+        scores = scores_of(self.rewards, self.tokenizer, rows, ids, self.state)
         if self.args.missing_eos_penalty is not None:
             scores = scores._replace(total=scores.total - self.args.missing_eos_penalty * rollout.truncated)
         return scores

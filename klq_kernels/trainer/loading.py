@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -14,17 +14,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..call.checks import require
-from .config import KLQConfig
 
 
-def causal_lm(model: str | nn.Module, config: KLQConfig) -> nn.Module:
+class Loading(Protocol):
+    """The arguments of a run that say how models are loaded."""
+
+    model_init_kwargs: Any  # for from_pretrained
+
+
+def causal_lm(model: str | nn.Module, config: Loading) -> nn.Module:
     """A policy or a reference."""
     if isinstance(model, str):
         return AutoModelForCausalLM.from_pretrained(model, **init_kwargs(config))
     return model
 
 
-def value_model(model: str | nn.Module | None, config: KLQConfig, others: Iterable[Any]) -> nn.Module | None:
+def value_model(model: str | nn.Module | None, config: Loading, others: Iterable[Any]) -> nn.Module | None:
     """A value model: where a path is given, a sequence-classification model with one label.
 
     One that shares parameters with any of ``others`` is copied: training it must not change them.
@@ -90,13 +95,13 @@ def shares_parameters(one: nn.Module, other: nn.Module, *, trained: bool = False
     return any(id(p) in theirs for p in one.parameters() if p.requires_grad or not trained)
 
 
-def init_kwargs(config: KLQConfig) -> dict[str, Any]:
+def init_kwargs(config: Loading) -> dict[str, Any]:
     """``model_init_kwargs``, which transformers has parsed where it was given as JSON.
 
     The dtype is fp32 unless they say otherwise, whatever the checkpoint is stored in: most updates are smaller than
     half a step between two bf16 numbers, and would be rounded away.
     """
-    given: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(config.model_init_kwargs or {})
     return given if "torch_dtype" in given else {"dtype": torch.float32, **given}
 
 

@@ -155,6 +155,22 @@ class Rewards:
             )
 
 
+def scores_of(
+    rewards: Rewards, tokenizer: Any, rows: list[dict[str, Any]], completion_ids: list[list[int]], context: Any = None
+) -> Scores:
+    """The scores of one completion for each row of a dataset: as text, or as a chat where the prompt is one."""
+    prompts = [row["prompt"] for row in rows]
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    completions = [
+        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} if rows else {}
+    return rewards(
+        prompts=prompts, completions=completions, completion_ids=completion_ids, columns=columns, context=context
+    )
+
+
 # Reading the arguments
 
 

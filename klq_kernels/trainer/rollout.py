@@ -22,10 +22,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..call.checks import require, require_number
 from .batches import Sequence
+from .data import tokenize_prompt
 
 
 class RolloutContext(Protocol):
@@ -131,8 +132,12 @@ def generate(
     *,
     batch_size: int,
     device: torch.device,
+    processor: Callable[[Tensor], Any] | None = None,
 ) -> Completions:
-    """Samples one completion for each prompt (token ids), ``batch_size`` at a time; EOS is part of a completion."""
+    """Samples one completion for each prompt (token ids), ``batch_size`` at a time; EOS is part of a completion.
+
+    ``processor`` makes a ``LogitsProcessor`` for each batch, of its attention mask.
+    """
     pad, ends = generation_config.pad_token_id, eos_ids(generation_config)
     completions: list[list[int]] = []
     for begin in range(0, len(prompts), batch_size):
@@ -140,8 +145,9 @@ def generate(
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
+        extra = {} if processor is None else {"logits_processor": LogitsProcessorList([processor(attention)])}
         with replaced_config(model, generation_config):
-            out = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation_config)
+            out = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation_config, **extra)
         completions += [until_eos(row, ends) for row in out[:, width:].tolist()]
     return Completions(completions)
 
@@ -208,6 +214,19 @@ def sampling_config(
         "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id, "use_cache": True,
     }  # fmt: skip
     return GenerationConfig(**{**settings, **extra})
+
+
+def prompt_ids(
+    prompt: Any, tokenizer: Any, vocab: int, *, template: Any = None, longest: int | None = None
+) -> list[int]:
+    """The last ``longest`` token ids of a prompt, text or chat; ``template`` as in ``tokenize_prompt``.
+
+    Raises:
+        ValueError: where the model with ``vocab`` tokens does not know one of them.
+    """
+    ids = tokenize_prompt(prompt, tokenizer, template)
+    check_ids("processing_class", ids, vocab)
+    return ids if longest is None else ids[-longest:]
 
 
 def check_ids(name: str, ids: Any, vocab: int) -> None:

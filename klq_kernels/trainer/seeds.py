@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     EVALUATION = 2
     GRADIENT = 3
     REPLAY = 4
+    CUT = 5
+    REST = 6
 
 
 def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:

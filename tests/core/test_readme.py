@@ -50,6 +50,21 @@ def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             assert_learns(namespace["trainer"])
 
 
+def test_the_guide_to_guidance_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    snippets = blocks("python", (ROOT / "docs" / "guidance.md").read_text())
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "docs/guidance.md", "exec"), namespace)
+    found = namespace["trainer"].state.log_history[-1]
+    assert found["eval_reward"] > found["eval_ref_reward"]
+    nats = re.findall(r"eta \S+: (\S+) nats", capsys.readouterr().out)
+    assert sorted(nats, key=float) == nats
+
+
 def test_shell_commands_exist() -> None:
     """Every command line starts something this project provides; make targets and klq commands are looked up."""
     from typer.testing import CliRunner

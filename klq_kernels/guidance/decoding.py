@@ -1,0 +1,122 @@
+"""``GuidedLogits``: guidance as a ``LogitsProcessor``, so that ``generate`` works unchanged.
+
+At each step the k likeliest tokens of the reference are the candidates C. With the offsets o_c = log E[exp(R / eta)] of
+the guide,
+
+    pi(c) = M pi_ref(c) e^(o_c) / sum over C of pi_ref(c') e^(o_c')        for c in C
+
+where M is the candidates' share of the probability: pi_ref(C) where the other tokens keep theirs (``others='keep'``),
+and 1 where they are left out (``'exclude'``). So offsets that are all the same change nothing, to the last bit, and
+offsets of another scale move no probability between the candidates and the rest.
+
+The divergence of each step is exact over the whole vocabulary, because outside of C the two policies are the same (or
+the guided one is 0): KL(pi || pi_ref) = sum over C of pi(c) log(pi(c) / pi_ref(c)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from ..call.checks import require, require_number
+from .candidates import CandidateScorer
+from .guide import ValueGuide
+
+OTHERS = ("keep", "exclude")
+OFFSETS = ("tilt", "mean")
+
+
+class GuidedLogits(LogitsProcessor):
+    """Tilts a reference policy by a guide: ``model.generate(..., logits_processor=[GuidedLogits(guide, eta=0.1)])``.
+
+    It follows one generation after another: rows may be padded on the left, sampled, or beams.
+
+    Args:
+        guide: reads the tokens of the reference.
+        eta: units of reward per nat, > 0: the smaller, the farther from the reference.
+        top_k: number of candidates, at least 1; no more than there are tokens are taken.
+        others: 'keep' leaves the probabilities of the other tokens as they are, 'exclude' takes them to 0.
+        offset: 'tilt' is Q-sharp's log E[exp(R / eta)], 'mean' is E[R] / eta of controlled decoding (CD).
+        temperature: at which ``generate`` samples: the reference that is tilted is the model at this temperature, and
+            transformers divides by it after this processor.
+        pad_token_id: of the padding in front of prompts; needed for batches of unequal prompts.
+        attention_mask: the one that ``generate`` gets, where prompts may begin with the padding token themselves.
+        eos_token_id: one or several; what comes after one counts for no divergence.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        guide: ValueGuide,
+        eta: float = 0.1,
+        *,
+        top_k: int = 20,
+        others: str = "keep",
+        offset: str = "tilt",
+        temperature: float = 1.0,
+        pad_token_id: int | None = None,
+        attention_mask: Tensor | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+    ) -> None:
+        require(isinstance(guide, ValueGuide), "guide", f"must be a ValueGuide, got {type(guide).__name__}")
+        require_number("eta", eta, positive=True)
+        whole = isinstance(top_k, int) and not isinstance(top_k, bool)
+        require(whole and top_k >= 1, "top_k", f"must be at least 1, got {top_k!r}")
+        require(others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {others!r}")
+        require(offset in OFFSETS, "offset", f"must be one of {', '.join(OFFSETS)}; got {offset!r}")
+        require_number("temperature", temperature, positive=True)
+        self.guide, self.eta, self.top_k, self.others, self.offset = guide, eta, top_k, others, offset
+        self.temperature = temperature
+        self._ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        self._scorer = CandidateScorer(guide, pad_token_id, attention_mask)
+        self._kl: Tensor | None = None
+        self._prompt = 0  # tokens before the first that was generated
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(pi || pi_ref) of each row of the last generation so far, summed over its steps, fp32 [B], in nats.
+
+        Raises:
+            ValueError: before a generation.
+        """
+        require(self._kl is not None, "kl", "there was no generation yet")
+        assert self._kl is not None
+        return self._kl
+
+    def offsets(self, outputs: Tensor) -> Tensor:
+        """Of the guide's outputs [..., A], fp32 [...]."""
+        law = self.guide.law
+        return law.tilt(outputs, self.eta) if self.offset == "tilt" else law.mean(outputs) / self.eta
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The guided scores [B, V] for the reference's, in their dtype."""
+        logp = (scores.float() / self.temperature).log_softmax(-1)
+        ref, candidates = logp.topk(min(self.top_k, logp.shape[-1]), -1)  # [B, k]
+        offsets = self.offsets(self._scorer(input_ids, candidates)).masked_fill(ref == -torch.inf, -torch.inf)
+        shift = offsets - offsets.max(-1, keepdim=True).values
+        shift = shift - ((ref + shift).logsumexp(-1, keepdim=True) - ref.logsumexp(-1, keepdim=True))
+        dead = ref == -torch.inf
+        shift = shift.masked_fill(dead, 0.0)
+        guided = ref + shift
+        kept = scores if self.others == "keep" else torch.full_like(scores, -torch.inf)
+        if self.others == "exclude":
+            guided = guided - ref.logsumexp(-1, keepdim=True)
+        self._account(input_ids, (guided.exp() * (guided - ref).masked_fill(dead, 0.0)).sum(-1))
+        moved = scores.gather(-1, candidates) + (self.temperature * shift).to(scores.dtype)
+        return kept.scatter(-1, candidates, moved)
+
+    def _account(self, input_ids: Tensor, kl: Tensor) -> None:
+        """Adds a step's divergences to those of the rows that the step continues."""
+        parents = self._scorer.parents
+        if parents is None or self._kl is None:
+            self._prompt, self._kl = input_ids.shape[1], torch.zeros_like(kl)
+        else:
+            self._kl = self._kl[parents]
+        generated = input_ids[:, self._prompt :]
+        over = torch.isin(generated, torch.tensor(self._ends, device=input_ids.device, dtype=input_ids.dtype)).any(1)
+        self._kl = self._kl + kl.masked_fill(over, 0.0)
