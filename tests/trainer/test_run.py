@@ -117,7 +117,7 @@ def test_the_algorithm_brings_its_options(tmp_path: Path):
     assert isinstance(config, VinePPOConfig)
     assert (config.mc_samples, arguments.value_model, config.value_learning_rate) == (3, None, None)
     assert type(parse(None, ["--task", "arithmetic", "--algorithm", "ppo"])[1]) is KLQConfig
-    with pytest.raises(ValueError, match="algorithm: must be one of klq, ppo, oreo, tbrm, vineppo; got 'dpo'"):
+    with pytest.raises(ValueError, match="algorithm: must be one of klq, ppo, oreo, tbrm, vineppo, qsharp; got 'dpo'"):
         parse(None, ["--task", "arithmetic", "--algorithm", "dpo"])
     with pytest.raises(ValueError, match="--kl_coef: unknown argument"):
         parse(None, ["--task", "arithmetic", "--kl_coef", "1"])
@@ -174,6 +174,35 @@ def test_a_run_leaves_model_history_picture_and_summary(material: list[str], tmp
     assert sum("objective/scores" in logs for logs in history) == 2
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert (tmp_path / "final" / "adapter_config.json").exists()
+
+
+def test_a_guide_is_trained_for_a_model_that_stays(material: list[str], tmp_path: Path):
+    flags = [
+        *material[: -len(TINY)], "--algorithm", "qsharp", "--output_dir", str(tmp_path), "--rounds", "2",
+        "--steps_per_round", "2", "--samples_per_prompt", "2", "--max_completion_length", "6", "--eval_size", "4",
+        "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_steps", "2", "--use_cpu",
+    ]  # fmt: skip
+    results = train(flags)
+    assert {"reward", "ref_reward", "kl", "auroc"} <= results["after"].keys()
+    assert results["before"]["kl"] == 0.0
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert sum("guide/reward" in logs for logs in history) == 4
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert (tmp_path / "final" / "guide.json").exists()
+    again = train([*flags, "--resume", "True", "--guide", str(tmp_path / "final")])
+    assert again["after"] == pytest.approx(results["after"])
+
+
+def test_arguments_of_another_algorithm_are_refused(tmp_path: Path):
+    for flags in (["--tau", "1"], ["--value_model", "copy"], ["--lora_rank", "2"]):
+        name = flags[0].removeprefix("--")
+        with pytest.raises(ValueError, match=f"^(--)?{name}: "):
+            parse(None, ["--task", "constant", "--algorithm", "qsharp", *flags])
+    file = write(tmp_path / "run.yaml", "task: arithmetic\nalgorithm: qsharp\nrounds: 3\n")
+    arguments, config = parse(file, ["--eta", "0.5"])
+    assert (type(arguments).__name__, config.rounds, config.eta) == ("GuideArguments", 3, 0.5)
+    shown = CliRunner().invoke(app, ["train", "--algorithm", "qsharp", "--help"])
+    assert all(name in shown.output for name in ("--samples_per_prompt", "--guide", "--eta"))
 
 
 @pytest.mark.parametrize("algorithm", [*CYCLES])

@@ -1,15 +1,15 @@
 """The arguments of ``klq train``: where each value comes from.
 
 A value comes from a flag, else from the YAML file, else from the recipe of the built-in task, else it is the default.
-All names are those of ``ScriptArguments`` (what to train on what) and of the algorithm's configuration (how), which is
-``KLQConfig`` or that of a relative on the same cycle; a name that is neither is
-an error, because a misspelt hyperparameter that is silently ignored costs a run.
+All names are those of ``ScriptArguments`` (what to train on what) and of ``KLQConfig`` or a relative's configuration
+(how), for ``algorithm: qsharp`` of ``GuideArguments`` and ``QSharpConfig``; a name that is neither is an error, because
+a misspelt hyperparameter that is silently ignored costs a run.
 """
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action, ArgumentParser
-from collections.abc import Collection, Mapping, Sequence
+from argparse import SUPPRESS, Action
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,16 +21,24 @@ from ...call.checks import require
 from ...lab.tasks import TASKS, load_task
 from ...trainer.config import KLQConfig, option
 from ...trainer.loading import read_yaml
+from ...trainer.qsharp import QSharpConfig
 from ...trainer.relatives import CYCLES
 
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
+QSHARP = "qsharp"
 
 # Settings with which the built-in tasks learn within a few minutes on a CPU; each can be overridden.
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-4, "value_learning_rate": 1e-3, "value_model": COPY, "lr_scheduler_type": "constant",
     "num_update_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 32, "bootstrap_truncated": False,
     "use_cpu": True, "total_episodes": 64 * 120, "save_steps": 80, "save_total_limit": 2, "eval_size": 256,
+}  # fmt: skip
+
+GUIDE_RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-3, "law": "categorical", "eta": 0.2, "rounds": 2, "steps_per_round": 200,
+    "prompts_per_round": 256, "samples_per_prompt": 16, "rollout_forward_batch_size": 256, "use_cpu": True,
+    "save_steps": 100, "save_total_limit": 2, "eval_size": 256,
 }  # fmt: skip
 
 
@@ -78,6 +86,22 @@ class ScriptArguments:
         require(enough, "max_samples", f"must be at least 1, got {self.max_samples}")
 
 
+@dataclass
+class GuideArguments(ScriptArguments):
+    """Those of a guide for a model that stays as it is."""
+
+    algorithm: str = option(QSHARP, "'qsharp': train a guide, and leave the model as it is.")
+    guide: str | None = option(
+        None, "The guide's backbone, or a guide to go on from: a folder or hub id; by default a copy of the model's."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ref_model", "value_model", "lora_rank"):
+            default = ScriptArguments.__dataclass_fields__[name].default
+            require(getattr(self, name) == default, name, "is not used by qsharp, which trains a guide alone")
+
+
 class Parser(HfArgumentParser):
     """Complains with a ValueError, as everything here does."""
 
@@ -85,31 +109,20 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def config_class(flags: Sequence[str], given: Mapping[str, Any] | None = None) -> type[KLQConfig]:
-    """The configuration of the algorithm that the flags name, or the values ``given`` in a file.
-
-    Raises:
-        ValueError: where there is no such algorithm.
-    """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algorithm", nargs="?", default=(given or {}).get("algorithm", KLQConfig.algorithm))
-    algorithm = first.parse_known_args(list(flags))[0].algorithm
-    names = (*KLQConfig.algorithms, *CYCLES)
-    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
-    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
-
-
-def argument_parser(config: type[KLQConfig] = KLQConfig) -> Parser:
+def argument_parser(algorithm: str = "klq") -> Parser:
     """Every field of both dataclasses as a flag; the help shows ours, and names where the others are documented."""
+    what, how = (GuideArguments, QSharpConfig) if algorithm == QSHARP else (ScriptArguments, config_class(algorithm))
     parser = Parser(
-        [ScriptArguments, config],  # type: ignore[list-item]
+        [what, how],  # type: ignore[list-item]
         prog="klq train",
         usage="klq train [--config FILE.yaml] [--NAME VALUE ...]",
-        description="Train a model with KLQ or a relative. The names below are also the keys of the YAML file.",
+        description="Train a language model with KLQ, PPO or a relative, or a guide for one (--algorithm qsharp; with "
+        "--help, its arguments). The names below are also the keys of the YAML file.",
         epilog="So are all fields of transformers.TrainingArguments.",
         allow_abbrev=False,
     )
-    ours = {name for kind in config.__mro__ if issubclass(kind, KLQConfig) for name in kind.__annotations__}
+    parents = set(TrainingArguments.__mro__)
+    ours = {name for kind in how.__mro__ if kind not in parents for name in kind.__annotations__}
     inherited = {f.name for f in fields(TrainingArguments)} - ours - {"output_dir", "seed"}
     for action in parser._actions:
         if action.dest in inherited or action.option_strings[0].startswith("--no_"):
@@ -118,7 +131,26 @@ def argument_parser(config: type[KLQConfig] = KLQConfig) -> Parser:
     return parser
 
 
-def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, KLQConfig]:
+def config_class(algorithm: str) -> type[KLQConfig]:
+    """The configuration of an algorithm on KLQ's cycle."""
+    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
+
+
+def algorithm_of(given: dict[str, Any], flags: Sequence[str]) -> str:
+    """The value of ``algorithm`` in the flags, else in the file, else the default; the parser depends on it.
+
+    Raises:
+        ValueError: where there is no such algorithm.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algorithm", default=given.get("algorithm", "klq"))
+    algorithm = parser.parse_known_args(list(flags))[0].algorithm
+    names = (*KLQConfig.algorithms, *CYCLES, QSHARP)
+    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
+    return algorithm
+
+
+def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, KLQConfig | QSharpConfig]:
     """The arguments of a run.
 
     Args:
@@ -129,8 +161,8 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         ValueError: naming the key or flag that is unknown (with the nearest that exists) or has a bad value.
     """
     given = {} if config is None else read_yaml(config)
-    kind = config_class(flags, given)
-    parser = argument_parser(kind)
+    algorithm = algorithm_of(given, flags)
+    parser = argument_parser(algorithm)
     actions = {action.dest: action for action in reversed(parser._actions)}
     for key in given:
         require(key in actions, "config", f"{config} has an unknown key {key!r}{near(key, actions)}")
@@ -142,19 +174,19 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         raise ValueError(f"{name}: unknown argument{near(name.lstrip('-').replace('-', '_'), actions, '--')}")
     if known.task is not None:
         flagged = {a.dest for a in parser._actions for f in flags if f.partition("=")[0] in a.option_strings}
-        suited = recipe(known.task, {*values, *flagged}, critic=kind.has_critic)
+        suited = recipe(known.task, {*values, *flagged}, algorithm)
         parser.set_defaults(**{name: value for name, value in suited.items() if name not in values})
     arguments, training = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     return arguments, training
 
 
-def recipe(task: str, given: Collection[str], *, critic: bool = True) -> dict[str, Any]:
-    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one.
-
-    Those of a value function are left out where the algorithm has no ``critic``.
-    """
-    settings = {**RECIPE, "max_completion_length": load_task(task).max_completion_length}
-    if not critic:
+def recipe(task: str, given: Collection[str], algorithm: str = "klq") -> dict[str, Any]:
+    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
+    length = load_task(task).max_completion_length
+    if algorithm == QSHARP:
+        return {**GUIDE_RECIPE, "max_completion_length": length}
+    settings = {**RECIPE, "max_completion_length": length}
+    if not config_class(algorithm).has_critic:
         del settings["value_model"], settings["value_learning_rate"]
     if "max_steps" in given or "num_train_epochs" in given:
         del settings["total_episodes"]

@@ -15,14 +15,18 @@ from transformers import TrainerCallback
 
 from ...lab.tasks import Task
 from ...trainer.evaluation import answers
+from ...trainer.qsharp import QSharpTrainer
 from ...trainer.trainer import KLQTrainer
 
 
 @dataclass
 class HeldOut:
-    """Judges a trainer's policy on held-out prompts, where it can against what the policy wrote before training."""
+    """Judges a trainer's policy on held-out prompts, where it can against what the policy wrote before training.
 
-    trainer: KLQTrainer
+    A guide's trainer reports the reference's rewards beside the guided ones, and has no judge.
+    """
+
+    trainer: KLQTrainer | QSharpTrainer
     task: Task | None
     console: Console
     results: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -32,7 +36,13 @@ class HeldOut:
         self.rows: list[dict[str, Any]] = [] if data is None else list(data)
         self.baseline: list[str] | None = None  # what the policy wrote when it was first measured
 
+    @property
+    def judged(self) -> bool:
+        """Whether completions go to the task's judge."""
+        return self.task is not None and isinstance(self.trainer, KLQTrainer)
+
     def answers(self, sample: int) -> list[str]:
+        assert isinstance(self.trainer, KLQTrainer)
         with self.bar("completions for the judge") as advance:
             return answers(self.trainer, self.rows, sample, advance)
 
@@ -40,12 +50,12 @@ class HeldOut:
         """Adds the results of the policy as it is now."""
         if not self.rows:
             return
-        if self.task is not None and self.baseline is None:
+        if self.judged and self.baseline is None:
             self.baseline = self.answers(0)
         with self.bar(f"evaluation {when} training") as advance, each_turn(self.trainer, advance):
             found = self.trainer.evaluate()
         measured = {n.removeprefix("eval_"): value for n, value in found.items() if n.startswith("eval_")}
-        if self.task is not None and self.baseline is not None:
+        if self.judged and self.task is not None and self.baseline is not None:
             measured["win_rate"] = win_rate(self.task, self.rows, self.answers(1), self.baseline)
         self.results[when] = measured
 
@@ -59,7 +69,7 @@ class HeldOut:
 
 
 @contextmanager
-def each_turn(trainer: KLQTrainer, then: Callable[[], None]) -> Iterator[None]:
+def each_turn(trainer: KLQTrainer | QSharpTrainer, then: Callable[[], None]) -> Iterator[None]:
     """Inside, ``then`` is called after each batch of an evaluation."""
     callback = EachTurn(then)
     trainer.add_callback(callback)

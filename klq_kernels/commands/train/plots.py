@@ -43,6 +43,37 @@ def plot_run(history: list[dict[str, Any]], path: Path, *, tau: float, window: i
     finish(figure, path, *panels)
 
 
+GUIDE_CURVES = (
+    ("loss", "Loss of the guide", "mean of a sequence's tokens", BLUE),
+    ("guide/explained_variance", "Rewards explained by the guide", "share of variance", GREEN),
+)
+
+
+def plot_guide(history: list[dict[str, Any]], path: Path, *, window: int = 5) -> None:
+    """Draws what the trainer of a guide logged: its loss, what it explains, and evaluations where there were any.
+
+    Args:
+        history: ``trainer.state.log_history``.
+        path: where the PNG goes.
+        window: how many logs the smooth curves average.
+    """
+    logs = [entry for entry in history if "round" in entry]
+    steps = [entry["step"] for entry in logs]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for panel, (name, title, unit, colour) in zip(axes, GUIDE_CURVES, strict=False):
+        numbers = [entry[name] for entry in logs]
+        panel.plot(steps, numbers, ".", color=colour, alpha=0.35, label="each log")
+        panel.plot(steps, moving_mean(numbers, window), color=colour, linewidth=2, label=f"mean of the last {window}")
+        panel.set(title=title, xlabel="optimizer steps", ylabel=unit)
+    axes[0].legend(frameon=False)
+    measured = [entry for entry in history if "eval_reward" in entry]
+    for name, label, colour in (("eval_reward", "guided", BLUE), ("eval_ref_reward", "reference", GREY)):
+        axes[2].plot([e["step"] for e in measured], [e[name] for e in measured], "o-", color=colour, label=label)
+    axes[2].set(title="Held-out prompts", xlabel="optimizer steps", ylabel="mean score")
+    axes[2].legend(frameon=False)
+    finish(figure, path, *axes)
+
+
 def _reward_against_kl(axes: Axes, logs: list[dict[str, Any]], tau: float, window: int) -> None:
     """Each log as a point, later ones darker; the way they went; and where reward - tau KL is what it is at the end."""
     kl, reward = ([entry[name] for entry in logs] for name in ("objective/kl", "objective/scores"))

@@ -28,47 +28,66 @@ from ...trainer import loading
 from ...trainer.checkpoints import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
+from ...trainer.qsharp import QSharpConfig, QSharpTrainer, load_guide
 from ...trainer.relatives import CYCLES
 from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
-from .arguments import COPY, ScriptArguments
+from .arguments import COPY, GuideArguments, ScriptArguments
 from .held_out import HeldOut
 
 SOURCE = {"path": "dataset", "name": "dataset_name", "split": "dataset_split", "kind": "dataset_kind"}  # of prompts
 STATUS = "reward {objective/scores:.3f}  KL {objective/kl:.2f}  H {policy/entropy_avg:.2f}"
 STATUS += "  len {completions/mean_length:.0f}  EV {val/explained_variance:.2f}"
+GUIDE_STATUS = "loss {loss:.3f}  EV {guide/explained_variance:.2f}"
 
 # The trainer
 
 
-def build_trainer(arguments: ScriptArguments, config: KLQConfig) -> KLQTrainer:
+def build_trainer(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> KLQTrainer | QSharpTrainer:
     """The trainer that the arguments describe, with its data loaded."""
     task = None if arguments.task is None else load_task(arguments.task)
     train, held_out = task_data(task, arguments, config) if task is not None else load_data(arguments)
     rewards: list[Any] = [*(arguments.reward_model or []), *map(load_function, arguments.reward_function or [])]
-    models = load_models(task, arguments, config)
+    if isinstance(config, QSharpConfig):
+        models = load_guided(task, arguments, config)
+    else:
+        models = load_models(task, arguments, config)
     if arguments.drop_long_prompts and config.max_prompt_length is not None:
         template: Any = config.chat_template_kwargs
         limits = (models["processing_class"], config.max_prompt_length, template)
         train, held_out = (None if p is None else keep_short(p, *limits) for p in (train, held_out))
-    return CYCLES.get(config.algorithm, KLQTrainer)(
+    given: dict[str, Any] = {
         **models,
-        reward_funcs=rewards or list(task.reward_funcs),  # type: ignore[union-attr]
-        args=config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        peft_config=lora(arguments),
-    )
+        "reward_funcs": rewards or list(task.reward_funcs),  # type: ignore[union-attr]
+        "args": config,
+        "train_dataset": train,
+        "eval_dataset": held_out,
+    }
+    if isinstance(config, QSharpConfig):
+        return QSharpTrainer(**given)
+    return CYCLES.get(config.algorithm, KLQTrainer)(**given, peft_config=lora(arguments))
+
+
+def load_policy(task: Task | None, arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> tuple[Any, Any]:
+    """The given model or the task's, and its tokenizer."""
+    if arguments.model is None:
+        assert task is not None
+        return warm_policy(task, config), task.tokenizer()
+    policy = loaded("model", arguments.model, lambda name: loading.causal_lm(name, config))
+    return policy, loaded("model", arguments.model, lambda _: loading.tokenizer(None, policy))
+
+
+def load_guided(task: Task | None, arguments: ScriptArguments, config: QSharpConfig) -> dict[str, Any]:
+    """Reference, tokenizer and guide, as the trainer's arguments."""
+    assert isinstance(arguments, GuideArguments)
+    reference, tokenizer = load_policy(task, arguments, config)
+    guide = loaded("guide", arguments.guide, lambda name: load_guide(name, config))
+    return {"model": reference, "processing_class": tokenizer, "guide": guide}
 
 
 def load_models(task: Task | None, arguments: ScriptArguments, config: KLQConfig) -> dict[str, Any]:
     """Policy, tokenizer, reference and value function, as the trainer's arguments."""
-    if arguments.model is None:
-        assert task is not None
-        policy, tokenizer = warm_policy(task, config), task.tokenizer()
-    else:
-        policy = loaded("model", arguments.model, lambda name: loading.causal_lm(name, config))
-        tokenizer = loaded("model", arguments.model, lambda _: loading.tokenizer(None, policy))
+    policy, tokenizer = load_policy(task, arguments, config)
     if arguments.value_model == COPY:  # as a backbone, with a head that starts at 0
         value = copy.deepcopy(policy)
     else:
@@ -85,7 +104,7 @@ def loaded(argument: str, name: str | None, load: Callable[[str], Any]) -> Any:
         raise ValueError(f"{argument}: cannot load {name!r}: {error}") from error
 
 
-def warm_policy(task: Task, config: KLQConfig) -> Any:
+def warm_policy(task: Task, config: KLQConfig | QSharpConfig) -> Any:
     """The task's policy after supervised training, kept in ``output_dir`` for a run that goes on later."""
     place = Path(str(config.output_dir)) / "warm_start"
     with Progress(TextColumn("Warm start"), BarColumn(12), MofNCompleteColumn(), transient=True) as progress:
@@ -93,8 +112,8 @@ def warm_policy(task: Task, config: KLQConfig) -> Any:
         return warm_started(task, cache=place, progress=lambda n, of, _: progress.update(bar, completed=n, total=of))
 
 
-def task_data(task: Task, arguments: ScriptArguments, config: KLQConfig) -> tuple[Any, Any]:
-    size = arguments.max_samples or config.total_episodes or 4096
+def task_data(task: Task, arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> tuple[Any, Any]:
+    size = arguments.max_samples or getattr(config, "total_episodes", None) or 4096
     held_out = task.dataset("eval", arguments.eval_size) if arguments.eval_size else None
     return task.dataset("train", size, config.seed), held_out
 
@@ -182,8 +201,9 @@ class ProgressBar(TrainerCallback):
         self.progress.update(self.bar, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "objective/kl" in logs:
-            self.progress.update(self.bar, status=STATUS.format(**logs))
+        for sign, status in (("objective/kl", STATUS), ("guide/explained_variance", GUIDE_STATUS)):
+            if logs and sign in logs:
+                self.progress.update(self.bar, status=status.format(**logs))
 
 
 class AtBeginning(TrainerCallback):
@@ -197,7 +217,7 @@ class AtBeginning(TrainerCallback):
 
 
 @contextmanager
-def progress_bar(trainer: KLQTrainer, console: Console) -> Iterator[None]:
+def progress_bar(trainer: KLQTrainer | QSharpTrainer, console: Console) -> Iterator[None]:
     """In place of transformers' bar, for the process that prints; lines only with ``disable_tqdm``."""
     if trainer.args.disable_tqdm or not trainer.is_world_process_zero():
         yield
@@ -225,7 +245,7 @@ def no_other_bars() -> Iterator[None]:
 
 
 @no_other_bars()
-def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, float]]:
+def run(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> dict[str, dict[str, float]]:
     """Trains, and writes everything into ``config.output_dir``.
 
     Returns:
@@ -255,19 +275,22 @@ def run(arguments: ScriptArguments, config: KLQConfig) -> dict[str, dict[str, fl
     return held_out.results
 
 
-def write_history(trainer: KLQTrainer, out: Path) -> list[Path]:
-    """``history.json`` and, once a cycle has been logged, ``training.png``."""
+def write_history(trainer: KLQTrainer | QSharpTrainer, out: Path) -> list[Path]:
+    """``history.json`` and, once something has been logged, ``training.png``."""
     history = trainer.state.log_history
     written = [write_json(trainer, out / "history.json", history)]
-    if trainer.is_world_process_zero() and any("objective/scores" in logs for logs in history):
-        from .plots import plot_run
+    if trainer.is_world_process_zero() and any("objective/scores" in logs or "round" in logs for logs in history):
+        from .plots import plot_guide, plot_run
 
-        plot_run(history, out / "training.png", tau=trainer.args.tau)
+        if isinstance(trainer, KLQTrainer):
+            plot_run(history, out / "training.png", tau=trainer.args.tau)
+        else:
+            plot_guide(history, out / "training.png")
         written.append(out / "training.png")
     return written
 
 
-def write_json(trainer: KLQTrainer, path: Path, content: Any) -> Path:
+def write_json(trainer: KLQTrainer | QSharpTrainer, path: Path, content: Any) -> Path:
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")

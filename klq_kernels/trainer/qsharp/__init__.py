@@ -10,6 +10,6 @@ quality     how well a guide knows the law: discrimination, variance explained, 
 from __future__ import annotations
 
 from .config import QSharpConfig
-from .trainer import QSharpTrainer
+from .trainer import QSharpTrainer, load_guide
 
-__all__ = ["QSharpConfig", "QSharpTrainer"]
+__all__ = ["QSharpConfig", "QSharpTrainer", "load_guide"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...guidance import GuidedLogits, ValueGuide
-from ..processes import turns
+from ..processes import Turn, turns
 from ..rewards import Rewards, scores_of
 from ..rollout import eos_ids, generate, prompt_ids
 from ..seeds import Purpose, derived_seed, seeded
@@ -116,7 +116,7 @@ class Collection:
         gathered = sorted(gather_object(found), key=lambda part: part[0])
         return [e for _, part, _ in gathered for e in part], [x for _, _, part in gathered for x in part]
 
-    def turns(self, number: int) -> list[Any]:
+    def turns(self, number: int) -> list[Turn]:
         """This process's share in ``number`` completions."""
         accelerator = self.accelerator
         size, processes = self.args.rollout_forward_batch_size, accelerator.num_processes

@@ -29,6 +29,7 @@ from ..batches import Inputs, collate
 from ..checkpoints import last_complete_checkpoint
 from ..means import Means
 from ..models import LanguageModel
+from ..processes import Turn
 from ..rewards import RewardFunction, Rewards, as_list, scores_of
 from ..rollout import sampling_config
 from ..seeds import Purpose, derived_seed
@@ -244,11 +245,17 @@ class QSharpTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def turns(self, number: int) -> list[Turn]:
+        """This process's share in sampling completions for ``number`` held-out rows."""
+        return self.collection.turns(number)
+
     def _guided(self, data: Any) -> dict[str, float]:
         means = Means()
         means.add({"reward": 0.0, "kl": 0.0, "length": 0.0}, 0)
         collection = self.collection
-        for turn in collection.turns(len(data)):
+        mine = self.turns(len(data))
+        self.callback_handler.eval_dataloader = mine  # progress bars ask for its length
+        for turn in mine:
             records = [data[i] for i in turn.rows]
             seed = derived_seed(self.args.seed, Purpose.EVALUATION, 1, turn.rows.start)
             sampled = collection.sample([collection.encode(r["prompt"]) for r in records], seed, guided=True)
@@ -257,13 +264,14 @@ class QSharpTrainer(Trainer):
                 lengths = torch.tensor([float(len(c)) for c in sampled.completions])
                 values = {"reward": scores.total.mean(), "kl": sampled.kl.mean(), "length": lengths.mean()}
                 means.add(values, len(records))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return means.drain(self.accelerator)
 
     def _reference_completions(self, data: Any) -> list[Example]:
         """This process's share in the reference's own completions."""
         out: list[Example] = []
         collection = self.collection
-        for turn in collection.turns(len(data)):
+        for turn in self.turns(len(data)):
             records = [data[i] for i in turn.rows]
             prompts = [collection.encode(r["prompt"]) for r in records]
             seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)
@@ -359,9 +367,7 @@ def proven_guide(given: Any, args: QSharpConfig, reference: LanguageModel) -> Va
     if given is None:
         given = copy.deepcopy(reference.backbone)
     if isinstance(given, str):
-        is_guide = (Path(given) / SETTINGS).is_file()
-        kwargs = loading.init_kwargs(args)
-        given = ValueGuide.from_pretrained(given, **kwargs) if is_guide else AutoModel.from_pretrained(given, **kwargs)
+        given = load_guide(given, args)
     if isinstance(given, ValueGuide):
         require(given.law == law, "guide", f"has {given.law}, and the arguments say {law}")
     else:
@@ -382,3 +388,10 @@ def proven_guide(given: Any, args: QSharpConfig, reference: LanguageModel) -> Va
     loading.warn_of_16_bit("guide", given)
     probe.prove_padding("guide", given.backbone, reference)
     return given
+
+
+def load_guide(name: str, args: QSharpConfig) -> ValueGuide | PreTrainedModel:
+    """The guide in a folder, or the backbone of a model at a path or hub id."""
+    kwargs = loading.init_kwargs(args)
+    is_guide = (Path(name) / SETTINGS).is_file()
+    return ValueGuide.from_pretrained(name, **kwargs) if is_guide else AutoModel.from_pretrained(name, **kwargs)
