@@ -89,7 +89,7 @@ def tbrm(
 
 
 class TBRMTrainer(KLQTrainer):
-    """Trains a causal language model by TBRM; arguments as in ``KLQTrainer``, with a ``TBRMConfig`` and no value_model."""
+    """Trains a causal language model by TBRM; arguments as in ``KLQTrainer`` but value_model, with a ``TBRMConfig``."""
 
     config_class = TBRMConfig
     args: TBRMConfig
