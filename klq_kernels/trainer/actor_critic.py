@@ -30,6 +30,11 @@ class States(NamedTuple):
 Objective = Callable[[States], Any]
 
 
+def held(states: States) -> States:
+    """The objective that hands the states out, without gradients."""
+    return states._replace(hidden=states.hidden.detach(), head=states.head.held())
+
+
 class ValueFunction(nn.Module):
     """V of a state: a linear head, on the policy's hidden states or on those of a model of its own.
 

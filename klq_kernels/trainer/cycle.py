@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .experience import Experience
-from .frozen import Placed
+from .frozen import Placed, reference_policy
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
@@ -221,19 +221,8 @@ class Cycle:
         for begin in range(0, len(sequences), size):
             yield self.collate(sequences[begin : begin + size])
 
-    @contextmanager
-    def _reference(self, model: ActorCritic) -> Iterator[Callable[[Inputs, Objective], Any]]:
-        """The reference policy, called as ``model`` is: a model of its own, or ``model`` without its adapters."""
-        if self.reference is not None:
-            with self.reference.present() as frozen:
-                yield frozen
-            return
-
-        def without_adapters(batch: Inputs, objective: Objective) -> Any:
-            with model.language_model.without_adapters():
-                return model(batch, objective)
-
-        yield without_adapters
+    def _reference(self, model: ActorCritic) -> AbstractContextManager[Callable[[Inputs, Objective], Any]]:
+        return reference_policy(self.reference, model, model.language_model)
 
     def collate(self, sequences: list[Any]) -> Inputs:
         pad: Any = self.tokenizer.pad_token_id
