@@ -23,7 +23,7 @@ from torch import Tensor
 from ..call.checks import require
 from ..types import KLQTargets
 from . import sharding
-from .actor_critic import ActorCritic, Objective
+from .actor_critic import ActorCritic, Objective, States, held
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
@@ -221,6 +221,14 @@ class Cycle:
         for begin in range(0, len(sequences), size):
             yield self.collate(sequences[begin : begin + size])
 
+    def reference_states(self, batch: Inputs) -> States:
+        """The reference's states at the trained tokens, and its head: for divergences over the whole vocabulary.
+
+        Its weights must be whole on this process.
+        """
+        with self._inference() as model, self._reference(model) as reference:
+            return reference(batch, held)
+
     def _reference(self, model: ActorCritic) -> AbstractContextManager[Callable[[Inputs, Objective], Any]]:
         return reference_policy(self.reference, model, model.language_model)
 
@@ -265,7 +273,7 @@ class Cycle:
     def _step(self, errors: Tensor) -> float:
         """The share of alpha that is taken where the running spread of lambda-errors is too large."""
         largest = self.args.advantage_spread
-        if self.args.algorithm == "ppo" or largest is None:
+        if self.args.is_ppo or largest is None:
             return 1.0
         self.running["errors"].update(errors, self.accelerator)
         step = min(1.0, largest / max(self.running["errors"].rms, 1e-30))
@@ -274,7 +282,7 @@ class Cycle:
 
     def _weighted(self, advantages: Tensor) -> Tensor:
         """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""
-        if self.args.algorithm != "ppo" or not self.args.whiten_advantages:
+        if not self.args.is_ppo or not self.args.whiten_advantages:
             return advantages
         moments = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
         count, total, squares = self.accelerator.reduce(moments, reduction="sum")

@@ -92,7 +92,7 @@ class Placed:
 def reference_policy(
     reference: Placed | None, trained: Any, language_model: LanguageModel
 ) -> Iterator[Callable[[Inputs, Objective], Any]]:
-    """The reference, called as a policy is: a model of its own, or ``trained``, called so, without its adapters."""
+    """The reference, called as a policy is: a model of its own, or ``trained`` without its adapters."""
     if reference is not None:
         with reference.present() as frozen:
             yield frozen

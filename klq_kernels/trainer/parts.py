@@ -50,6 +50,8 @@ def proven_parts(
         )  # fmt: skip
         language_model = policies.language_model
         value = ValueFunction(language_model.config.hidden_size, critic)
+        if not args.learns_values:
+            value.requires_grad_(False)
         loading.warn_of_16_bit("value_model", value.backbone)
         loading.check_optimizer(optimizer, value)
         actor_critic = ActorCritic(language_model.model, value, args.temperature, args.shared_value_gradient)

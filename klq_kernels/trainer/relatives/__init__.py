@@ -1,12 +1,16 @@
-"""Relatives of KLQ: other losses of the same ingredients, log pi / pi_ref, rewards, values.
+"""Relatives of KLQ, each in a file of its own that tells its algorithm; ``reference`` states their losses.
 
-pairs divergence         preferred and rejected completions; the exact KL of policy and reference
-dpo dpo_config dpo_trainer   DPO and TDPO: pairs of completions
+oreo        the soft Bellman equation summed to the end of a sequence, with a critic
+dpo         preferences: DPO and token-level DPO, on offline pairs (pairs)
+divergence  the exact KL of policy and reference that OREO and TDPO read
+
+Two more have no file here, since they are options of ``KLQConfig``: DPPO's mask (``off_policy="retrace"``,
+``algorithm="ppo"``; ``trainer.off_policy``) and DVPO's frozen value model (``freeze_value_model``).
 """
 
 from __future__ import annotations
 
-from .dpo_config import DPOConfig
-from .dpo_trainer import DPOTrainer
+from .dpo import DPOConfig, DPOTrainer
+from .oreo import OREOConfig, OREOTrainer
 
-__all__ = ["DPOConfig", "DPOTrainer"]
+__all__ = ["DPOConfig", "DPOTrainer", "OREOConfig", "OREOTrainer"]

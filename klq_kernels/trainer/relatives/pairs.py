@@ -1,43 +1,40 @@
-"""Pairs of completions, one preferred to the other: rows of a dataset as token sequences."""
+"""Pairs of completions for a prompt, one preferred to the other, as rows of a dataset and as sequences.
+
+A row has ``prompt``, a text or chat messages, and ``chosen`` and ``rejected``: texts, or the messages that follow those
+of the prompt. A completion that is a text ends with EOS, which the policy is to learn as well; what ends a chat's
+is its template's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ...call.checks import require
-from .. import loading
 from ..batches import Sequence
-from ..data import check_prompt, tokenize_chat
+from ..data import is_message, tokenize_chat
 from ..rollout import check_ids, prompt_ids
 
 COLUMNS = ("chosen", "rejected")
 
 
-class Pair(NamedTuple):
-    """One prompt with the completion that was preferred and the one that was not."""
-
-    chosen: Sequence
-    rejected: Sequence
+def check_pairs(name: str, dataset: Any) -> None:
+    """Raises a ValueError unless a dataset that has prompts has pairs too."""
+    missing = [column for column in COLUMNS if column not in dataset[0]]
+    require(not missing, name, f"must have the columns prompt, chosen and rejected; there is no {', '.join(missing)}")
 
 
 class PairReader:
-    """Reads rows with ``prompt``, ``chosen`` and ``rejected``.
-
-    A prompt is a text or a chat, as everywhere. A completion is a text, which is appended to the prompt's tokens, or
-    the messages that go on with a chat. It ends with EOS, and all of its tokens are trained.
+    """Makes sequences of rows.
 
     Args:
-        tokenizer: with an EOS token.
-        vocab: the policy's number of tokens.
+        tokenizer: with a chat template where rows are chats.
+        vocab: tokens that the policy knows.
+        max_prompt_length: longer prompts are cut on the left.
+        max_completion_length: longer completions are cut on the right.
         template: further arguments of ``apply_chat_template``.
-        longest_prompt: longer prompts are cut on the left.
-        longest_completion: longer completions are cut on the right, so that they do not end.
-
-    Raises:
-        ValueError: where there is no EOS; in a call, naming the column that cannot be read.
     """
 
     def __init__(
@@ -45,53 +42,48 @@ class PairReader:
         tokenizer: Any,
         vocab: int,
         *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
         template: Mapping[str, Any] | None = None,
-        longest_prompt: int | None = None,
-        longest_completion: int | None = None,
     ) -> None:
-        eos = tokenizer.eos_token_id
-        require(eos is not None, "processing_class", "needs an EOS token: without one no completion ends")
-        self._tokenizer, self._vocab, self._eos, self._template = tokenizer, vocab, eos, template
-        self._longest_prompt, self._longest_completion = longest_prompt, longest_completion
+        self.tokenizer, self.vocab, self.template = tokenizer, vocab, template
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
 
-    def __call__(self, row: Mapping[str, Any]) -> Pair:
-        prompt = prompt_ids(row["prompt"], self._tokenizer, self._vocab, template=self._template)
-        first = torch.tensor(prompt if self._longest_prompt is None else prompt[-self._longest_prompt :])
-        return Pair(*(self._sequence(first, self._completion(name, row, prompt)) for name in COLUMNS))
+    def sequences(self, rows: list[dict[str, Any]]) -> list[Sequence]:
+        """The chosen sequences of all rows, and then the rejected ones.
 
-    def _sequence(self, prompt: torch.Tensor, ids: list[int]) -> Sequence:
-        completion = torch.tensor(ids[: self._longest_completion])
-        return Sequence(prompt, completion, torch.ones(len(completion), dtype=torch.bool))
+        Raises:
+            ValueError: naming the column of a row that is no text and no messages, that has no token, or whose template
+                does not go on from the prompt.
+        """
+        prompts = [prompt_ids(row["prompt"], self.tokenizer, self.vocab, template=self.template) for row in rows]
+        return [self._sequence(p, row, column) for column in COLUMNS for p, row in zip(prompts, rows, strict=True)]
 
-    def _completion(self, name: str, row: Mapping[str, Any], prompt: list[int]) -> list[int]:
-        """The token ids after the prompt's, with EOS as the last."""
-        given = row[name]
-        check_prompt(given, name)
-        if isinstance(given, str):
-            ids = list(self._tokenizer(given, add_special_tokens=False)["input_ids"])
-        else:
-            ids = self._reply(name, row["prompt"], given, prompt)
-        check_ids("processing_class", ids, self._vocab)
-        if self._eos in ids:  # a template may write a line break after it
-            return ids[: len(ids) - ids[::-1].index(self._eos)]
-        return [*ids, self._eos]
+    def _sequence(self, prompt: list[int], row: dict[str, Any], column: str) -> Sequence:
+        ids = self._completion(prompt, row["prompt"], row.get(column), column)[: self.max_completion_length]
+        require(bool(ids), column, f"{row[column]!r:.80} has no tokens, and so nothing to learn")
+        check_ids("processing_class", ids, self.vocab)
+        start = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
+        return Sequence(torch.tensor(prompt[start:]), torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
 
-    def _reply(self, name: str, chat: Any, reply: Any, prompt: list[int]) -> list[int]:
-        require(not isinstance(chat, str), name, "is a list of messages and its prompt a text; give texts, or chats")
-        template = {**(self._template or {}), "add_generation_prompt": False}
-        whole = list(tokenize_chat([*chat, *reply], self._tokenizer, template))
+    def _completion(self, prompt: list[int], before: Any, said: Any, column: str) -> list[int]:
+        """The ids of a completion, which the policy is to say after the prompt."""
+        if isinstance(said, str):
+            ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            return [*ids, self.tokenizer.eos_token_id] if said else []
+        chat = isinstance(said, (list, tuple)) and bool(said) and all(map(is_message, said))
+        require(
+            chat and not isinstance(before, str),
+            column,
+            f"must be a text, or messages where the prompt has messages; got {said!r:.80}",
+        )
+        whole = tokenize_chat(
+            [*before, *said], self.tokenizer, {**(self.template or {}), "add_generation_prompt": False}
+        )
         require(
             whole[: len(prompt)] == prompt,
-            name,
-            "goes on from a prompt that the chat template writes otherwise once there is a reply; give the reply as a "
-            "text, which is appended to the prompt's tokens",
+            column,
+            "does not go on from its prompt: the chat template writes an answered conversation in another way than the "
+            "prompt that asks for the answer; give texts, or another template",
         )
-        return whole[len(prompt) :]
-
-
-def check_pairs(name: str, dataset: Any) -> None:
-    """Raises a ValueError unless a dataset has rows with a prompt and two completions."""
-    loading.check_dataset(name, dataset)
-    require(not isinstance(dataset, dict), name, "must be one dataset, not a dict of several")
-    missing = [column for column in COLUMNS if column not in dataset[0]]
-    require(not missing, name, f"must have the columns prompt, chosen and rejected; it has no {', '.join(missing)}")
+        return list(whole[len(prompt) :])
