@@ -328,7 +328,7 @@ def tbrm_loss(
     """Trajectory Bellman residual minimisation (arXiv 2505.15311), the mean over sequences with a token.
 
     The logits are the action values, Q(s, a) = beta logit(s, a), so that V(s) = beta logsumexp(s) and log pi = logit -
-    logsumexp. Summed over a sequence the soft Bellman residuals r - beta log pi_b + V_{t+1} - Q_t telescope, to
+    logsumexp. Summed over a sequence the soft Bellman residuals Q_t - V_{t+1} - r_t - beta log pi_b telescope, to
 
         (logit(a_1|s_1) + sum_{t >= 2} log pi(a_t|s_t) - sum_t log pi_b(a_t|s_t) - R / beta)^2.
 

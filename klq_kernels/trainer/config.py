@@ -65,6 +65,7 @@ class KLQConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = option(False, "True for a policy with parameters it does not use.")
 
     algorithms: ClassVar[tuple[str, ...]] = ("klq", "ppo")  # those whose arguments these are
+    has_critic: ClassVar[bool] = True  # whether the algorithm reads a value function
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that the algorithm does not leave open
 
     algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
@@ -274,7 +275,7 @@ class KLQConfig(TrainingArguments):
     @property
     def learns_values(self) -> bool:
         """Whether a value function is trained."""
-        return not self.freeze_value_model
+        return self.has_critic and not self.freeze_value_model
 
     @property
     def ignored(self) -> tuple[str, ...]:

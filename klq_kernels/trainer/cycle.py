@@ -111,6 +111,7 @@ class Cycle:
         if self.args.scale_rewards:
             earned = scores.scored & ~(rollout.truncated & self.args.bootstrap_truncated)
             self.running["scores"].update(scores.total[earned], self.accelerator)
+        scored = self.with_values(scored, rollout, rows)
         experience = self._experience(sampled, scored)
         experience.step = self._step(experience.advantages)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
@@ -209,6 +210,10 @@ class Cycle:
                 passes.append(model(batch, partial(score, inputs=batch, config=self.args)))
                 references.append(reference(batch, partial(logprobs, inputs=batch, config=self.args)).logprobs)
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
+
+    def with_values(self, scored: Scored, rollout: Rollout, rows: list[dict[str, Any]]) -> Scored:
+        """``scored`` with the values that targets are made of; here, those of the value function."""
+        return scored
 
     def rescore(self, sequences: list[Sequence]) -> Scored:
         """What the policy and the value function say of completions now, packed."""

@@ -1,6 +1,8 @@
 """Relatives of KLQ, each in a file of its own that tells its algorithm; ``reference`` states their losses.
 
 oreo        the soft Bellman equation summed to the end of a sequence, with a critic
+tbrm        the same equation over whole sequences, with the logits as values and no critic
+vineppo     PPO with values sampled from the states
 dpo         preferences: DPO and token-level DPO, on offline pairs (pairs)
 divergence  the exact KL of policy and reference that OREO and TDPO read
 
@@ -12,5 +14,16 @@ from __future__ import annotations
 
 from .dpo import DPOConfig, DPOTrainer
 from .oreo import OREOConfig, OREOTrainer
+from .tbrm import TBRMConfig, TBRMTrainer
+from .vineppo import VinePPOConfig, VinePPOTrainer
 
-__all__ = ["DPOConfig", "DPOTrainer", "OREOConfig", "OREOTrainer"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "OREOConfig",
+    "OREOTrainer",
+    "TBRMConfig",
+    "TBRMTrainer",
+    "VinePPOConfig",
+    "VinePPOTrainer",
+]
