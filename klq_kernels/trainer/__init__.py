@@ -17,7 +17,7 @@ off_policy                   corrections for samples of another policy than the 
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
 qsharp                       a guide for a reference that stays as it is
-relatives                    other losses of the same ingredients: DPO, TDPO
+relatives                    other losses of the same ingredients: OREO, TBRM, VinePPO, DPO, TDPO
 replay                       completions of earlier cycles
 running                      running spreads of scores and errors
 processes                    shares in held-out rows, and the end of a run that has several
@@ -36,7 +36,16 @@ from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
 from .processes import leave_process_group
 from .qsharp import QSharpConfig, QSharpTrainer
-from .relatives import DPOConfig, DPOTrainer
+from .relatives import (
+    DPOConfig,
+    DPOTrainer,
+    OREOConfig,
+    OREOTrainer,
+    TBRMConfig,
+    TBRMTrainer,
+    VinePPOConfig,
+    VinePPOTrainer,
+)
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
 from .trainer import KLQTrainer
@@ -47,12 +56,18 @@ __all__ = [
     "DPOTrainer",
     "KLQConfig",
     "KLQTrainer",
+    "OREOConfig",
+    "OREOTrainer",
     "QSharpConfig",
     "QSharpTrainer",
     "RewardFunction",
     "Rewards",
     "RolloutFunction",
     "Scores",
+    "TBRMConfig",
+    "TBRMTrainer",
+    "VinePPOConfig",
+    "VinePPOTrainer",
     "last_complete_checkpoint",
     "leave_process_group",
 ]

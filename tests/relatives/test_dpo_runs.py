@@ -18,7 +18,7 @@ from klq_kernels.trainer import DPOConfig, DPOTrainer
 from klq_kernels.trainer.actor_critic import held
 from klq_kernels.trainer.batches import Sequence, collate
 from klq_kernels.trainer.frozen import Policy
-from klq_kernels.trainer.relatives.dpo import Referred, pair_losses, token_logprobs
+from klq_kernels.trainer.relatives.dpo import pair_losses
 from klq_kernels.trainer.relatives.pairs import PairReader
 
 LOSSES = ("dpo", "tdpo1", "tdpo2")
@@ -74,7 +74,7 @@ def stated(policy: Policy, frozen: Policy, sequences: list[Sequence], config: DP
         both = []
         for model in (policy.model, frozen.model):
             logits = model(input_ids=sequence.ids.unsqueeze(0)).logits[0, len(sequence.prompt) - 1 : -1].double()
-            both.append(logits[sequence.trained] / config.temperature)
+            both.append(logits[sequence.trained])
         identity = torch.eye(both[0].shape[1], dtype=torch.float64)
         actions = sequence.completion[sequence.trained]
         logp, ref = (oracle.linear_logprobs(logits, identity, actions).logprobs for logits in both)
@@ -85,20 +85,19 @@ def stated(policy: Policy, frozen: Policy, sequences: list[Sequence], config: DP
     chosen, rejected = torch.cat(sums).chunk(2)
     if config.loss == "dpo":
         return oracle.dpo_loss(chosen, rejected, beta=config.beta)
-    alpha = None if config.loss == "tdpo1" else config.alpha
+    alpha = None if config.loss == "tdpo1" else config.tdpo_alpha
     return oracle.tdpo_loss(chosen, rejected, *torch.cat(divergences).chunk(2), beta=config.beta, alpha=alpha)
 
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "concatenated"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_and_gradients_are_those_of_the_oracle(tmp_path: Path, loss: str, padding_free: bool) -> None:
-    config = arguments(tmp_path, loss=loss, beta=0.3, alpha=0.7, temperature=1.3)
-    policy, frozen = (Policy(tiny.model(seed=seed), config.temperature) for seed in (0, 1))
+    config = arguments(tmp_path, loss=loss, beta=0.3, tdpo_alpha=0.7)
+    policy, frozen = (Policy(tiny.model(seed=seed)) for seed in (0, 1))
     batch = collate(ragged(), pad_id=tiny.PAD, padding_free=padding_free)
     with torch.no_grad():
         states = frozen(batch, held)
-        referred = Referred(token_logprobs(states, batch, config), states if config.compares_laws else None)
-    losses, _ = policy(batch, partial(pair_losses, inputs=batch, referred=referred, config=config))
+    losses, _ = policy(batch, partial(pair_losses, inputs=batch, reference=states, config=config))
     losses.mean().backward()
 
     exact = copy.deepcopy(policy).double()
@@ -201,13 +200,13 @@ def ids(text: str) -> list[int]:
 
 
 def test_texts_are_read_with_one_eos() -> None:
-    read = PairReader(tiny.tokenizer(), tiny.VOCAB, longest_prompt=2, longest_completion=3)
-    pair = read({"prompt": "abc", "chosen": "de", "rejected": "fghi"})
-    assert pair.chosen.prompt.tolist() == pair.rejected.prompt.tolist() == ids("bc")
-    assert pair.chosen.completion.tolist() == [*ids("de"), tiny.EOS]
-    assert pair.rejected.completion.tolist() == ids("fgh")  # cut
-    assert pair.chosen.trained.all()
-    assert read({"prompt": "a", "chosen": "d<eos>", "rejected": "e"}).chosen.completion.tolist() == [
+    read = PairReader(tiny.tokenizer(), tiny.VOCAB, max_prompt_length=2, max_completion_length=3)
+    chosen, rejected = read.sequences([{"prompt": "abc", "chosen": "de", "rejected": "fghi"}])
+    assert chosen.prompt.tolist() == rejected.prompt.tolist() == ids("bc")
+    assert chosen.completion.tolist() == [*ids("de"), tiny.EOS]
+    assert rejected.completion.tolist() == ids("fgh")  # cut
+    assert chosen.trained.all()
+    assert read.sequences([{"prompt": "a", "chosen": "d<eos>", "rejected": "e"}])[0].completion.tolist() == [
         *ids("d"),
         tiny.EOS,
     ]
@@ -216,13 +215,15 @@ def test_texts_are_read_with_one_eos() -> None:
 def test_chats_are_read_through_the_template() -> None:
     read = PairReader(tiny.tokenizer(chat=True), tiny.VOCAB)
     chat = [{"role": "user", "content": "hi"}]
-    pair = read({"prompt": chat, "chosen": [{"role": "assistant", "content": "yo"}], "rejected": "no"})
-    assert pair.chosen.prompt.tolist() == ids("<user>hi<assistant>")
-    assert pair.chosen.completion.tolist() == [*ids("yo"), tiny.EOS]
-    assert pair.rejected.completion.tolist() == [*ids("no"), tiny.EOS]
+    chosen, rejected = read.sequences(
+        [{"prompt": chat, "chosen": [{"role": "assistant", "content": "yo"}], "rejected": "no"}]
+    )
+    assert chosen.prompt.tolist() == ids("<user>hi<assistant>")
+    assert chosen.completion.tolist() == [*ids("yo"), tiny.EOS]
+    assert rejected.completion.tolist() == [*ids("no"), tiny.EOS]
     for wrong in ({"prompt": "hi", "chosen": chat}, {"prompt": chat, "chosen": chat}):  # a reply by the user
         with pytest.raises(ValueError, match=r"^chosen: "):
-            read({"rejected": "no", **wrong})
+            read.sequences([{"rejected": "no", **wrong}])
 
 
 # ---- wrong input ---------------------------------------------------------------------------------------------------
@@ -233,8 +234,7 @@ def test_chats_are_read_through_the_template() -> None:
     [
         ("loss", {"loss": "ipo"}),
         ("beta", {"beta": 0.0}),
-        ("alpha", {"alpha": -1.0}),
-        ("temperature", {"temperature": 0.0}),
+        ("tdpo_alpha", {"tdpo_alpha": -1.0}),
         ("max_completion_length", {"max_completion_length": 0}),
         ("ref_placement", {"ref_placement": "disk"}),
         ("ref_dtype", {"ref_dtype": "int8"}),
@@ -262,5 +262,5 @@ def test_wrong_models_and_data_are_named(tmp_path: Path) -> None:
             trainer(tmp_path, given)
     with pytest.raises(ValueError, match=r"^args: must be a DPOConfig"):
         DPOTrainer(model, tiny.arguments(tmp_path), pairs(), None, tiny.tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^ref_placement: 'sharded' needs an engine"):
+    with pytest.raises(ValueError, match=r"^ref_placement: must be one of device, cpu"):
         trainer(tmp_path, ref_placement="sharded")
