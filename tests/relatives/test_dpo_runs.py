@@ -206,18 +206,15 @@ def test_texts_are_read_with_one_eos() -> None:
     assert chosen.completion.tolist() == [*ids("de"), tiny.EOS]
     assert rejected.completion.tolist() == ids("fgh")  # cut
     assert chosen.trained.all()
-    assert read.sequences([{"prompt": "a", "chosen": "d<eos>", "rejected": "e"}])[0].completion.tolist() == [
-        *ids("d"),
-        tiny.EOS,
-    ]
+    ended, _ = read.sequences([{"prompt": "a", "chosen": "d<eos>", "rejected": "e"}])
+    assert ended.completion.tolist() == [*ids("d"), tiny.EOS]
 
 
 def test_chats_are_read_through_the_template() -> None:
     read = PairReader(tiny.tokenizer(chat=True), tiny.VOCAB)
     chat = [{"role": "user", "content": "hi"}]
-    chosen, rejected = read.sequences(
-        [{"prompt": chat, "chosen": [{"role": "assistant", "content": "yo"}], "rejected": "no"}]
-    )
+    reply = [{"role": "assistant", "content": "yo"}]
+    chosen, rejected = read.sequences([{"prompt": chat, "chosen": reply, "rejected": "no"}])
     assert chosen.prompt.tolist() == ids("<user>hi<assistant>")
     assert chosen.completion.tolist() == [*ids("yo"), tiny.EOS]
     assert rejected.completion.tolist() == [*ids("no"), tiny.EOS]
