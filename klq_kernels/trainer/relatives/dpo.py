@@ -183,9 +183,17 @@ class TrainedPolicy(Policy):
     def config(self) -> Any:
         return self.model.config
 
+    # transformers renames this in version 5; each name goes on to the same one of the model inside
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self._checkpoint("activation_checkpointing_enable", **kwargs)
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self._checkpoint("gradient_checkpointing_enable", **kwargs)
+
+    def _checkpoint(self, method: str, **kwargs: Any) -> None:
         model: Any = self.model
-        model.gradient_checkpointing_enable(**kwargs)
+        getattr(model, method)(**kwargs)
         if self.language_model.is_peft:  # frozen embeddings: without it no gradient would enter the checkpoints
             model.enable_input_require_grads()
 
