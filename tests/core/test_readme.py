@@ -65,6 +65,17 @@ def test_the_guide_to_guidance_runs(
     assert sorted(nats, key=float) == nats
 
 
+def test_the_guide_to_relatives_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    snippets = blocks("python", (ROOT / "docs" / "relatives.md").read_text())
+    assert len(snippets) == 2
+    exec(compile(snippets[0], "docs/relatives.md", "exec"), namespace)
+    assert_learns(namespace["trainer"])
+    exec(compile(snippets[1], "docs/relatives.md", "exec"), namespace)
+    assert namespace["trainer"].state.log_history[-1]["eval_rewards/accuracies"] > 0.9
+
+
 def test_shell_commands_exist() -> None:
     """Every command line starts something this project provides; make targets and klq commands are looked up."""
     from typer.testing import CliRunner
