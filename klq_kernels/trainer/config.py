@@ -68,7 +68,11 @@ class KLQConfig(TrainingArguments):
     has_critic: ClassVar[bool] = True  # whether the algorithm reads a value function
     fixed: ClassVar[dict[str, Any]] = {}  # arguments that the algorithm does not leave open
 
-    algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
+    algorithm: str = option(
+        "klq",
+        "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle. For klq train also oreo, tbrm or vineppo, "
+        "which have options of their own.",
+    )
     tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
     gamma: float = option(1.0, "Discount, in [0, 1].")
     lam: float = option(0.95, "Trace decay lambda, in [0, 1].")

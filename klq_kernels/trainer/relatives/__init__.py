@@ -12,12 +12,17 @@ Two more have no file here, since they are options of ``KLQConfig``: DPPO's mask
 
 from __future__ import annotations
 
+from ..trainer import KLQTrainer
 from .dpo import DPOConfig, DPOTrainer
 from .oreo import OREOConfig, OREOTrainer
 from .tbrm import TBRMConfig, TBRMTrainer
 from .vineppo import VinePPOConfig, VinePPOTrainer
 
+# Those on KLQ's cycle, which take its datasets and rewards, by the name of the algorithm.
+CYCLES: dict[str, type[KLQTrainer]] = {"oreo": OREOTrainer, "tbrm": TBRMTrainer, "vineppo": VinePPOTrainer}
+
 __all__ = [
+    "CYCLES",
     "DPOConfig",
     "DPOTrainer",
     "OREOConfig",
