@@ -18,7 +18,6 @@ sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
 relatives                    OREO, TBRM, VinePPO, DPO: other methods on the same parts
 qsharp                       a guide for a reference that stays as it is
-relatives                    other losses of the same ingredients: OREO, TBRM, VinePPO, DPO, TDPO
 replay                       completions of earlier cycles
 running                      running spreads of scores and errors
 processes                    shares in held-out rows, and the end of a run that has several
