@@ -113,6 +113,8 @@ def test_texts_and_chats_end_with_one_eos() -> None:
     tokenizer = tiny.tokenizer()
     assert tokenizer.decode(chosen.completion) == "cd<eos>"
     assert tokenizer.decode(rejected.completion) == "e<eos>"
+    ended, _ = reader.sequences([{"prompt": "ab", "chosen": "cd<eos>", "rejected": "e"}])
+    assert torch.equal(ended.completion, chosen.completion)
     assert tokenizer.decode(chosen.prompt) == "ab"
     assert chosen.trained.all()
     chat = tiny.tokenizer(chat=True)
