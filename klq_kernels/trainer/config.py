@@ -26,6 +26,8 @@ from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
 OFF_POLICY = ("none", "retrace")
+ENGINES = ("transformers", "vllm")
+ENGINE_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # of generation_kwargs, what engines know
 CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta")  # the options of off_policy
 PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
@@ -146,6 +148,19 @@ class KLQConfig(TrainingArguments):
         "Further GenerationConfig arguments, but for the temperature. top_k, top_p and penalties sample from another "
         "policy than the trained one.",
     )
+    engine: str = option(
+        "transformers",
+        "What samples: 'transformers', the policy's own generate, or 'vllm', in a process of its own or at engine_url.",
+    )
+    engine_url: str | None = option(
+        None, "engine='vllm': address of a running server (docs/engines.md); by default one is started as a child."
+    )
+    engine_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "engine='vllm': arguments of vllm.LLM, such as gpu_memory_utilization or max_model_len, or of VLLMServer where "
+        "engine_url is given.",
+    )
+    engine_timeout: float = option(600.0, "Seconds to wait for an engine's answer. > 0.")
     rollout_forward_batch_size: int = option(
         64, "Sequences per generate call and per scoring pass, also in evaluation."
     )
@@ -197,6 +212,7 @@ class KLQConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
         *TrainingArguments._VALID_DICT_FIELDS,
         "chat_template_kwargs",
+        "engine_kwargs",
         "generation_kwargs",
         "model_init_kwargs",
     ]
@@ -216,6 +232,7 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+        self._check_engine()
         for name in ("add_generation_prompt", "tokenize"):
             given = name in (self.chat_template_kwargs or {})
             require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
@@ -299,6 +316,7 @@ class KLQConfig(TrainingArguments):
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
         for name, choices in (
+            ("engine", ENGINES),
             ("off_policy", OFF_POLICY),
             ("dppo_divergence", tuple(DPPO_DELTAS)),
             ("replay_priority", PRIORITIES),
@@ -326,7 +344,7 @@ class KLQConfig(TrainingArguments):
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
             "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
-            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip",
+            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip", "engine_timeout",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None:
@@ -384,6 +402,17 @@ class KLQConfig(TrainingArguments):
             f"must divide the {self.rollouts_per_device} rollouts of a process in a cycle, which are "
             "per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches; "
             f"got {self.num_generations}",
+        )
+
+    def _check_engine(self) -> None:
+        if self.engine == "transformers":
+            self._warn_of_ignored(("engine_url", "engine_kwargs", "engine_timeout"), "engine='transformers'")
+            return
+        unknown = [name for name in self.generation_kwargs or {} if name not in ENGINE_SAMPLING]
+        require(
+            not unknown,
+            "generation_kwargs",
+            f"has {', '.join(unknown)}, and engine='vllm' takes {', '.join(ENGINE_SAMPLING)}; leave the others out",
         )
 
     def _warn_of_ignored(self, names: Iterable[str], because: str) -> None:

@@ -162,7 +162,7 @@ class Cycle:
 
     def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
         """``number`` completions for each row's prompt, one row after another, of the policy as it is."""
-        prompts = [ids for row in rows for ids in [self._tokenize(row["prompt"])] * number]
+        prompts = [ids for row in rows for ids in [self.tokenize(row["prompt"])] * number]
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 with sharding.whole(self.accelerator, model):
@@ -189,7 +189,8 @@ class Cycle:
         finally:
             model.train(was_training)
 
-    def _tokenize(self, prompt: Any) -> list[int]:
+    def tokenize(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt, by the chat template where it is a chat, cut to ``max_prompt_length``."""
         args, vocab = self.args, self.language_model.vocab_size
         template, longest = args.chat_template_kwargs, args.max_prompt_length
         return prompt_ids(prompt, self.tokenizer, vocab, template=template, longest=longest)

@@ -30,6 +30,7 @@ from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
 from .completions_log import CompletionsLog
 from .config import KLQConfig
+from .engine import engine_of
 from .evaluation import Evaluation
 from .experience import Experience, Plan
 from .frozen import Placed
@@ -79,7 +80,8 @@ class KLQTrainer(Evaluation, Checkpoints):
         peft_config: makes the policy a PEFT model.
         callbacks, optimizers: as in ``transformers.Trainer``.
         reward_processing_classes: tokenizers of the reward models; by default those saved with them.
-        rollout_func: samples completions in place of ``generate`` (see ``rollout``).
+        rollout_func: samples completions in place of ``generate`` (see ``rollout``); by default what ``args.engine``
+            names (see ``engine``).
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
@@ -112,6 +114,12 @@ class KLQTrainer(Evaluation, Checkpoints):
             "freeze_value_model",
             "needs a value_model that knows the values: a linear head begins at 0, and would stay there",
         )
+        require(
+            rollout_func is None or args.engine == "transformers",
+            "rollout_func",
+            f"samples in place of engine={args.engine!r}; give one of the two",
+        )
+        rollout_func = engine_of(args) if rollout_func is None else rollout_func
         require(
             args.off_policy == "none" or rollout_func is not None or args.replay_cycles > 0,
             "off_policy",
