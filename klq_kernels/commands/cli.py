@@ -173,7 +173,7 @@ def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML: names of arguments and their values.")] = None,
 ) -> None:
-    """Train a model by KLQ or a relative, or a guide by Q-sharp, from a YAML file and flags (klq train --help)."""
+    """Train a model by KLQ, PPO or a relative, or a guide by Q-sharp, from a file and flags (--help lists them)."""
     from ..trainer.processes import leave_process_group
     from .train import arguments
     from .train.run import run

@@ -1,10 +1,9 @@
 """The arguments of ``klq train``: where each value comes from.
 
 A value comes from a flag, else from the YAML file, else from the recipe of the built-in task, else it is the default.
-All names are those of ``ScriptArguments`` (what to train on what) and of the algorithm's configuration (how):
-``KLQConfig``, that of a relative on the same cycle, or for ``algorithm: qsharp`` ``GuideArguments`` and
-``QSharpConfig``. A name that is neither is an error, because a misspelt hyperparameter that is silently ignored costs a
-run.
+All names are those of ``ScriptArguments`` (what to train on what) and of ``KLQConfig`` or a relative's configuration
+(how), for ``algorithm: qsharp`` of ``GuideArguments`` and ``QSharpConfig``; a name that is neither is an error, because
+a misspelt hyperparameter that is silently ignored costs a run.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from ...trainer.relatives import CYCLES
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
 QSHARP = "qsharp"
-ALGORITHMS = (*KLQConfig.algorithms, *CYCLES, QSHARP)
 
 # Settings with which the built-in tasks learn within a few minutes on a CPU; each can be overridden.
 RECIPE: dict[str, Any] = {
@@ -111,33 +109,31 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def dataclasses_of(algorithm: str) -> tuple[type[ScriptArguments], type[KLQConfig] | type[QSharpConfig]]:
-    """What is trained on what, and how."""
-    if algorithm == QSHARP:
-        return GuideArguments, QSharpConfig
-    return ScriptArguments, CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
-
-
 def argument_parser(algorithm: str = "klq") -> Parser:
     """Every field of both dataclasses as a flag; the help shows ours, and names where the others are documented."""
-    what, how = dataclasses_of(algorithm)
+    what, how = (GuideArguments, QSharpConfig) if algorithm == QSHARP else (ScriptArguments, config_class(algorithm))
     parser = Parser(
         [what, how],  # type: ignore[list-item]
         prog="klq train",
         usage="klq train [--config FILE.yaml] [--NAME VALUE ...]",
-        description=f"Train a language model with KLQ or a relative, or a guide for one (--algorithm, one of "
-        f"{', '.join(ALGORITHMS)}; with --help, its arguments). The names below are also the keys of the YAML file.",
+        description="Train a language model with KLQ, PPO or a relative, or a guide for one (--algorithm qsharp; with "
+        "--help, its arguments). The names below are also the keys of the YAML file.",
         epilog="So are all fields of transformers.TrainingArguments.",
         allow_abbrev=False,
     )
-    kinds = [k for k in how.__mro__ if issubclass(k, TrainingArguments) and k is not TrainingArguments]
-    ours = {name for kind in kinds for name in kind.__annotations__}
+    parents = set(TrainingArguments.__mro__)
+    ours = {name for kind in how.__mro__ if kind not in parents for name in kind.__annotations__}
     inherited = {f.name for f in fields(TrainingArguments)} - ours - {"output_dir", "seed"}
     for action in parser._actions:
         if action.dest in inherited or action.option_strings[0].startswith("--no_"):
             action.help = SUPPRESS
     parser.set_defaults(output_dir=DEFAULT_OUTPUT)
     return parser
+
+
+def config_class(algorithm: str) -> type[KLQConfig]:
+    """The configuration of an algorithm on KLQ's cycle."""
+    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
 
 
 def algorithm_of(given: dict[str, Any], flags: Sequence[str]) -> str:
@@ -149,7 +145,8 @@ def algorithm_of(given: dict[str, Any], flags: Sequence[str]) -> str:
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algorithm", default=given.get("algorithm", "klq"))
     algorithm = parser.parse_known_args(list(flags))[0].algorithm
-    require(algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
+    names = (*KLQConfig.algorithms, *CYCLES, QSHARP)
+    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
     return algorithm
 
 
@@ -184,15 +181,12 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
 
 
 def recipe(task: str, given: Collection[str], algorithm: str = "klq") -> dict[str, Any]:
-    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one.
-
-    Those of a value function are left out where the algorithm has none.
-    """
+    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
     length = load_task(task).max_completion_length
     if algorithm == QSHARP:
         return {**GUIDE_RECIPE, "max_completion_length": length}
     settings = {**RECIPE, "max_completion_length": length}
-    if algorithm in CYCLES and not CYCLES[algorithm].config_class.has_critic:
+    if not config_class(algorithm).has_critic:
         del settings["value_model"], settings["value_learning_rate"]
     if "max_steps" in given or "num_train_epochs" in given:
         del settings["total_episodes"]
