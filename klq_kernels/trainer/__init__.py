@@ -16,6 +16,7 @@ objectives                   scores, the KLQ loss, the PPO loss
 off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
+relatives                    OREO, TBRM, VinePPO, DPO: other methods on the same parts
 qsharp                       a guide for a reference that stays as it is
 replay                       completions of earlier cycles
 running                      running spreads of scores and errors

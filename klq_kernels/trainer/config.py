@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -25,7 +25,6 @@ from ..call.checks import require, require_number
 from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
-ALGORITHMS = ("klq", "ppo")
 OFF_POLICY = ("none", "retrace")
 ENGINES = ("transformers", "vllm")
 ENGINE_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # of generation_kwargs, what engines know
@@ -67,7 +66,15 @@ class KLQConfig(TrainingArguments):
     remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
     ddp_find_unused_parameters: bool | None = option(False, "True for a policy with parameters it does not use.")
 
-    algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
+    algorithms: ClassVar[tuple[str, ...]] = ("klq", "ppo")  # those whose arguments these are
+    has_critic: ClassVar[bool] = True  # whether the algorithm reads a value function
+    fixed: ClassVar[dict[str, Any]] = {}  # arguments that the algorithm does not leave open
+
+    algorithm: str = option(
+        "klq",
+        "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle. For klq train also oreo, tbrm or vineppo, "
+        "which have options of their own.",
+    )
     tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
     gamma: float = option(1.0, "Discount, in [0, 1].")
     lam: float = option(0.95, "Trace decay lambda, in [0, 1].")
@@ -119,6 +126,9 @@ class KLQConfig(TrainingArguments):
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    freeze_value_model: bool = option(
+        False, "value_model stays as it is, and the policy alone is trained (DVPO); needs a value_model."
+    )
     value_warmup_steps: int = option(0, "Optimizer steps at first in which the value function alone learns.")
     value_gradient: float | None = option(
         None,
@@ -276,12 +286,32 @@ class KLQConfig(TrainingArguments):
         """``value_gradient`` with its default filled in."""
         if self.value_gradient is not None:
             return self.value_gradient
-        return min(self.tau, 1.0) if self.algorithm == "klq" else 1.0
+        return 1.0 if self.is_ppo else min(self.tau, 1.0)
+
+    @property
+    def is_ppo(self) -> bool:
+        """Whether the policy learns by PPO's gradient, from advantages that may be whitened."""
+        return self.algorithm == "ppo"
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether a value function is trained."""
+        return self.has_critic and not self.freeze_value_model
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Arguments that the algorithm does not read."""
+        return IGNORED[self.algorithm]
 
     def _check(self) -> None:
         require(
-            self.algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}"
+            self.algorithm in self.algorithms,
+            "algorithm",
+            f"must be {' or '.join(self.algorithms)} in {type(self).__name__}; got {self.algorithm!r}",
         )
+        for name, only in self.fixed.items():
+            given = getattr(self, name)
+            require(given == only, name, f"must be {only!r} in {type(self).__name__}; got {given!r}")
         require(
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
@@ -297,7 +327,8 @@ class KLQConfig(TrainingArguments):
         for name, instead in UNUSED.items():
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
-        self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
+        self._warn_of_ignored(self.ignored, f"algorithm={self.algorithm!r}")
+        self._check_values()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         for name in ("ref_placement", "reward_placement"):
@@ -339,13 +370,24 @@ class KLQConfig(TrainingArguments):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")
 
+    def _check_values(self) -> None:
+        """What a value function that is not trained leaves without effect."""
+        if not self.learns_values:
+            ignored = ("value_learning_rate", "value_gradient", "value_lam", "vf_coef")
+            self._warn_of_ignored(ignored, "a value function that is not trained")
+            require(
+                self.value_warmup_steps == 0,
+                "value_warmup_steps",
+                "must be 0 where the value function is not trained: nothing would be, in those steps",
+            )
+
     def _check_samples(self) -> None:
         """Which completions there are in a cycle, and whose."""
         corrected = self.off_policy == "retrace"
-        if self.algorithm == "ppo" and corrected:
+        if self.is_ppo and corrected:
             self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
         if not corrected:
-            read = [name for name in CORRECTION if name not in IGNORED[self.algorithm]]
+            read = [name for name in CORRECTION if name not in self.ignored]
             self._warn_of_ignored(read, "off_policy='none'")
         require(
             self.replay_cycles == 0 or corrected,
