@@ -73,7 +73,7 @@ class KLQConfig(TrainingArguments):
     algorithm: str = option(
         "klq",
         "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle. For klq train also oreo, tbrm or vineppo, "
-        "which have options of their own.",
+        "and qsharp, which have options of their own.",
     )
     tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
     gamma: float = option(1.0, "Discount, in [0, 1].")

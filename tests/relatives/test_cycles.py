@@ -307,6 +307,7 @@ def test_a_value_model_learns_alone_and_then_stays(tmp_path: Path) -> None:
         (KLQConfig, {"algorithm": "oreo"}, "algorithm: must be klq or ppo in KLQConfig; got 'oreo'"),
         (TBRMConfig, {"bootstrap_truncated": True}, "bootstrap_truncated: must be False in TBRMConfig"),
         (TBRMConfig, {"off_policy": "retrace"}, "off_policy: must be 'none' in TBRMConfig"),
+        (VinePPOConfig, {"engine": "vllm"}, "engine: must be 'transformers' in VinePPOConfig"),
         (VinePPOConfig, {"mc_samples": 0}, "mc_samples: must be at least 1, got 0"),
         (VinePPOConfig, {"mc_every": 0}, "mc_every: must be at least 1, got 0"),
         (VinePPOConfig, {"mc_separator": ""}, "mc_separator: must not be empty"),

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from watch import Watch
 
 from klq_kernels import klq_targets, linear_logprobs, reference
 from klq_kernels.trainer.actor_critic import States
@@ -221,3 +222,29 @@ def test_values_of_steps() -> None:
     assert expected.tolist() == [2, 2, 0.5, 0.5, 0.5, 5, 5]
     assert torch.equal(spread(scores.mean(1), [0, 2, 5], 7), expected)
     assert spread(torch.zeros(0), [], 0).shape == (0,)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["oreo", "tbrm", "tdpo1"])
+def test_nothing_of_tokens_by_vocabulary_is_allocated(kind: str, tmp_path: Path) -> None:
+    """Forward and backward, with room for a few rows of logits."""
+    b, room, tokens = batch((90, 60, 80, 70)), VOCAB * 4 * 40, 300
+    states, inputs, kept, rollout = b.states(), b.inputs(), b.reference(), experience(b, 0.3)
+    settings: dict[str, Any] = {"use_cpu": True, "workspace_bytes": room}
+    denom = torch.tensor(float(tokens))
+    with Watch() as seen:
+        if kind == "oreo":
+            config = OREOConfig(str(tmp_path), **settings)
+            loss, _ = oreo(states, inputs, rollout, denom, config, reference=kept)
+        elif kind == "tbrm":
+            loss, _ = tbrm(states, inputs, rollout, denom, TBRMConfig(str(tmp_path), **settings))
+        else:
+            loss = pair_losses(states, inputs, kept, DPOConfig(str(tmp_path), loss=kind, **settings))[0].sum()
+        loss.backward()
+    assert len(seen.allocations) > 50
+    assert seen.at_least(tokens * VOCAB * 2) == []
+    with Watch() as control:
+        torch.nn.functional.linear(states.hidden, states.head.weight)
+    assert control.at_least(tokens * VOCAB * 2)

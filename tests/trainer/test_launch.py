@@ -38,6 +38,37 @@ def test_accelerate_fsdp2(material: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--algorithm", "oreo", "--kl_coef", "0"],
+        ["--algorithm", "tbrm", "--bootstrap_truncated", "False"],
+        ["--algorithm", "ppo", "--value_model", "copy", "--freeze_value_model", "True"],
+    ],
+    ids=["oreo", "tbrm", "dvpo"],
+)
+def test_relatives_under_fsdp2(flags: list[str], material: list[str], tmp_path: Path) -> None:
+    start([*launched("fsdp2.yaml", material), *flags, "--output_dir", str(tmp_path)])
+    check(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--algorithm", "oreo"], "kl_coef: compares whole heads"),
+        (["--algorithm", "vineppo", "--bootstrap_truncated", "False"], "args: each process samples"),
+    ],
+    ids=["oreo", "vineppo"],
+)
+def test_what_needs_whole_weights_refuses_fsdp2(
+    flags: list[str], name: str, material: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=name):  # what the processes said
+        start([*launched("fsdp2.yaml", material), *flags, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the Makefile installs DeepSpeed in .venv/deepspeed")
 def test_accelerate_zero3(material: list[str], tmp_path: Path) -> None:
     start([*launched("zero3.yaml", material), "--output_dir", str(tmp_path)], deepspeed=True)

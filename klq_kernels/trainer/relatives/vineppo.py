@@ -46,6 +46,7 @@ class VinePPOConfig(KLQConfig):
     has_critic: ClassVar[bool] = False
     fixed: ClassVar[dict[str, Any]] = {
         "value_lam": None, "off_policy": "none", "bootstrap_truncated": False, "freeze_value_model": False,
+        "engine": "transformers",
     }  # fmt: skip
 
     algorithm: str = option("vineppo", "'vineppo'.")
