@@ -48,8 +48,8 @@ def linear_select(
         packing: a ``pack(...)`` in place of the mask.
 
     Returns:
-        fp32, [..., k], or [..., k, A] with ``atoms``; 0 at masked tokens. The gradient by the weight is dense, 0 in rows
-        that no token took, and has the same bits on every run.
+        fp32, [..., k], or [..., k, A] with ``atoms``; 0 at masked tokens. The gradient by the weight is dense, 0 in
+        rows that no token took, and has the same bits on every run.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Ids out of range at valid tokens
