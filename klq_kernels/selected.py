@@ -94,7 +94,10 @@ def _check_ids(ids: Tensor, hidden: Tensor) -> None:
 
 def _check_atoms(atoms: int | None, rows: int) -> None:
     require(rows < 2**31, "weight", "must have fewer than 2**31 rows")
-    whole = isinstance(atoms, int) and not isinstance(atoms, bool) and atoms >= 1
-    require(atoms is None or whole, "atoms", f"must be None or an int of 1 or more, got {atoms!r}")
-    divides = atoms is None or rows % atoms == 0
-    require(divides, "atoms", f"must divide the rows of weight, {rows}; got {atoms}")
+    if atoms is None:
+        return
+    # formatted only on failure: torch.compile cannot format a number that changes from call to call
+    if not (isinstance(atoms, int) and not isinstance(atoms, bool) and atoms >= 1):
+        raise ValueError(f"atoms: must be None or an int of 1 or more, got {atoms!r}")
+    if rows % atoms != 0:
+        raise ValueError(f"atoms: must divide the rows of weight, {rows}; got {atoms}")

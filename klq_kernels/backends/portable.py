@@ -191,9 +191,16 @@ def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
 
 
 def selected_logits(
-    chosen: Chosen, weight: Tensor, bias: Tensor | None, out: Tensor, *, scale: float, softcap: float | None
+    chosen: Chosen,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> None:
-    """Writes scale softcap(c) of each chosen entry, c being the dot product of the token's hidden state with the
+    """Writes scale softcap(c) of each chosen entry, and the slope of the soft cap, c being the dot product of the token's hidden state with the
     entry's row of the weight, in fp32, plus the entry's bias. NaN for an id outside 0 .. V - 1.
 
     Args:
@@ -201,6 +208,7 @@ def selected_logits(
         weight: [V atoms, H] contiguous, of any floating dtype.
         bias: fp32 [V atoms] or None.
         out: fp32 [n, k, atoms], written.
+        slope: like ``out``, written; None without a soft cap.
     """
     (hidden, positions), ids, atoms = chosen
     k, rows = ids.shape[1], weight.view(-1, atoms, weight.shape[1])
@@ -213,7 +221,9 @@ def selected_logits(
         torch.sum(products, 2, out=found[some])
     if bias is not None:
         found.add_(bias.view(-1, atoms)[known])
-    _cap_(found, softcap)
+    tanh = _cap_(found, softcap)
+    if tanh is not None and slope is not None:
+        torch.sub(1.0, tanh.square_(), out=slope.view(-1, atoms))
     found.mul_(scale).masked_fill_((known != pairs)[:, None], torch.nan)
 
 

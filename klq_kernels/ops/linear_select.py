@@ -1,6 +1,6 @@
 """klq_kernels::linear_select: the logits of k ids per position under a linear head.
 
-Forward keeps its result alone, and that only where a soft cap's slope is needed of it: the logits are linear otherwise.
+Forward keeps the slope of a soft cap and nothing else: without one the logits are linear.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .operator import Operator, Parts
 
 
 class BackwardArguments(NamedTuple):
-    """The inputs of the forward, its result where there is a soft cap, and the gradient by the result, flat."""
+    """The inputs of the forward, the slopes that it found, and the gradient by its logits, flat."""
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V A, H]
@@ -30,10 +30,9 @@ class BackwardArguments(NamedTuple):
     cu_seqlens: Tensor
     rows: Tensor | None
     # fp32 [M, k, A]
-    logits: Tensor | None
+    slope: Tensor | None  # where there is a soft cap
     d_logits: Tensor
     temperature: float
-    softcap: float | None
     need_hidden: bool
     need_weight: bool
     need_bias: bool
@@ -56,9 +55,10 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """fp32 [M, k, A], 0 at masked positions."""
+    """fp32 [M, k, A], 0 at masked positions; ``slope``, which is for backward, is empty without a soft cap."""
 
     logits: Tensor
+    slope: Tensor
 
 
 def _chosen(given: Arguments | BackwardArguments, index: Tensor | None, atoms: int) -> Chosen:
@@ -83,9 +83,8 @@ def _gradients(given: BackwardArguments) -> Gradients:
         given.weight.detach().contiguous(),
         Needs(given.need_hidden, given.need_weight, given.need_bias),
         d_logits,
-        layout.fp32_rows(given.logits, index),
+        layout.fp32_rows(given.slope, index),
         scale=1.0 / given.temperature,
-        softcap=given.softcap,
     )
     return rounded_gradients(found, given)
 
@@ -100,7 +99,7 @@ def _forward(given: Arguments) -> Results:
     index, _ = layout.valid_rows(given.mask, given.cu_seqlens, given.rows, positions)
     chosen = _chosen(given, index, given.atoms)
     layout.check_actions(chosen.ids, given.weight.shape[0] // given.atoms, name="ids")
-    found = selected_logits(
+    logits, slope = selected_logits(
         backend_for(given.hidden.device),
         chosen,
         given.weight.detach().contiguous(),
@@ -108,30 +107,33 @@ def _forward(given: Arguments) -> Results:
         scale=1.0 / given.temperature,
         softcap=given.softcap,
     )
-    return Results(layout.put_rows(found, index, positions))
+    logits = layout.put_rows(logits, index, positions)
+    return Results(logits, logits.new_empty(0) if slope is None else layout.put_rows(slope, index, positions))
 
 
 def _fake(given: Arguments) -> Results:
-    return Results(given.hidden.new_empty(*given.ids.shape, given.atoms, dtype=torch.float32))
+    logits = given.hidden.new_empty(*given.ids.shape, given.atoms, dtype=torch.float32)
+    return Results(logits, logits.new_empty(0) if given.softcap is None else torch.empty_like(logits))
 
 
 SAVED = ("hidden", "weight", "bias", "ids", "mask", "cu_seqlens", "rows")
 
 
 def _setup(ctx: Any, given: Arguments, found: Results) -> None:
-    logits = None if given.softcap is None else found.logits
-    ctx.save_for_backward(*(getattr(given, name) for name in SAVED), logits)
-    ctx.settings = {name: getattr(given, name) for name in ("temperature", "softcap")}
+    ctx.mark_non_differentiable(found.slope)
+    slope = None if given.softcap is None else found.slope
+    ctx.save_for_backward(*(getattr(given, name) for name in SAVED), slope)
+    ctx.temperature = given.temperature
 
 
 def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor | None]:
-    saved = dict(zip((*SAVED, "logits"), ctx.saved_tensors, strict=True))
+    saved = dict(zip((*SAVED, "slope"), ctx.saved_tensors, strict=True))
     gradients = Gradients(
         *linear_select_backward(
             *BackwardArguments(
                 **saved,
                 d_logits=by.logits,
-                **ctx.settings,
+                temperature=ctx.temperature,
                 need_hidden=needs["hidden"],
                 need_weight=needs["weight"],
                 need_bias=needs["bias"],

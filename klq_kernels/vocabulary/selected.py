@@ -3,9 +3,9 @@
 Id v owns the rows v A .. v A + A - 1 of the head, A of them being its atoms. A pair (t, j) is token t and its j-th id.
 
     c[t, j] = hidden[t] . W[row(t, j)] + bias[row(t, j)]                     selected_logits: a dot product each
-    logits = softcap(c) / temperature
+    logits = softcap(c) / temperature,    slope = the soft cap's at c
 
-    g = gradient by c
+    g = gradient by c = gradient by the logits * slope / temperature
     d_hidden[t] = sum of g[t, j] W[row(t, j)] over j                         weighted_sums: entries by token
     d_weight[r] = sum of g[t, j] hidden[t] over the pairs with this row      weighted_sums: entries by row
 
@@ -35,13 +35,14 @@ class Found(NamedTuple):
 
 def selected_logits(
     backend: ModuleType, chosen: Chosen, weight: Tensor, bias: Tensor | None, *, scale: float, softcap: float | None
-) -> Tensor:
-    """fp32 [n, k, A]; NaN for an id outside 0 .. V - 1."""
+) -> tuple[Tensor, Tensor | None]:
+    """(logits, slope), fp32 [n, k, A]: NaN for an id outside 0 .. V - 1; no slope without a soft cap."""
     n, k = chosen.ids.shape
-    out = torch.empty(n, k, chosen.atoms, dtype=torch.float32, device=weight.device)
-    if out.numel():
-        backend.selected_logits(chosen, weight, bias, out, scale=scale, softcap=softcap)
-    return out
+    logits = torch.empty(n, k, chosen.atoms, dtype=torch.float32, device=weight.device)
+    slope = None if softcap is None else torch.empty_like(logits)
+    if logits.numel():
+        backend.selected_logits(chosen, weight, bias, logits, slope, scale=scale, softcap=softcap)
+    return logits, slope
 
 
 def selected_gradients(
@@ -50,22 +51,21 @@ def selected_gradients(
     weight: Tensor,
     needs: Needs,
     d_logits: Tensor,
-    logits: Tensor | None,
+    slope: Tensor | None,
     *,
     scale: float,
-    softcap: float | None,
 ) -> Found:
     """The gradients of (hidden, weight, bias), the first two in their dtypes and rounded once, the last in fp32.
 
     Args:
-        d_logits: fp32 [n, k, A].
-        logits: what ``selected_logits`` found, where there is a soft cap. An id outside 0 .. V - 1 makes the gradient
-            of its token NaN, and that of the nearest id.
+        d_logits: fp32 [n, k, A]. An id outside 0 .. V - 1 makes the gradient of its token NaN, and that of the nearest
+            id.
+        slope: what ``selected_logits`` found.
     """
     known = chosen.ids.clamp(0, weight.shape[0] // chosen.atoms - 1)
     pull = d_logits * scale
-    if softcap is not None and logits is not None:
-        pull = pull * (1.0 - (logits / (scale * softcap)).square())
+    if slope is not None:
+        pull *= slope
     pull = pull.masked_fill((known != chosen.ids)[..., None], torch.nan)
     chosen = chosen._replace(ids=known)
     hidden = _hidden_gradient(backend, chosen, weight, pull) if needs.hidden else None

@@ -389,8 +389,9 @@ def test_selected_logits(
     ids[1, 0], ids[2, -1] = -1, 11
     head = {"scale": 1 / 0.7, "softcap": 9.0 if full else None}
     out = torch.zeros(*ids.shape, atoms, device=device)
+    slope = torch.full_like(out, float("nan")) if full else None
     kernel_module("selected_logits").selected_logits(
-        Chosen(States(hidden, positions), ids, atoms), weight, bias, out, **head
+        Chosen(States(hidden, positions), ids, atoms), weight, bias, out, slope, **head
     )
     assert out[1, 0].isnan().all()
     assert out[2, -1].isnan().all()
@@ -400,6 +401,8 @@ def test_selected_logits(
     there = out.isfinite()
     assert int((~there).sum()) == 2 * atoms
     torch.testing.assert_close(out.double()[there], z_of(z, **head)[there], rtol=1e-5, atol=2e-5)
+    if slope is not None:
+        torch.testing.assert_close(slope.double(), 1 - torch.tanh(z / 9.0).square(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

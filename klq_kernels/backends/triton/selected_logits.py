@@ -17,7 +17,7 @@ from .math import soft_cap
 
 @triton.jit
 def selected_logits_kernel(
-    hidden, positions, ids, weight, bias, out, width, vocab, entries, atoms, scale, softcap,
+    hidden, positions, ids, weight, bias, out, slopes, width, vocab, entries, atoms, scale, softcap,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -42,13 +42,21 @@ def selected_logits_kernel(
     if bias is not None:
         z += tl.load(bias + rows, mask=there, other=0.0)
     if softcap is not None:
-        z, _slope = soft_cap(z, softcap)
+        z, slope = soft_cap(z, softcap)
+        tl.store(slopes + token * entries + entry, slope, mask=there)
     z = tl.where(known == wanted, z * scale, float("nan"))
     tl.store(out + token * entries + entry, z, mask=there)
 
 
 def selected_logits(
-    chosen: Chosen, weight: Tensor, bias: Tensor | None, out: Tensor, *, scale: float, softcap: float | None
+    chosen: Chosen,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     """See ``portable.selected_logits``."""
     (hidden, positions), ids, atoms = chosen
@@ -56,6 +64,6 @@ def selected_logits(
     config = SELECTED_LOGITS[weight.element_size()]
     with on_device(out):
         selected_logits_kernel[(n * triton.cdiv(k * atoms, config.sizes["ENTRIES"]),)](
-            hidden, positions, ids, weight, bias, out, weight.shape[1], weight.shape[0] // atoms, k * atoms, atoms,
-            scale, softcap, **config.sizes, **config.options,
+            hidden, positions, ids, weight, bias, out, slope, weight.shape[1], weight.shape[0] // atoms, k * atoms,
+            atoms, scale, softcap, **config.sizes, **config.options,
         )  # fmt: skip
