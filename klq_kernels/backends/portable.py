@@ -200,8 +200,10 @@ def selected_logits(
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Writes scale softcap(c) of each chosen entry, and the slope of the soft cap, c being the dot product of the token's hidden state with the
-    entry's row of the weight, in fp32, plus the entry's bias. NaN for an id outside 0 .. V - 1.
+    """Writes scale softcap(c) of each chosen entry, and the slope of the soft cap there.
+
+    c is the dot product of the token's hidden state with the entry's row of the weight, in fp32, plus the entry's bias.
+    An id outside 0 .. V - 1 stands for the nearest one, and its logit is NaN.
 
     Args:
         chosen: its hidden states contiguous.

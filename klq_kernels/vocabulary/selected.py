@@ -16,8 +16,8 @@ occur more than once give the same bits on every run. These are the sums of the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from torch import Tensor
 from .chunks import Chosen, Needs, Sums
 
 
-class Found(NamedTuple):
+@dataclass
+class Found:
     """A head's gradients; those that are not needed are None."""
 
     hidden: Tensor | None

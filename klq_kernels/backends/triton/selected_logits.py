@@ -1,7 +1,7 @@
 """Dot products of each token's hidden state with the rows of the head that it takes, and the logits made of them.
 
-A program takes ENTRIES rows of one token. It walks the width of the head BLOCK columns at a time, each row with fp32 sums
-of its own, which are added up at the end. BLOCK is what a warp reads at 16 bytes a thread, so that a row is one warp's.
+A program takes ENTRIES rows of one token. It walks the width of the head BLOCK columns at a time, each row with fp32
+sums of its own, which are added up at the end. BLOCK is what a warp reads at 16 bytes a thread: a row is one warp's.
 """
 
 from __future__ import annotations
