@@ -213,20 +213,38 @@ def selected_logits(
         slope: like ``out``, written; None without a soft cap.
     """
     (hidden, positions), ids, atoms = chosen
-    k, rows = ids.shape[1], weight.view(-1, atoms, weight.shape[1])
-    pairs, found = ids.flatten(), out.view(-1, atoms)
-    known = pairs.clamp(0, rows.shape[0] - 1)
-    tokens = torch.arange(pairs.numel(), device=ids.device) // k
+    rows, found = weight.view(-1, atoms, weight.shape[1]), out.view(-1, atoms)
+    known = ids.flatten().clamp(0, rows.shape[0] - 1)
+    tokens = torch.arange(known.numel(), device=ids.device) // ids.shape[1]
     places = tokens if positions is None else positions[tokens]
-    for some in slices(pairs.numel(), max(SCRATCH_ELEMENTS // rows[0].numel(), 1)):
+    for some in slices(known.numel(), max(SCRATCH_ELEMENTS // rows[0].numel(), 1)):
         products = rows[known[some]].float() * hidden[places[some], None].float()
         torch.sum(products, 2, out=found[some])
+    finish_logits(ids, known, bias, found, slope, scale=scale, softcap=softcap)
+
+
+def finish_logits(
+    ids: Tensor,
+    known: Tensor,
+    bias: Tensor | None,
+    found: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Makes logits of dot products: the rest of ``selected_logits``.
+
+    Args:
+        ids: the caller's; ``known``: those that stand for them, flat.
+        found: fp32 [pairs, atoms], in and out.
+    """
     if bias is not None:
-        found.add_(bias.view(-1, atoms)[known])
+        found.add_(bias.view(-1, found.shape[1])[known])
     tanh = _cap_(found, softcap)
     if tanh is not None and slope is not None:
-        torch.sub(1.0, tanh.square_(), out=slope.view(-1, atoms))
-    found.mul_(scale).masked_fill_((known != pairs)[:, None], torch.nan)
+        torch.sub(1.0, tanh.square_(), out=slope.view(found.shape))
+    found.mul_(scale).masked_fill_((known != ids.flatten())[:, None], torch.nan)
 
 
 def row_kl(logits: Tensor, ref_logits: Tensor, out: Divergence, *, pair: Pair) -> None:
