@@ -4,8 +4,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-# processes that run tests side by side
+# processes that run tests side by side, and threads of each: more threads than cores wait for each other most of the time
 JOBS ?= 2
+THREADS ?= 1
 
 VENV := .venv
 # the lowest that pyproject.toml declares, in a folder of its own: the kernels are compiled by it as well
@@ -35,13 +36,13 @@ demo: $(READY)  ## train a small model with the fused loss, compare with naive; 
 	@$(BIN)/klq demo $(ARGS)
 
 test: $(READY)  ## run the tests but for a few slow ones (ARGS="-k scan" picks some)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, an isolated build … (minutes)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
-test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine (minutes)
-	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
+test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine, in all cases (minutes)
+	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch KLQ_PTX_CASES=all $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
 
 test-hosts: $(HOSTS_VENV)/.ready  ## test the drop-ins against TRL, verl and SkyRL, in a venv of their own (gigabytes, the first time)
 	@$(HOSTS_VENV)/bin/python -m pytest tests/integrations tests/bench/test_hosts.py $(ARGS)

@@ -65,7 +65,11 @@ def _parameter(place: Place) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are left out in one line, unless they were asked for (then each says why it skips)."""
+    """The lengthy tests come first, so that no process is left with one of them alone when the others have ended.
+
+    Without a GPU its tests are left out in one line, unless they were asked for (then each says why it skips).
+    """
+    items.sort(key=lambda item: item.get_closest_marker("lengthy") is None)
     if torch.cuda.is_available() or config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

@@ -61,6 +61,7 @@ def test_memory_of_what_nobody_needs_is_left_out() -> None:
     assert "weight gradient" not in loss_memory.naive_memory(problem(weight_gradient=False)).backward
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predicted_memory_is_within_a_tenth_of_the_measured(dtype: torch.dtype) -> None:
     """On a CPU, in fresh processes; large enough that a process's own noise does not matter."""

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 
+@pytest.mark.lengthy
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled here, and test_kernels.py runs as it is"
 )

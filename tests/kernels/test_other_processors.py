@@ -23,7 +23,8 @@ SETTINGS = {
         "KLQ_NATIVE_ISA": "avx2",
     },
     "one thread": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "DEFAULT"},
-    "two threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+    # which sleep where they wait: a core that another process uses too would be spent on looking whether it is free
+    "two threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     "no extension": {"KLQ_NATIVE_LIBRARY": "/nowhere/_native.so"},
 }  # fmt: skip
 FILES = ("core/test_loss.py", "core/test_logprobs.py", "core/test_logits_dtype.py", "kernels/test_vocabulary_major.py")
@@ -31,7 +32,9 @@ FILES = ("core/test_loss.py", "core/test_logprobs.py", "core/test_logits_dtype.p
 CHOSEN = "not cuda and (precision and l2 or precise or likely or packing or scoring or unrounded or switches)"
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.lengthy
+# one thread is what make test gives each of its processes anyway
+@pytest.mark.parametrize("setting", [pytest.param(s, marks=[pytest.mark.slow] * (s == "one thread")) for s in SETTINGS])
 def test_on_another_processor(setting: str) -> None:
     if setting == "AVX2 alone" and not (CPU_INFO.exists() and "avx2" in CPU_INFO.read_text()):
         pytest.skip("this processor has no AVX2")

@@ -268,6 +268,7 @@ def run_tiny(out: Path, steps: int) -> dict[str, Any]:
     return json.loads((out / "metrics.json").read_text())
 
 
+@pytest.mark.lengthy
 def test_a_tiny_run_writes_everything(tmp_path: Path):
     written = run_tiny(tmp_path, steps=2)
     assert {file.name for file in tmp_path.iterdir()} == set(walkthrough.WRITTEN)

@@ -186,7 +186,7 @@ def fma32(a, b, c):
     s = p + c
     bits = s.view(i64)
     risky = ((bits & 0x1FFFFFFF) == 0x10000000) | ((np.abs(s) < 1.2e-38) & (s != 0))
-    if risky.any():  # round to odd in float64, so that the second rounding is the only one
+    if np.count_nonzero(risky):  # round to odd in float64, so that the second rounding is the only one
         bb = s - p
         err = (p - (s - bb)) + (c - bb)
         fix = (err != 0) & np.isfinite(s) & ((bits & 1) == 0)
@@ -198,24 +198,22 @@ def fma32(a, b, c):
 
 def ftz(x):
     tiny = (np.abs(x) < f32(1.17549435e-38)) & (x != 0)
-    return np.where(tiny, np.copysign(f32(0), x), x).astype(f32) if tiny.any() else x
+    return np.where(tiny, np.copysign(f32(0), x), x).astype(f32) if np.count_nonzero(tiny) else x
 
 
 def fmax(a, b, nan=False):
-    a, b = np.broadcast_arrays(np.asarray(a, f32), np.asarray(b, f32))
+    a, b = np.asarray(a, f32), np.asarray(b, f32)
     r = np.maximum(a, b) if nan else np.fmax(a, b)
-    zero = (a == 0) & (b == 0)
-    if zero.any():  # +0 > -0
-        r = np.where(zero, (a.view(u32) & b.view(u32)).view(f32), r)
+    if np.count_nonzero(r == 0):  # +0 > -0
+        r = np.where((a == 0) & (b == 0), (a.view(u32) & b.view(u32)).view(f32), r)
     return r
 
 
 def fmin(a, b, nan=False):
-    a, b = np.broadcast_arrays(np.asarray(a, f32), np.asarray(b, f32))
+    a, b = np.asarray(a, f32), np.asarray(b, f32)
     r = np.minimum(a, b) if nan else np.fmin(a, b)
-    zero = (a == 0) & (b == 0)
-    if zero.any():
-        r = np.where(zero, (a.view(u32) | b.view(u32)).view(f32), r)
+    if np.count_nonzero(r == 0):
+        r = np.where((a == 0) & (b == 0), (a.view(u32) | b.view(u32)).view(f32), r)
     return r
 
 
@@ -283,7 +281,7 @@ def compare(op, a, b, kind):
 # ---------------------------------------------------------------------------------------------------- programs
 
 
-@dataclass
+@dataclass(slots=True)
 class Instruction:
     text: str
     line: int
@@ -1160,8 +1158,7 @@ class Program:
         }  # fmt: skip
         for axis, c, n in zip("xyz", cta, grid, strict=False):
             self.special[f"%ctaid.{axis}"], self.special[f"%nctaid.{axis}"] = np.full(T, c, u32), np.full(T, n, u32)
-        for i in range(len(self.R)):
-            self.R[i] = None
+        self.R[:] = [None] * len(self.R)
         self.U.clear()
         n = self.shared_bytes
         self.shared = np.full(n, 0xCB, u8)
@@ -1172,7 +1169,7 @@ class Program:
         if not hasattr(self, "waves"):
             self.waves = [0, 0]
         self.memory.epoch += 1
-        code, R, U, counts = self.code, self.R, self.U, self.counts
+        code, R, U, counts = self.code, self.R, self.U, [0.0] * len(self.code)
         pc, m, pcs, blocked = 0, None, None, None  # m: who runs (None: all); pcs: where everyone is, while they diverge
         steps = 0
         end = len(code)
@@ -1199,6 +1196,11 @@ class Program:
                 steps += 1
                 if steps > self.options.limit:
                     raise Fault("too many instructions: an endless loop?")
+                if pcs is None and ins.kind == 0 and ins.guard < 0:  # by far the most
+                    counts[pc] += 1.0
+                    ins.run(None)
+                    pc += 1
+                    continue
                 counts[pc] += 1.0 if m is None else m.reshape(-1, WARP).any(1).mean()
                 g = m
                 if ins.guard >= 0:
@@ -1208,9 +1210,10 @@ class Program:
                     p = ~p if ins.negate else p
                     if m is not None:
                         p = p & m
-                    if p.all():
+                    many = np.count_nonzero(p)
+                    if many == T:
                         g = None
-                    elif not p.any():
+                    elif not many:
                         if pcs is None:
                             pc += 1
                         else:
@@ -1262,6 +1265,8 @@ class Program:
             raise Fault(f"{self.name}, CTA {cta}, PTX line {code[pc].line}: {code[pc].text}\n    {fault}") from None
         except (TypeError, AttributeError, ValueError, IndexError) as error:
             raise Unsupported(f"{self.name}, PTX line {code[pc].line}: {code[pc].text}: {error!r}") from error
+        finally:
+            self.counts += counts
 
     def _barrier(self) -> None:
         self.memory.epoch += 1

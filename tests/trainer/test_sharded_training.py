@@ -13,6 +13,7 @@ import trainer_process
 from processes import DEEPSPEED, TWO_PROCESSES, start
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.lengthy
 KINDS = tuple(trainer_process.KINDS)
 RUN = {"max_steps": 4, "num_update_epochs": 2, "learning_rate": 1e-2, "optim": "sgd", "per_device_train_batch_size": 4}
 FSDP2 = {"use_cpu": False, "bf16": False, "fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
