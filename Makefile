@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-# processes that run tests side by side, and threads of each: more threads than cores wait for each other most of the time
+# processes that run tests side by side, and threads of each: more than there are cores mostly wait for each other
 JOBS ?= 2
 THREADS ?= 1
 
