@@ -7,20 +7,23 @@ random order and names source and goal, and the answer is the path from there:
     1 5
 
 A model that learns by the next token soon knows that each node is followed by its neighbour, which it looks up. That
-leaves nothing to learn from for the first step, where the neighbour that leads to the goal has to be told from the
+leaves little to learn from for the first step, where the neighbour that leads to the goal has to be told from the
 others: it guesses, and is right once in ``degree`` times (Bachmann and Nagarajan, arXiv 2403.06963). Q-sharp's paper
 (arXiv 2502.20548, section 5) trains a guide on paths that such a model samples, right and wrong ones.
+
+The warm start also has graphs with paths one node shorter, which the model learns to solve; of the others it still
+guesses the first step.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .task import EOS, PAD, Case, Columns, Task
+from .task import EOS, PAD, Case, Columns, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,9 +32,9 @@ DEGREE, LENGTH, NODES = 2, 4, 12
 SIGNS = ("|", "/", "=")
 
 
-def draw(rng: random.Random) -> Case:
+def draw(rng: random.Random, length: int = LENGTH) -> Case:
     """A graph on nodes with random names, and its right path."""
-    names = rng.sample(range(NODES), 1 + DEGREE * (LENGTH - 1))
+    names = rng.sample(range(NODES), 1 + DEGREE * (length - 1))
     source, rest = names[0], names[1:]
     paths = [[source, *rest[i::DEGREE]] for i in range(DEGREE)]
     edges = [f"{a} {b}" for path in paths for a, b in itertools.pairwise(path)]
@@ -63,10 +66,18 @@ def judge(prompt: str, completion: str, columns: Columns) -> float:
 
 
 @dataclass(frozen=True)
-class WordTask(Task):
-    """A task whose tokens are words, with a deeper model whose embeddings are its lm_head."""
+class StarGraph(Task):
+    """The task, with words as tokens and a deeper model whose embeddings are its lm_head."""
 
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = (*map(str, range(NODES)), *SIGNS)
+
+    def examples(self, seed: int = 0) -> Iterator[Example]:
+        """Every other graph has shorter paths."""
+        rng = random.Random(f"{self.name} shorter {seed}")
+        for example in super().examples(seed):
+            yield example
+            case = draw(rng, LENGTH - 1)
+            yield Example(case.prompt, case.columns["path"], case.columns)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -104,7 +115,7 @@ class WordTask(Task):
             return LlamaForCausalLM(config).eval()
 
 
-STAR_GRAPH = WordTask(
+STAR_GRAPH = StarGraph(
     name="star-graph",
     description="The way through a star graph, whose first step a next-token model can only guess",
     max_completion_length=LENGTH,  # its last is EOS
@@ -112,7 +123,6 @@ STAR_GRAPH = WordTask(
     writers=(walks_it,),
     reward_funcs=[right_path],
     judge=judge,
-    warm_steps=1000,
+    warm_steps=1400,
     warm_batch=64,
-    words=(*map(str, range(NODES)), *SIGNS),
 )
