@@ -21,6 +21,7 @@ from .portable import klq_metrics as klq_metrics
 from .portable import row_kl as row_kl
 from .portable import row_kl_grad as row_kl_grad
 from .portable import scale as scale
+from .portable import selected_logits as selected_logits
 
 NAME = "native"
 VOCABULARY_MAJOR = True
