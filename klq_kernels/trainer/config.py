@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -25,8 +25,9 @@ from ..call.checks import require, require_number
 from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
 
-ALGORITHMS = ("klq", "ppo")
 OFF_POLICY = ("none", "retrace")
+ENGINES = ("transformers", "vllm")
+ENGINE_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # of generation_kwargs, what engines know
 CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta")  # the options of off_policy
 PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
@@ -65,7 +66,15 @@ class KLQConfig(TrainingArguments):
     remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
     ddp_find_unused_parameters: bool | None = option(False, "True for a policy with parameters it does not use.")
 
-    algorithm: str = option("klq", "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle.")
+    algorithms: ClassVar[tuple[str, ...]] = ("klq", "ppo")  # those whose arguments these are
+    has_critic: ClassVar[bool] = True  # whether the algorithm reads a value function
+    fixed: ClassVar[dict[str, Any]] = {}  # arguments that the algorithm does not leave open
+
+    algorithm: str = option(
+        "klq",
+        "'klq', or 'ppo' for the PPO-penalty baseline in the same cycle. For klq train also oreo, tbrm or vineppo, "
+        "which have options of their own.",
+    )
     tau: float = option(0.05, "Price of one nat of KL to the reference, in units of reward. > 0.")
     gamma: float = option(1.0, "Discount, in [0, 1].")
     lam: float = option(0.95, "Trace decay lambda, in [0, 1].")
@@ -117,6 +126,9 @@ class KLQConfig(TrainingArguments):
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
     value_learning_rate: float | None = option(None, "Learning rate of the value function; by default learning_rate.")
+    freeze_value_model: bool = option(
+        False, "value_model stays as it is, and the policy alone is trained (DVPO); needs a value_model."
+    )
     value_warmup_steps: int = option(0, "Optimizer steps at first in which the value function alone learns.")
     value_gradient: float | None = option(
         None,
@@ -136,6 +148,19 @@ class KLQConfig(TrainingArguments):
         "Further GenerationConfig arguments, but for the temperature. top_k, top_p and penalties sample from another "
         "policy than the trained one.",
     )
+    engine: str = option(
+        "transformers",
+        "What samples: 'transformers', the policy's own generate, or 'vllm', in a process of its own or at engine_url.",
+    )
+    engine_url: str | None = option(
+        None, "engine='vllm': address of a running server (docs/engines.md); by default one is started as a child."
+    )
+    engine_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "engine='vllm': arguments of vllm.LLM, such as gpu_memory_utilization or max_model_len, or of VLLMServer where "
+        "engine_url is given.",
+    )
+    engine_timeout: float = option(600.0, "Seconds to wait for an engine's answer. > 0.")
     rollout_forward_batch_size: int = option(
         64, "Sequences per generate call and per scoring pass, also in evaluation."
     )
@@ -187,6 +212,7 @@ class KLQConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
         *TrainingArguments._VALID_DICT_FIELDS,
         "chat_template_kwargs",
+        "engine_kwargs",
         "generation_kwargs",
         "model_init_kwargs",
     ]
@@ -206,6 +232,7 @@ class KLQConfig(TrainingArguments):
         if self.logging_steps == 0:
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
+        self._check_engine()
         for name in ("add_generation_prompt", "tokenize"):
             given = name in (self.chat_template_kwargs or {})
             require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
@@ -259,16 +286,37 @@ class KLQConfig(TrainingArguments):
         """``value_gradient`` with its default filled in."""
         if self.value_gradient is not None:
             return self.value_gradient
-        return min(self.tau, 1.0) if self.algorithm == "klq" else 1.0
+        return 1.0 if self.is_ppo else min(self.tau, 1.0)
+
+    @property
+    def is_ppo(self) -> bool:
+        """Whether the policy learns by PPO's gradient, from advantages that may be whitened."""
+        return self.algorithm == "ppo"
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether a value function is trained."""
+        return self.has_critic and not self.freeze_value_model
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Arguments that the algorithm does not read."""
+        return IGNORED[self.algorithm]
 
     def _check(self) -> None:
         require(
-            self.algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}"
+            self.algorithm in self.algorithms,
+            "algorithm",
+            f"must be {' or '.join(self.algorithms)} in {type(self).__name__}; got {self.algorithm!r}",
         )
+        for name, only in self.fixed.items():
+            given = getattr(self, name)
+            require(given == only, name, f"must be {only!r} in {type(self).__name__}; got {given!r}")
         require(
             self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
         )
         for name, choices in (
+            ("engine", ENGINES),
             ("off_policy", OFF_POLICY),
             ("dppo_divergence", tuple(DPPO_DELTAS)),
             ("replay_priority", PRIORITIES),
@@ -279,7 +327,8 @@ class KLQConfig(TrainingArguments):
         for name, instead in UNUSED.items():
             default = getattr(TrainingArguments, name)
             require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
-        self._warn_of_ignored(IGNORED[self.algorithm], f"algorithm={self.algorithm!r}")
+        self._warn_of_ignored(self.ignored, f"algorithm={self.algorithm!r}")
+        self._check_values()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         for name in ("ref_placement", "reward_placement"):
@@ -295,7 +344,7 @@ class KLQConfig(TrainingArguments):
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
             "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
-            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip",
+            "importance_clip", "dppo_delta", "advantage_spread", "reward_clip", "engine_timeout",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None:
@@ -321,13 +370,24 @@ class KLQConfig(TrainingArguments):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")
 
+    def _check_values(self) -> None:
+        """What a value function that is not trained leaves without effect."""
+        if not self.learns_values:
+            ignored = ("value_learning_rate", "value_gradient", "value_lam", "vf_coef")
+            self._warn_of_ignored(ignored, "a value function that is not trained")
+            require(
+                self.value_warmup_steps == 0,
+                "value_warmup_steps",
+                "must be 0 where the value function is not trained: nothing would be, in those steps",
+            )
+
     def _check_samples(self) -> None:
         """Which completions there are in a cycle, and whose."""
         corrected = self.off_policy == "retrace"
-        if self.algorithm == "ppo" and corrected:
+        if self.is_ppo and corrected:
             self._warn_of_ignored(("cliprange",), "off_policy='retrace', whose mask takes its place")
         if not corrected:
-            read = [name for name in CORRECTION if name not in IGNORED[self.algorithm]]
+            read = [name for name in CORRECTION if name not in self.ignored]
             self._warn_of_ignored(read, "off_policy='none'")
         require(
             self.replay_cycles == 0 or corrected,
@@ -342,6 +402,17 @@ class KLQConfig(TrainingArguments):
             f"must divide the {self.rollouts_per_device} rollouts of a process in a cycle, which are "
             "per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches; "
             f"got {self.num_generations}",
+        )
+
+    def _check_engine(self) -> None:
+        if self.engine == "transformers":
+            self._warn_of_ignored(("engine_url", "engine_kwargs", "engine_timeout"), "engine='transformers'")
+            return
+        unknown = [name for name in self.generation_kwargs or {} if name not in ENGINE_SAMPLING]
+        require(
+            not unknown,
+            "generation_kwargs",
+            f"has {', '.join(unknown)}, and engine='vllm' takes {', '.join(ENGINE_SAMPLING)}; leave the others out",
         )
 
     def _warn_of_ignored(self, names: Iterable[str], because: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from torch import Tensor
 from ..call.checks import require
 from ..types import KLQTargets
 from . import sharding
-from .actor_critic import ActorCritic, Objective
+from .actor_critic import ActorCritic, Objective, States, held
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
 from .experience import Experience
-from .frozen import Placed
+from .frozen import Placed, reference_policy
 from .means import Means
 from .models import LanguageModel
 from .objectives import Scored, logprobs, score
@@ -111,6 +111,7 @@ class Cycle:
         if self.args.scale_rewards:
             earned = scores.scored & ~(rollout.truncated & self.args.bootstrap_truncated)
             self.running["scores"].update(scores.total[earned], self.accelerator)
+        scored = self.with_values(scored, rollout, rows)
         experience = self._experience(sampled, scored)
         experience.step = self._step(experience.advantages)
         add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
@@ -161,7 +162,7 @@ class Cycle:
 
     def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
         """``number`` completions for each row's prompt, one row after another, of the policy as it is."""
-        prompts = [ids for row in rows for ids in [self._tokenize(row["prompt"])] * number]
+        prompts = [ids for row in rows for ids in [self.tokenize(row["prompt"])] * number]
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 with sharding.whole(self.accelerator, model):
@@ -188,7 +189,8 @@ class Cycle:
         finally:
             model.train(was_training)
 
-    def _tokenize(self, prompt: Any) -> list[int]:
+    def tokenize(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt, by the chat template where it is a chat, cut to ``max_prompt_length``."""
         args, vocab = self.args, self.language_model.vocab_size
         template, longest = args.chat_template_kwargs, args.max_prompt_length
         return prompt_ids(prompt, self.tokenizer, vocab, template=template, longest=longest)
@@ -210,6 +212,10 @@ class Cycle:
                 references.append(reference(batch, partial(logprobs, inputs=batch, config=self.args)).logprobs)
         return Scored(*(torch.cat(column) for column in zip(*passes, strict=True))), torch.cat(references)
 
+    def with_values(self, scored: Scored, rollout: Rollout, rows: list[dict[str, Any]]) -> Scored:
+        """``scored`` with the values that targets are made of; here, those of the value function."""
+        return scored
+
     def rescore(self, sequences: list[Sequence]) -> Scored:
         """What the policy and the value function say of completions now, packed."""
         with self._inference() as model:
@@ -221,19 +227,16 @@ class Cycle:
         for begin in range(0, len(sequences), size):
             yield self.collate(sequences[begin : begin + size])
 
-    @contextmanager
-    def _reference(self, model: ActorCritic) -> Iterator[Callable[[Inputs, Objective], Any]]:
-        """The reference policy, called as ``model`` is: a model of its own, or ``model`` without its adapters."""
-        if self.reference is not None:
-            with self.reference.present() as frozen:
-                yield frozen
-            return
+    def reference_states(self, batch: Inputs) -> States:
+        """The reference's states at the trained tokens, and its head: for divergences over the whole vocabulary.
 
-        def without_adapters(batch: Inputs, objective: Objective) -> Any:
-            with model.language_model.without_adapters():
-                return model(batch, objective)
+        Its weights must be whole on this process.
+        """
+        with self._inference() as model, self._reference(model) as reference:
+            return reference(batch, held)
 
-        yield without_adapters
+    def _reference(self, model: ActorCritic) -> AbstractContextManager[Callable[[Inputs, Objective], Any]]:
+        return reference_policy(self.reference, model, model.language_model)
 
     def collate(self, sequences: list[Any]) -> Inputs:
         pad: Any = self.tokenizer.pad_token_id
@@ -276,7 +279,7 @@ class Cycle:
     def _step(self, errors: Tensor) -> float:
         """The share of alpha that is taken where the running spread of lambda-errors is too large."""
         largest = self.args.advantage_spread
-        if self.args.algorithm == "ppo" or largest is None:
+        if self.args.is_ppo or largest is None:
             return 1.0
         self.running["errors"].update(errors, self.accelerator)
         step = min(1.0, largest / max(self.running["errors"].rms, 1e-30))
@@ -285,7 +288,7 @@ class Cycle:
 
     def _weighted(self, advantages: Tensor) -> Tensor:
         """Advantages as the objective takes them: whitened over all processes for PPO, as they are for KLQ."""
-        if self.args.algorithm != "ppo" or not self.args.whiten_advantages:
+        if not self.args.is_ppo or not self.args.whiten_advantages:
             return advantages
         moments = torch.stack([torch.ones_like(advantages), advantages, advantages.square()]).double().sum(1)
         count, total, squares = self.accelerator.reduce(moments, reduction="sum")

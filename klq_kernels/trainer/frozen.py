@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,12 @@ from .models import LanguageModel
 from .sharding import reshard, shard_frozen, shards_weights
 
 
-class FrozenPolicy(nn.Module):
-    """A causal LM that is not trained, called with an objective as ``ActorCritic`` is; it has no values."""
+class Policy(nn.Module):
+    """A causal LM called with an objective as ``ActorCritic`` is; it has no values."""
 
     def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
         self.temperature = temperature
         self.language_model = LanguageModel(model)
 
@@ -34,6 +34,13 @@ class FrozenPolicy(nn.Module):
         hidden = self.language_model.hidden_states(inputs).index_select(0, inputs.rows)
         nothing = hidden.new_zeros(0)
         return objective(States(hidden, self.language_model.head(self.temperature), nothing, nothing))
+
+
+class FrozenPolicy(Policy):
+    """One that is not trained."""
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__(model.requires_grad_(False).eval(), temperature)
 
 
 class Placed:
@@ -79,3 +86,20 @@ class Placed:
             for tensor, host in self._host:
                 tensor.data = host
             reshard(self.module)
+
+
+@contextmanager
+def reference_policy(
+    reference: Placed | None, trained: Any, language_model: LanguageModel
+) -> Iterator[Callable[[Inputs, Objective], Any]]:
+    """The reference, called as a policy is: a model of its own, or ``trained`` without its adapters."""
+    if reference is not None:
+        with reference.present() as frozen:
+            yield frozen
+        return
+
+    def without_adapters(batch: Inputs, objective: Objective) -> Any:
+        with language_model.without_adapters():
+            return trained(batch, objective)
+
+    yield without_adapters

@@ -117,7 +117,7 @@ def ppo(
     returns = errors + old_values
     near = old_values + (states.values - old_values).clamp(-config.value_clip, config.value_clip)
     value = 0.5 * torch.maximum((states.values - returns).square(), (near - returns).square())
-    loss = (policy + config.vf_coef * value).sum() / denom
+    loss = (policy + config.vf_coef * value if config.learns_values else policy).sum() / denom
     with torch.no_grad():
         metrics = {
             "policy_loss": policy.mean(),

@@ -44,41 +44,92 @@ def proven_parts(
     """
     given = [model for model in (policy, critic, ref_model) if model is not None]
     with gathered(p for model in given for p in model.parameters()):
-        language_model = LanguageModel(policy)
-        probe.prove_head(language_model)
-        check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
-        before = None
-        if peft_config is not None:
-            before = probe.logits_of(language_model) if ref_model is None else None
-            policy = loading.with_adapters(policy, peft_config)
-            language_model = LanguageModel(policy)
-        elif ref_model is None:
-            probe.check_initialisation(policy)
-        probe.prove_adapters(language_model, before)
-        loading.check_trainable(policy, language_model.is_peft)
-        loading.warn_of_16_bit("model", policy)
-        loading.warn_of_16_bit("value_model", critic)
-        reference = _reference(args, language_model, ref_model)
+        policies = proven_policies(
+            policy, ref_model, tokenizer=tokenizer, peft_config=peft_config, temperature=args.temperature,
+            ref_dtype=args.torch_dtype("ref_dtype"),
+        )  # fmt: skip
+        language_model = policies.language_model
         value = ValueFunction(language_model.config.hidden_size, critic)
+        if not args.learns_values:
+            value.requires_grad_(False)
+        loading.warn_of_16_bit("value_model", value.backbone)
         loading.check_optimizer(optimizer, value)
-        actor_critic = ActorCritic(policy, value, args.temperature, args.shared_value_gradient)
+        actor_critic = ActorCritic(language_model.model, value, args.temperature, args.shared_value_gradient)
         backbones = {"model": language_model.backbone}
         if value.backbone is not None:
             backbones["value_model"] = value.backbone
             embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
             loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
-        for name, backbone in backbones.items():
-            probe.prove_padding(name, backbone, language_model)
-        if args.disable_dropout:
-            probe.silence(actor_critic, backbones, language_model)
-        else:
-            probe.check_head_dropout(language_model)
-        if reference is not None:
-            backbones["ref_model"] = reference.language_model.backbone
-        return Parts(actor_critic, reference, _padding_free(args, backbones, language_model))
+        padding_free = prove_backbones(
+            actor_critic, backbones, policies, disable_dropout=args.disable_dropout, padding_free=args.padding_free
+        )
+        return Parts(actor_critic, policies.reference, padding_free)
 
 
-def _reference(args: KLQConfig, policy: LanguageModel, given: nn.Module | None) -> FrozenPolicy | None:
+class Policies(NamedTuple):
+    """What is trained, and the reference where it is a model of its own."""
+
+    language_model: LanguageModel
+    reference: FrozenPolicy | None
+
+
+def proven_policies(
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    *,
+    tokenizer: Any,
+    peft_config: Any,
+    temperature: float,
+    ref_dtype: torch.dtype | None,
+) -> Policies:
+    """A policy, with adapters where they are asked for, and its reference; raises as ``proven_parts`` does."""
+    language_model = LanguageModel(policy)
+    probe.prove_head(language_model)
+    check_ids("processing_class: pad_token_id", [tokenizer.pad_token_id], language_model.vocab_size)
+    before = None
+    if peft_config is not None:
+        before = probe.logits_of(language_model) if ref_model is None else None
+        policy = loading.with_adapters(policy, peft_config)
+        language_model = LanguageModel(policy)
+    elif ref_model is None:
+        probe.check_initialisation(policy)
+    probe.prove_adapters(language_model, before)
+    loading.check_trainable(policy, language_model.is_peft)
+    loading.warn_of_16_bit("model", policy)
+    return Policies(language_model, _reference(language_model, ref_model, temperature, ref_dtype))
+
+
+def prove_backbones(
+    trained: nn.Module,
+    backbones: dict[str, nn.Module],
+    policies: Policies,
+    *,
+    disable_dropout: bool,
+    padding_free: bool | None,
+) -> bool:
+    """Probes what reads tokens: padding, dropout; returns whether sequences are concatenated.
+
+    Args:
+        trained: all that is trained.
+        backbones: its backbones, by the argument that brought them.
+        policies: the policy, and the reference, whose backbone is probed as well.
+        disable_dropout, padding_free: arguments of the run.
+    """
+    language_model, reference = policies
+    for name, backbone in backbones.items():
+        probe.prove_padding(name, backbone, language_model)
+    if disable_dropout:
+        probe.silence(trained, backbones, language_model)
+    else:
+        probe.check_head_dropout(language_model)
+    if reference is not None:
+        backbones = {**backbones, "ref_model": reference.language_model.backbone}
+    return _padding_free(padding_free, backbones, language_model)
+
+
+def _reference(
+    policy: LanguageModel, given: nn.Module | None, temperature: float, dtype: torch.dtype | None
+) -> FrozenPolicy | None:
     """The given reference or a copy of the policy; None where the policy without its adapters is the reference."""
     if given is None and policy.is_peft:
         return None
@@ -89,15 +140,14 @@ def _reference(args: KLQConfig, policy: LanguageModel, given: nn.Module | None) 
             "must not share trained parameters with model; leave it None: the policy as it is now is the reference",
         )
     model = copy.deepcopy(policy.model) if given is None else given
-    reference = FrozenPolicy(model.to(args.torch_dtype("ref_dtype")), args.temperature)
+    reference = FrozenPolicy(model.to(dtype), temperature)
     loading.check_vocabulary("ref_model", reference.language_model.vocab_size, policy.vocab_size)
     probe.prove_head(reference.language_model)
     return reference
 
 
-def _padding_free(args: KLQConfig, backbones: dict[str, nn.Module], language_model: LanguageModel) -> bool:
+def _padding_free(wanted: bool | None, backbones: dict[str, nn.Module], language_model: LanguageModel) -> bool:
     """Whether to concatenate sequences: where wanted, or with FlashAttention, if every backbone reads them so."""
-    wanted = args.padding_free
     if wanted is None:
         wanted = "flash" in str(getattr(language_model.config, "_attn_implementation", ""))
     failing = [n for n, b in backbones.items() if wanted and not probe.keeps_sequences_apart(b, language_model)]

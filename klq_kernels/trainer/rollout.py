@@ -1,8 +1,8 @@
 """Sampling completions: the built-in way, and the hook for an engine of one's own.
 
-``generate`` samples from the policy itself with its KV cache. A ``RolloutFunction`` replaces it, to sample with vLLM or
-to run a conversation with tools. It gets the prompts, the trainer and the columns it asks for (``ask``), and returns
-``Completions``.
+``generate`` samples from the policy itself with its KV cache. A ``RolloutFunction`` replaces it, to sample with an
+engine (``engine`` makes one of vLLM) or to run a conversation with tools. It gets the prompts, the trainer and the
+columns it asks for (``ask``), and returns ``Completions``.
 
 About engines whose weights or arithmetic differ from the trainer's: their log-probabilities are not used as the old
 ones. The trainer computes those itself, at the training temperature, in the pass that also scores the reference, so a
@@ -48,6 +48,12 @@ class RolloutContext(Protocol):
     @property
     def cycle(self) -> int:
         """Cycles finished so far."""
+
+    def tokenize(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt, as the trainer itself would sample from it."""
+
+    def rescore(self, sequences: list[Sequence]) -> Any:
+        """``logprobs`` (fp32 [N], packed) and more that the policy says of sequences, at the training temperature."""
 
 
 @dataclass

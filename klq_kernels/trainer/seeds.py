@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     REPLAY = 4
     CUT = 5
     REST = 6
+    HEAD = 7
+    VALUES = 7
 
 
 def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:

@@ -12,9 +12,9 @@ repeats exactly what an uninterrupted one would have done.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ..call.checks import require
 from . import loading, sharding
 from .actor_critic import ActorCritic
+from .batches import Inputs
 from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
 from .completions_log import CompletionsLog
 from .config import KLQConfig
+from .engine import engine_of
 from .evaluation import Evaluation
 from .experience import Experience, Plan
 from .frozen import Placed
@@ -49,6 +51,7 @@ LOGGED = {
     "residual_rms": "loss/residual_rms",
     "kl_old_k3": "policy/approxkl_avg",
     "kl_ref_k3": "policy/kl_ref_k3",
+    "kl_ref": "policy/kl_ref",
     "policy_clip_fraction": "policy/clipfrac_avg",
     "log_ratio_clip_fraction": "policy/clipfrac_avg",
     "value_clip_fraction": "val/clipfrac_avg",
@@ -77,11 +80,14 @@ class KLQTrainer(Evaluation, Checkpoints):
         peft_config: makes the policy a PEFT model.
         callbacks, optimizers: as in ``transformers.Trainer``.
         reward_processing_classes: tokenizers of the reward models; by default those saved with them.
-        rollout_func: samples completions in place of ``generate`` (see ``rollout``).
+        rollout_func: samples completions in place of ``generate`` (see ``rollout``); by default what ``args.engine``
+            names (see ``engine``).
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
     """
+
+    config_class: ClassVar[type[KLQConfig]] = KLQConfig
 
     def __init__(
         self,
@@ -100,8 +106,20 @@ class KLQTrainer(Evaluation, Checkpoints):
         reward_processing_classes: Any = None,
         rollout_func: RolloutFunction | None = None,
     ) -> None:
-        args = KLQConfig("klq_output") if args is None else args
-        require(isinstance(args, KLQConfig), "args", f"must be a KLQConfig, got {type(args).__name__}")
+        args = self.config_class("klq_output") if args is None else args
+        right = isinstance(args, self.config_class) and args.algorithm in self.config_class.algorithms
+        require(right, "args", f"must be a {self.config_class.__name__}, got {type(args).__name__}")
+        require(
+            value_model is not None or not args.freeze_value_model,
+            "freeze_value_model",
+            "needs a value_model that knows the values: a linear head begins at 0, and would stay there",
+        )
+        require(
+            rollout_func is None or args.engine == "transformers",
+            "rollout_func",
+            f"samples in place of engine={args.engine!r}; give one of the two",
+        )
+        rollout_func = engine_of(args) if rollout_func is None else rollout_func
         require(
             args.off_policy == "none" or rollout_func is not None or args.replay_cycles > 0,
             "off_policy",
@@ -232,14 +250,10 @@ class KLQTrainer(Evaluation, Checkpoints):
         experience, denom, seed = inputs
         batch = self.collate(experience.sequences)
         objective = partial(
-            OBJECTIVES[self.args.algorithm],
-            inputs=batch,
-            experience=experience,
-            denom=denom,
-            config=self.args,
-            seed=seed,
+            self.objective_of(batch), inputs=batch, experience=experience, denom=denom, config=self.args, seed=seed
         )
-        loss, metrics = model(batch, objective, values_alone=self.warming_up)
+        known = None if self.args.learns_values else experience.targets.old_values
+        loss, metrics = model(batch, objective, values_alone=self.warming_up, known_values=known)
         if self.warming_up and isinstance(model, DistributedDataParallel):  # which waits for all gradients
             loss = loss + 0.0 * sum(p.sum() for p in self.policy.parameters() if p.requires_grad)
         tokens = batch.actions.numel()
@@ -248,6 +262,14 @@ class KLQTrainer(Evaluation, Checkpoints):
         for name in RMS & logged.keys():
             self.means.add_rms(LOGGED[name], logged[name], tokens)
         return (loss, metrics) if return_outputs else loss
+
+    def objective_of(self, batch: Inputs) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+        """The loss of a micro-batch, a function as in ``objectives``."""
+        return OBJECTIVES[self.args.algorithm]
+
+    def step_weights(self, rows: Tensor) -> Tensor:
+        """What each sequence counts for in the mean of an optimizer step, [S]: its trained tokens, ``rows``."""
+        return rows
 
     @property
     def warming_up(self) -> bool:
@@ -258,7 +280,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         return inputs  # compute_loss puts on the device what belongs there
 
     def _begin_updates(self) -> None:
-        """Shuffles the cycle's mini-batches and counts the trained tokens of each step over all processes."""
+        """Shuffles the cycle's mini-batches and counts what each step is a mean over, on all processes."""
         assert self.experience is not None
         args = self.args
         seed = derived_seed(args.seed, Purpose.SHUFFLE, self.cycle, args.process_index)
@@ -270,7 +292,7 @@ class KLQTrainer(Evaluation, Checkpoints):
             size=args.per_device_train_batch_size,
             seed=seed,
         )
-        counts = self._plan.rows_per_step(self.experience.rows).float().to(args.device)
+        counts = self._plan.rows_per_step(self.step_weights(self.experience.rows)).float().to(args.device)
         self.step_rows = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
 
     # ---- what is logged -----------------------------------------------------------------------------------------

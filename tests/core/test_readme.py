@@ -65,6 +65,27 @@ def test_the_guide_to_guidance_runs(
     assert sorted(nats, key=float) == nats
 
 
+@pytest.mark.slow
+def test_the_page_of_relatives_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    snippets = blocks("python", (ROOT / "docs" / "relatives.md").read_text())
+    assert len(snippets) == 3
+    trainers = []
+    for snippet in snippets:
+        exec(compile(snippet, "docs/relatives.md", "exec"), namespace)
+        trainers.append(namespace["trainer"])
+    assert_learns(trainers[0])
+    assert not trainers[1].args.learns_values
+    explained = [logs["val/explained_variance"] for logs in trainers[1].state.log_history if "lam" in logs]
+    assert sum(explained) / len(explained) > 0.05
+    held_out = [logs["eval_rewards/accuracies"] for logs in trainers[2].state.log_history if "eval_loss" in logs]
+    assert held_out[-1] > 0.9
+    assert "eval_loss" in capsys.readouterr().out
+
+
 def test_shell_commands_exist() -> None:
     """Every command line starts something this project provides; make targets and klq commands are looked up."""
     from typer.testing import CliRunner

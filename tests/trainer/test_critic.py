@@ -234,7 +234,7 @@ def test_the_template_gets_its_arguments(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     for given, expected in ((None, "<user>hi<assistant>"), ({"thinking": False}, "<user>hi<assistant><think></think>")):
         run = tiny.trainer(tmp_path, {"processing_class": tokenizer}, chat_template_kwargs=given)
-        assert tokenizer.decode(run._tokenize(chat)) == expected
+        assert tokenizer.decode(run.tokenize(chat)) == expected
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"prompt": chat}, {"prompt": [{"role": "user", "content": ""}]}])
     assert len(keep_short(rows, tokenizer, 34, {"thinking": False})) == 2

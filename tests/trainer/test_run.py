@@ -23,6 +23,8 @@ from klq_kernels.commands.train.held_out import win_rate
 from klq_kernels.commands.train.plots import plot_run
 from klq_kernels.commands.train.run import load_function
 from klq_kernels.lab.tasks import load_task, warm_started
+from klq_kernels.trainer import KLQConfig
+from klq_kernels.trainer.relatives import CYCLES, OREOConfig, VinePPOConfig
 
 
 def write(path: Path, text: str) -> Path:
@@ -105,6 +107,24 @@ def test_bad_arguments_are_named(tmp_path: Path, text: str, flags: list[str], wo
         parse(write(tmp_path / "run.yaml", text), flags)
 
 
+def test_the_algorithm_brings_its_options(tmp_path: Path):
+    """From a flag or the file; settings of a value function leave the recipe where the algorithm has none."""
+    file = write(tmp_path / "run.yaml", "algorithm: oreo\nkl_coef: 0.2\ntask: arithmetic\n")
+    arguments, config = parse(file, [])
+    assert isinstance(config, OREOConfig)
+    assert (config.kl_coef, config.tau, arguments.value_model) == (0.2, 0.03, "copy")
+    arguments, config = parse(None, ["--task", "arithmetic", "--algorithm=vineppo", "--mc_samples", "3"])
+    assert isinstance(config, VinePPOConfig)
+    assert (config.mc_samples, arguments.value_model, config.value_learning_rate) == (3, None, None)
+    assert type(parse(None, ["--task", "arithmetic", "--algorithm", "ppo"])[1]) is KLQConfig
+    with pytest.raises(ValueError, match="algorithm: must be one of klq, ppo, oreo, tbrm, vineppo, qsharp; got 'dpo'"):
+        parse(None, ["--task", "arithmetic", "--algorithm", "dpo"])
+    with pytest.raises(ValueError, match="--kl_coef: unknown argument"):
+        parse(None, ["--task", "arithmetic", "--kl_coef", "1"])
+    shown = CliRunner().invoke(app, ["train", "--algorithm", "vineppo", "--help"])
+    assert "--mc_samples" in shown.output
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml"):
         parse(tmp_path / "nowhere.yaml", [])
@@ -183,6 +203,15 @@ def test_arguments_of_another_algorithm_are_refused(tmp_path: Path):
     assert (type(arguments).__name__, config.rounds, config.eta) == ("GuideArguments", 3, 0.5)
     shown = CliRunner().invoke(app, ["train", "--algorithm", "qsharp", "--help"])
     assert all(name in shown.output for name in ("--samples_per_prompt", "--guide", "--eta"))
+
+
+@pytest.mark.parametrize("algorithm", [*CYCLES])
+def test_relatives_run_too(algorithm: str, material: list[str], tmp_path: Path):
+    flags = ["--algorithm", algorithm, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    train([*material, *flags, "--bootstrap_truncated", "False"])
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert sum("objective/scores" in logs for logs in history) == 2
+    assert {"training.png", "final", "history.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_launcher_starts_it_on_two_processes(material: list[str], tmp_path: Path):

@@ -600,9 +600,9 @@ def test_what_a_checkpoint_says_of_sampling_is_left_out(adapters: bool, tmp_path
 
 def test_chat_prompts_are_put_into_the_template(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, {"processing_class": tiny.tokenizer(chat=True)}, max_prompt_length=20)
-    ids = run._tokenize([{"role": "user", "content": "hi"}])
+    ids = run.tokenize([{"role": "user", "content": "hi"}])
     assert run.tokenizer.decode(ids) == "<user>hi<assistant>"
-    assert len(run._tokenize("x" * 50)) == 20
+    assert len(run.tokenize("x" * 50)) == 20
 
 
 def targets_of(

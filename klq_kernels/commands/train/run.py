@@ -29,6 +29,7 @@ from ...trainer.checkpoints import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
 from ...trainer.qsharp import QSharpConfig, QSharpTrainer, load_guide
+from ...trainer.relatives import CYCLES
 from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
 from .arguments import COPY, GuideArguments, ScriptArguments
@@ -64,7 +65,7 @@ def build_trainer(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) 
     }
     if isinstance(config, QSharpConfig):
         return QSharpTrainer(**given)
-    return KLQTrainer(**given, peft_config=lora(arguments))
+    return CYCLES.get(config.algorithm, KLQTrainer)(**given, peft_config=lora(arguments))
 
 
 def load_policy(task: Task | None, arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> tuple[Any, Any]:

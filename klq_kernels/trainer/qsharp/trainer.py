@@ -181,6 +181,7 @@ class QSharpTrainer(Trainer):
         """One micro-batch; the first of a round collects the round's examples."""
         if self.examples.rounds <= self.state.global_step // self.args.steps_per_round:
             self.collect()
+            self.guide.wake(derived_seed(self.args.seed, Purpose.HEAD))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

@@ -1,0 +1,89 @@
+"""Pairs of completions for a prompt, one preferred to the other, as rows of a dataset and as sequences.
+
+A row has ``prompt``, a text or chat messages, and ``chosen`` and ``rejected``: texts, or the messages that follow those
+of the prompt. A completion that is a text ends with EOS, which the policy is to learn as well; what ends a chat's
+is its template's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...call.checks import require
+from ..batches import Sequence
+from ..data import is_message, tokenize_chat
+from ..rollout import check_ids, prompt_ids
+
+COLUMNS = ("chosen", "rejected")
+
+
+def check_pairs(name: str, dataset: Any) -> None:
+    """Raises a ValueError unless a dataset that has prompts has pairs too."""
+    missing = [column for column in COLUMNS if column not in dataset[0]]
+    require(not missing, name, f"must have the columns prompt, chosen and rejected; there is no {', '.join(missing)}")
+
+
+class PairReader:
+    """Makes sequences of rows.
+
+    Args:
+        tokenizer: with a chat template where rows are chats.
+        vocab: tokens that the policy knows.
+        max_prompt_length: longer prompts are cut on the left.
+        max_completion_length: longer completions are cut on the right.
+        template: further arguments of ``apply_chat_template``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab: int,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self.vocab, self.template = tokenizer, vocab, template
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
+
+    def sequences(self, rows: list[dict[str, Any]]) -> list[Sequence]:
+        """The chosen sequences of all rows, and then the rejected ones.
+
+        Raises:
+            ValueError: naming the column of a row that is no text and no messages, that has no token, or whose template
+                does not go on from the prompt.
+        """
+        prompts = [prompt_ids(row["prompt"], self.tokenizer, self.vocab, template=self.template) for row in rows]
+        return [self._sequence(p, row, column) for column in COLUMNS for p, row in zip(prompts, rows, strict=True)]
+
+    def _sequence(self, prompt: list[int], row: dict[str, Any], column: str) -> Sequence:
+        ids = self._completion(prompt, row["prompt"], row.get(column), column)[: self.max_completion_length]
+        require(bool(ids), column, f"{row[column]!r:.80} has no tokens, and so nothing to learn")
+        check_ids("processing_class", ids, self.vocab)
+        start = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
+        return Sequence(torch.tensor(prompt[start:]), torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
+
+    def _completion(self, prompt: list[int], before: Any, said: Any, column: str) -> list[int]:
+        """The ids of a completion, which the policy is to say after the prompt."""
+        if isinstance(said, str):
+            ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            return [*ids, self.tokenizer.eos_token_id] if said else []
+        chat = isinstance(said, (list, tuple)) and bool(said) and all(map(is_message, said))
+        require(
+            chat and not isinstance(before, str),
+            column,
+            f"must be a text, or messages where the prompt has messages; got {said!r:.80}",
+        )
+        whole = tokenize_chat(
+            [*before, *said], self.tokenizer, {**(self.template or {}), "add_generation_prompt": False}
+        )
+        require(
+            whole[: len(prompt)] == prompt,
+            column,
+            "does not go on from its prompt: the chat template writes an answered conversation in another way than the "
+            "prompt that asks for the answer; give texts, or another template",
+        )
+        return list(whole[len(prompt) :])
