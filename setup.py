@@ -24,7 +24,7 @@ MODE = os.environ.get("KLQ_BUILD_NATIVE", "auto")
 EXTRA_FLAGS = os.environ.get("KLQ_NATIVE_FLAGS", "").split()
 SOURCES = ["csrc/ops.cpp", "csrc/kernels_portable.cpp", "csrc/kernels_avx2.cpp", "csrc/kernels_avx512.cpp"]
 HEADERS = (
-    "kernels functions residual scans selection strips sums simd_plain simd_portable simd_avx2 simd_avx512".split()
+    "kernels dots functions residual scans selection strips sums simd_plain simd_portable simd_avx2 simd_avx512".split()
 )
 
 

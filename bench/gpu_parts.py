@@ -38,7 +38,7 @@ TEST_FILES = (
     "kernels/test_gpu.py", "kernels/test_kernels.py", "core/test_returns.py", "core/test_logprobs.py",
     "core/test_loss.py", "core/test_compile.py", "core/test_bad_input.py", "core/test_complaints.py",
     "core/test_sampled.py", "core/test_logits_dtype.py", "core/test_planner.py", "core/test_silent_input.py",
-    "core/test_divergence.py",
+    "core/test_divergence.py", "core/test_selected.py",
 )  # fmt: skip
 Outcome = dict[str, Any]
 LARGE, SMALL = (8192, 4096, 128_256), (512, 4096, 128_256)

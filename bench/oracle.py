@@ -87,6 +87,22 @@ def loss(inputs: HeadInputs, objective: str) -> Outputs:
     return out
 
 
+def select(inputs: HeadInputs, ids: Tensor) -> Outputs:
+    """Half the mean square of the logits of ids [M, k], and its gradients by hidden and weight."""
+    d_hidden = torch.zeros_like(inputs.hidden, dtype=torch.float64)
+    d_weight = torch.zeros_like(inputs.weight, dtype=torch.float64)
+    weight = inputs.weight.detach().double()
+    squares, count = d_weight.new_zeros(()), inputs.tokens * ids.shape[1]
+    with torch.no_grad():
+        for index, hidden, _, z, slope in _blocks(inputs):
+            chosen = z.gather(1, ids[index])
+            squares += chosen.square().sum()
+            d = torch.zeros_like(z).scatter_add_(1, ids[index], chosen / count) * slope
+            d_hidden[index] = d @ weight
+            d_weight += d.T @ hidden
+    return {"loss": 0.5 * squares / count, "hidden": d_hidden, "weight": d_weight}
+
+
 def some_rows(inputs: HeadInputs, objective: str, count: int = 64) -> tuple[Tensor, Tensor]:
     """(flat positions, float64 d_hidden there) for a few rows out of all.
 

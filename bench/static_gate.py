@@ -153,11 +153,28 @@ def variants() -> Iterator[Variant]:
                 loop="first",
             )  # fmt: skip
     sums = {"begins": "*i64", "ends": "*i64", "index": "*i32", "values": "*fp32", "width": "i32"}
-    for source, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32")):
+    for source, out in (
+        ("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp32", "bf16"),
+        ("fp32", "fp16"),
+    ):  # fmt: skip
         yield Variant(
             f"weighted_sums[{source} to {out}]", "weighted_sums", "weighted_sums_kernel",
             sums | {"source": f"*{source}", "out": f"*{out}"}, {}, launch.WEIGHTED_SUMS,
         )  # fmt: skip
+    entries = {"positions": "*i64", "ids": "*i64", "bias": "*fp32", "out": "*fp32", "slopes": "*fp32"}
+    entries |= dict.fromkeys(("width", "vocab", "entries", "atoms"), "i32") | {"scale": "fp32", "softcap": "fp32"}
+    bare: dict[str, dict[str, Any]] = {
+        "": dict.fromkeys(("positions", "bias", "softcap", "slopes")) | {"atoms": 1},
+        "+full": {},
+    }
+    for states, rows in (("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32")):
+        dots = launch.SELECTED_LOGITS[4 if rows == "fp32" else 2]
+        for mark, absent_here in bare.items():
+            yield Variant(
+                f"selected_logits[{states} by {rows}{mark}]", "selected_logits", "selected_logits_kernel",
+                entries | {"hidden": f"*{states}", "weight": f"*{rows}"}, absent_here, dots,
+                dots.sizes["ENTRIES"] * dots.sizes["BLOCK"] // (32 * dots.num_warps),
+            )  # fmt: skip
     vectors = ("logp", "values", "old_logp", "old_values", "advantages", "weights", "losses", "d_logp", "d_values")
     numbers = ("tau", "alpha", "huber_delta", "value_clip", "log_ratio_clip")
     update = dict.fromkeys(numbers, "fp32") | dict.fromkeys((*vectors[1:], "grad_scale"), "*fp32")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import oracle
-from .contenders import Call, Contender, Outputs, ours, peers, plain, scans, step
+from .contenders import Call, Contender, Outputs, ours, peers, plain, scans, select, step
 from .inputs import HeadInputs, ScanInputs, head_inputs, scan_inputs
 from .shapes import HEAD_PRESETS, SCAN_PRESETS
 
@@ -85,6 +85,11 @@ def _copy(read: int, written: int, device: torch.device) -> Call:
     return call
 
 
+def fresh_gradient(inputs: HeadInputs) -> Call:
+    """Writes a dense gradient of the weight."""
+    return _copy(0, inputs.weight.nbytes, inputs.weight.device)
+
+
 def _bytes_of(inputs: ScanInputs, *names: str) -> int:
     mask = 0 if inputs.mask is None else inputs.mask.numel()
     return sum(getattr(inputs, name).nbytes for name in names) + mask
@@ -127,6 +132,19 @@ TASKS = {
             None,
             one_gemm,
             "one GEMM",
+        ),
+        Task(
+            "select",
+            f"logits of {select.IDS} ids per token, and gradients of hidden states and head weight by them",
+            HEAD_PRESETS,
+            head_inputs,
+            select.SELECT,
+            lambda inputs, _: oracle.select(inputs, select.ids_of(inputs)),
+            lambda inputs, _: select.naive(inputs)(),
+            _affordable,
+            None,
+            fresh_gradient,
+            "memory copy",
         ),
         Task(
             "targets",

@@ -72,6 +72,17 @@ struct WeightedSums {  // out[row] = sum of values[e] source[index[e]] over begi
   int64_t width;
 };
 
+struct RowDots {  // out[token][e] = left[places[token]] . right[index[token][e]]
+  const int64_t* places;  // null: the token itself
+  const int32_t* index;
+  const void* left;
+  Dtype left_dtype;
+  const void* right;
+  Dtype right_dtype;
+  float* out;
+  int64_t entries, width;
+};
+
 enum class Loss : int64_t { l2, huber, value_clipped, ratio_clipped, double_clipped };
 
 struct Residual {
@@ -111,6 +122,7 @@ struct Kernels {
   void (*strip_grad)(const StripGrad&, int64_t begin, int64_t end);        // likewise
   void (*strip_select)(const StripSelect&, int64_t begin, int64_t end);    // likewise
   void (*weighted_sums)(const WeightedSums&, int64_t begin, int64_t end);  // rows
+  void (*row_dots)(const RowDots&, int64_t begin, int64_t end);            // tokens
   void (*residual)(const Residual&, int64_t begin, int64_t end);           // tokens
   void (*reverse_scan)(const ReverseScan&, int64_t begin, int64_t end);    // sequences that begin at these tokens
   void (*lambda_errors)(const LambdaErrors&, int64_t begin, int64_t end);  // likewise

@@ -15,6 +15,7 @@
 #include "scans.h"
 #include "strips.h"
 //
+#include "dots.h"
 #include "selection.h"
 #include "sums.h"
 
@@ -22,6 +23,6 @@
 #pragma clang attribute pop
 #endif
 
-const Kernels kernels_avx512 = {strip_stats, strip_grad, strip_select, weighted_sums, residual, reverse_scan, lambda_errors};
+const Kernels kernels_avx512 = {strip_stats, strip_grad, strip_select, weighted_sums, row_dots, residual, reverse_scan, lambda_errors};
 
 #endif

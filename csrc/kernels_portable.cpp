@@ -6,7 +6,8 @@
 #include "scans.h"
 #include "strips.h"
 //
+#include "dots.h"
 #include "selection.h"
 #include "sums.h"
 
-const Kernels kernels_portable = {strip_stats, strip_grad, strip_select, weighted_sums, residual, reverse_scan, lambda_errors};
+const Kernels kernels_portable = {strip_stats, strip_grad, strip_select, weighted_sums, row_dots, residual, reverse_scan, lambda_errors};

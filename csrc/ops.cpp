@@ -232,6 +232,25 @@ void weighted_sums(Tensor begins, Tensor ends, Tensor index, Tensor values, Tens
   run(kernels.load()->weighted_sums, a, rows, LOGITS / (width + 1) + 1);
 }
 
+void row_dots(Tensor left, Maybe places, Tensor index, Tensor right, Tensor out) {
+  STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && index.dim() == 2, "left, right, index: must be matrices");
+  const int64_t rows = left.size(0), width = left.size(1), from = right.size(0);
+  const int64_t tokens = index.size(0), entries = index.size(1);
+  const RowDots a{places ? vector_of<int64_t>(*places, tokens, ScalarType::Long, "places") : nullptr,
+                  vector_of<int32_t>(index, tokens * entries, ScalarType::Int, "index"),
+                  strip_of(left, rows, width, "left"), dtype_of(left, "left"),
+                  strip_of(right, from, width, "right"), dtype_of(right, "right"),
+                  floats(out, tokens * entries, "out"), entries, width};
+  STD_TORCH_CHECK(a.places || tokens == rows, "index: must have a row for each of left, where there are no places");
+  for (int64_t token = 0; token < tokens; ++token) {
+    STD_TORCH_CHECK(!a.places || (0 <= a.places[token] && a.places[token] < rows), "places: must name rows of left");
+  }
+  for (int64_t e = 0; e < tokens * entries; ++e) {
+    STD_TORCH_CHECK(0 <= a.index[e] && a.index[e] < from, "index: must name rows of right");
+  }
+  run(kernels.load()->row_dots, a, tokens, LOGITS / (entries * width + 1) + 1);
+}
+
 void klq_residual(Tensor logp, Tensor values, Maybe old_logp, Maybe old_values, Tensor advantages, Maybe weights,
                   Tensor losses, Tensor d_logp, Tensor d_values, Tensor grad_scale, double tau, double alpha,
                   int64_t loss, double huber_delta, double value_clip, double log_ratio_clip) {
@@ -292,6 +311,7 @@ STABLE_TORCH_LIBRARY(klq_native, m) {
       "Tensor(c!) values, Tensor(d!) counts, float scale, float? softcap) -> ()");
   m.def(
       "weighted_sums(Tensor begins, Tensor ends, Tensor index, Tensor values, Tensor source, Tensor(a!) out) -> ()");
+  m.def("row_dots(Tensor left, Tensor? places, Tensor index, Tensor right, Tensor(a!) out) -> ()");
   m.def(
       "klq_residual(Tensor logp, Tensor values, Tensor? old_logp, Tensor? old_values, Tensor advantages, "
       "Tensor? weights, Tensor(a!) losses, Tensor(b!) d_logp, Tensor(c!) d_values, Tensor grad_scale, float tau, "
@@ -311,6 +331,7 @@ STABLE_TORCH_LIBRARY_IMPL(klq_native, CPU, m) {
   m.impl("strip_grad", TORCH_BOX(&strip_grad));
   m.impl("strip_select", TORCH_BOX(&strip_select));
   m.impl("weighted_sums", TORCH_BOX(&weighted_sums));
+  m.impl("row_dots", TORCH_BOX(&row_dots));
   m.impl("klq_residual", TORCH_BOX(&klq_residual));
   m.impl("reverse_scan", TORCH_BOX(&reverse_scan));
   m.impl("lambda_errors", TORCH_BOX(&lambda_errors));

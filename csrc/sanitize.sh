@@ -14,4 +14,4 @@ LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.
   KLQ_NATIVE_LIBRARY="$(ls "$build"/klq_kernels/backends/_native*.so)" \
   "$python" -m pytest -q -p no:cacheprovider -k "native or vocabulary_major" "$@" \
   tests/kernels/test_native.py tests/kernels/test_vocabulary_major.py \
-  tests/core/test_returns.py tests/core/test_logprobs.py tests/core/test_loss.py
+  tests/core/test_returns.py tests/core/test_logprobs.py tests/core/test_loss.py tests/core/test_selected.py

@@ -5,6 +5,7 @@ from .divergence import linear_kl
 from .logprobs import linear_logprobs
 from .loss import fused_klq_loss, klq_loss
 from .returns import gae, klq_targets, lambda_returns, reverse_scan
+from .selected import linear_select
 from .types import KLQLoss, KLQTargets, LinearLogprobs
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "lambda_returns",
     "linear_kl",
     "linear_logprobs",
+    "linear_select",
     "pack",
     "reverse_scan",
 ]

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .call.checks import require, require_alike, require_tensor
-from .call.head import check_linear, check_workspace
+from .call.checks import require, require_alike
+from .call.head import check_linear, check_whole, check_workspace
 from .call.layout import Layout, Packing, layout_of
 from .call.transforms import needs_gradient, refuse_tangents
 from .ops import linear_kl as operator
@@ -73,10 +73,9 @@ def linear_kl(
             requires a gradient. A head that is a DTensor is refused: every process takes a whole one.
         RuntimeError: for a second derivative, and in forward mode.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        _check_whole(name, tensor)
-    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        _check_whole(name, tensor)
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    check_whole("linear_kl", hidden=hidden, weight=weight, bias=bias, **reference)
+    for name, tensor in reference.items():
         constant = tensor is None or not needs_gradient(tensor)
         require(constant, name, f"is a constant, and no gradient by it is computed; pass {name}.detach()")
     layout = _layout(hidden, mask, cu_seqlens, packing)
@@ -119,14 +118,6 @@ def linear_kl(
         )
     )
     return found.kl.reshape(layout.shape)
-
-
-def _check_whole(name: str, tensor: Tensor | None) -> None:
-    """A plain tensor, or none."""
-    whole = "is a DTensor, and linear_kl takes a head that is whole on each process; pass its full_tensor()"
-    require(not hasattr(tensor, "placements"), name, whole)
-    if tensor is not None or not name.endswith("bias"):
-        require_tensor(name, tensor)
 
 
 def _layout(hidden: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, packing: Packing | None) -> Layout:

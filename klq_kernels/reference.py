@@ -48,6 +48,7 @@ __all__ = [
     "lambda_returns",
     "linear_kl",
     "linear_logprobs",
+    "linear_select",
     "monte_carlo_values",
     "naive_klq_loss",
     "oreo_loss",
@@ -539,6 +540,28 @@ def linear_kl(
         log_p, log_q = log_q, log_p
     p = log_p.exp()
     return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+
+def linear_select(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    atoms: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The logits of k ids per token, [..., k], out of all logits softcap(hidden @ weight.T + bias) / temperature.
+
+    With ``atoms``, id v has the rows v A .. v A + A - 1 of the head, and the result is [..., k, A].
+    """
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    rows = ids.unsqueeze(-1) * (atoms or 1) + torch.arange(atoms or 1, device=ids.device)
+    found = (logits / temperature).gather(-1, rows.flatten(-2).long()).reshape(rows.shape)
+    return found.squeeze(-1) if atoms is None else found
 
 
 def naive_klq_loss(

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Selection, Sums, Terms
+from ..vocabulary.chunks import Chosen, LossShape, Pull, Residuals, ScanTerms, Selection, Sums, Terms
+from .portable import finish_logits
 from .portable import klq_metrics as klq_metrics
 from .portable import row_kl as row_kl
 from .portable import row_kl_grad as row_kl_grad
@@ -132,6 +133,23 @@ def strip_select(
 
 def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
     torch.ops.klq_native.weighted_sums(*sums, source, out)
+
+
+def selected_logits(
+    chosen: Chosen,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    (hidden, positions), ids, atoms = chosen
+    known = ids.clamp(0, weight.shape[0] // atoms - 1)
+    rows = (known[..., None] * atoms + torch.arange(atoms)).int()
+    torch.ops.klq_native.row_dots(hidden, positions, rows.flatten(1), weight, out)
+    finish_logits(ids, known.flatten(), bias, out.view(-1, atoms), slope, scale=scale, softcap=softcap)
 
 
 def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: LossShape) -> None:

@@ -1,9 +1,9 @@
 """The row operations in plain PyTorch: the backend for any device, and the fallback where nothing faster is built.
 
-A backend is a module with the eleven functions below; ``triton`` holds the same eleven as kernels, and ``native`` has
-functions on strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether
-the rows of a buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are
-contiguous fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
+A backend is a module with the functions below; ``triton`` holds the same as kernels, and ``native`` has functions on
+strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the rows of a
+buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous fp32, all
+arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
 logits is read from memory once per operation and never copied whole.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..vocabulary.chunking import STRIP_ROWS
 from ..vocabulary.chunks import (
+    Chosen,
     Divergence,
     LossShape,
     Pair,
@@ -187,6 +188,63 @@ def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
             some = entries[piece]
             total.index_add_(0, owners[piece], source[sums.places[some]].float() * sums.values[some, None])
         out[rows] = total
+
+
+def selected_logits(
+    chosen: Chosen,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes scale softcap(c) of each chosen entry, and the slope of the soft cap there.
+
+    c is the dot product of the token's hidden state with the entry's row of the weight, in fp32, plus the entry's bias.
+    An id outside 0 .. V - 1 stands for the nearest one, and its logit is NaN.
+
+    Args:
+        chosen: its hidden states contiguous.
+        weight: [V atoms, H] contiguous, of any floating dtype.
+        bias: fp32 [V atoms] or None.
+        out: fp32 [n, k, atoms], written.
+        slope: like ``out``, written; None without a soft cap.
+    """
+    (hidden, positions), ids, atoms = chosen
+    rows, found = weight.view(-1, atoms, weight.shape[1]), out.view(-1, atoms)
+    known = ids.flatten().clamp(0, rows.shape[0] - 1)
+    tokens = torch.arange(known.numel(), device=ids.device) // ids.shape[1]
+    places = tokens if positions is None else positions[tokens]
+    for some in slices(known.numel(), max(SCRATCH_ELEMENTS // rows[0].numel(), 1)):
+        products = rows[known[some]].float() * hidden[places[some], None].float()
+        torch.sum(products, 2, out=found[some])
+    finish_logits(ids, known, bias, found, slope, scale=scale, softcap=softcap)
+
+
+def finish_logits(
+    ids: Tensor,
+    known: Tensor,
+    bias: Tensor | None,
+    found: Tensor,
+    slope: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Makes logits of dot products: the rest of ``selected_logits``.
+
+    Args:
+        ids: the caller's; ``known``: those that stand for them, flat.
+        found: fp32 [pairs, atoms], in and out.
+    """
+    if bias is not None:
+        found.add_(bias.view(-1, found.shape[1])[known])
+    tanh = _cap_(found, softcap)
+    if tanh is not None and slope is not None:
+        torch.sub(1.0, tanh.square_(), out=slope.view(found.shape))
+    found.mul_(scale).masked_fill_((known != ids.flatten())[:, None], torch.nan)
 
 
 def row_kl(logits: Tensor, ref_logits: Tensor, out: Divergence, *, pair: Pair) -> None:

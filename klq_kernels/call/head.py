@@ -152,6 +152,18 @@ def check_linear(
     return hidden
 
 
+def check_whole(function: str, **tensors: Tensor | None) -> None:
+    """Raises the ValueError that names what is no plain tensor; biases may be None.
+
+    A DTensor is refused: ``function`` takes a head that is whole on each process.
+    """
+    for name, tensor in tensors.items():
+        whole = f"is a DTensor, and {function} takes a head that is whole on each process; pass its full_tensor()"
+        require(not hasattr(tensor, "placements"), name, whole)
+        if tensor is not None or not name.endswith("bias"):
+            require_tensor(name, tensor)
+
+
 def check_workspace(workspace_bytes: int | None) -> None:
     """Raises the ValueError that names the argument unless it is an int or None."""
     require(

@@ -153,6 +153,20 @@ def layout_of(
     return Layout(name, shape, mask, cu_seqlens.contiguous(), None)
 
 
+def layout_of_any(tokens: Tensor, *, mask: Tensor | None, packing: Packing | None, name: str) -> Layout:
+    """The layout of tokens in any shape, of which nothing is asked that runs over time: flat, as one sequence."""
+    if packing is not None:
+        return layout_of(tokens, mask=mask, cu_seqlens=None, packing=packing, name=name)
+    shape = tuple(tokens.shape)
+    if mask is not None:
+        require_tensor("mask", mask)
+        wanted = f"must have the shape of the tokens in {name}, {list(shape)}; got {list(mask.shape)}"
+        require(tuple(mask.shape) == shape, "mask", wanted)
+        mask = mask.reshape(-1)
+    ends = torch.arange(2, dtype=torch.int32, device=tokens.device).mul_(tokens.numel())
+    return layout_of(tokens.reshape(-1), mask=mask, cu_seqlens=ends, name=name)._replace(shape=shape)
+
+
 def _check_packing(packing: Packing, device: torch.device) -> None:
     """Checks of a packing that may have been edited by hand, as far as they do not wait for a GPU."""
     require(isinstance(packing.cu_seqlens, Tensor), "packing", "cu_seqlens must be a tensor; build it with pack")
@@ -200,9 +214,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
         raise ValueError(f"cu_seqlens: must rise from 0 to the number of tokens, {positions}; got {found}")
 
 
-def check_actions(actions: Tensor, vocab: int) -> None:
+def check_actions(actions: Tensor, vocab: int, *, name: str = "actions") -> None:
     """Token ids of the valid rows: on the CPU a ValueError, on a GPU only under ``KLQ_CHECK=1`` (else NaN rows)."""
-    check_extremes(*extremes(actions), vocab)
+    check_extremes(*extremes(actions), vocab, name=name)
 
 
 def extremes(actions: Tensor) -> tuple[int, int]:
@@ -213,9 +227,9 @@ def extremes(actions: Tensor) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def check_extremes(low: int, high: int, vocab: int) -> None:
+def check_extremes(low: int, high: int, vocab: int, *, name: str = "actions") -> None:
     """Raises a ValueError unless token ids from ``low`` to ``high`` are in the vocabulary."""
-    require(0 <= low <= high < vocab, "actions", f"must lie in [0, {vocab}) at valid tokens, found {low} .. {high}")
+    require(0 <= low <= high < vocab, name, f"must lie in [0, {vocab}) at valid tokens, found {low} .. {high}")
 
 
 def valid_rows(

@@ -173,13 +173,13 @@ def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML: names of arguments and their values.")] = None,
 ) -> None:
-    """Train a model by KLQ, PPO or a relative, or a guide by Q-sharp, from a file and flags (--help lists them)."""
+    """Train a model by KLQ, PPO or a relative, or a guide for one, from a YAML file and flags (--help lists them)."""
     from ..trainer.processes import leave_process_group
     from .train import arguments
     from .train.run import run
 
     if {"-h", "--help"} & set(context.args):
-        arguments.argument_parser(arguments.algorithm_of({}, context.args)).print_help()
+        arguments.argument_parser(arguments.config_class(context.args)).print_help()
         return
     run(*arguments.parse(config, context.args))
     leave_process_group()

@@ -5,7 +5,7 @@
 The reference is not trained. The law does not depend on eta, so one guide serves every eta.
 
 laws         the law of the reward as a head writes it down: losses, means, tilts
-guide        ``ValueGuide``: a backbone and a head that reads the law after each token
+guide        ``ValueGuide``, ``ActionGuide``: a backbone and a head that says the law after each token
 candidates   what a guide says of k next tokens, in one forward pass
 decoding     ``GuidedLogits``: a ``LogitsProcessor`` for ``generate``
 
@@ -21,7 +21,7 @@ except ImportError as error:
 
 from .candidates import CandidateScorer
 from .decoding import GuidedLogits
-from .guide import ValueGuide
+from .guide import ActionGuide, ValueGuide
 from .laws import Law, sequence_mean
 
-__all__ = ["CandidateScorer", "GuidedLogits", "Law", "ValueGuide", "sequence_mean"]
+__all__ = ["ActionGuide", "CandidateScorer", "GuidedLogits", "Law", "ValueGuide", "sequence_mean"]

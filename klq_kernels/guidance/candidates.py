@@ -10,7 +10,8 @@ the rest. All candidates have the same position, and a mask lets each see the pr
     candidate 2   1 1 1 1 1         1             0 1 0
     candidate 3   1 1 1 1 1         1             0 0 1
 
-After the pass the candidates are taken out of the cache again. A step costs 1 + k tokens of the guide.
+After the pass the candidates are taken out of the cache again. A step costs 1 + k tokens of the guide. A Q-type guide
+says of all candidates what they are worth in the state before them, so its tail of candidates is empty: one token.
 
 A probe shows on the first call whether the guide's backbone heeds such a mask and these positions. One that does not
 (windows, recurrent layers, an attention that ignores masks) reads each candidate in a row of its own, without a cache:
@@ -131,20 +132,23 @@ class CandidateScorer:
             cached = self._ids.shape[1]
             if not torch.equal(self.parents, torch.arange(len(self._ids), device=input_ids.device)):
                 self._cache.reorder_cache(self.parents)
-        ids = torch.cat([input_ids[:, cached:], candidates], 1)
+        tail = self.guide.tail(candidates)
+        k = tail.shape[1]
+        ids = torch.cat([input_ids[:, cached:], tail], 1)
         at = torch.arange(input_ids.shape[1] + 1, device=input_ids.device)
         positions = (at - self._known_pads[:, None]).clamp(min=0)
-        position_ids = torch.cat([positions[:, cached:-1], positions[:, -1:].expand_as(candidates)], 1)
+        position_ids = torch.cat([positions[:, cached:-1], positions[:, -1:].expand_as(tail)], 1)
         states = self.guide.backbone(
             input_ids=ids,
-            attention_mask=self._mask(input_ids.shape[1], cached, candidates.shape[1]),
+            attention_mask=self._mask(input_ids.shape[1], cached, k),
             position_ids=position_ids,
             use_cache=True,
             **{cache_argument(self.guide.backbone): self._cache},
         ).last_hidden_state
-        self._cache.crop(-candidates.shape[1])  # the candidates leave it again
+        if k:
+            self._cache.crop(-k)  # the candidates leave it again
         self._ids = input_ids.clone()
-        return self.guide.read(states[:, -candidates.shape[1] :])
+        return self.guide.after(states, candidates)
 
     def _mask(self, length: int, cached: int, k: int) -> Tensor:
         """What is added to the attention's scores, [B, 1, queries, L + k]: 0, or the lowest number where not seen."""
@@ -160,12 +164,16 @@ class CandidateScorer:
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
     def _apart(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
-        """Each candidate in a row of its own, without a cache."""
-        rows, k = candidates.shape
-        ids = torch.cat([input_ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
-        at = torch.arange(ids.shape[1], device=ids.device) - self._known_pads.repeat_interleave(k)[:, None]
-        outputs = self.guide(ids, (at >= 0).long(), position_ids=at.clamp(min=0), use_cache=False)
-        return outputs[:, -1].reshape(rows, k, -1)
+        """Each candidate of the tail in a row of its own, without a cache."""
+        tail = self.guide.tail(candidates)
+        k = tail.shape[1]
+        each = max(k, 1)  # rows for each prefix
+        ids = torch.cat([input_ids.repeat_interleave(each, 0), tail.reshape(len(input_ids) * each, -1 if k else 0)], 1)
+        at = torch.arange(ids.shape[1], device=ids.device) - self._known_pads.repeat_interleave(each)[:, None]
+        states = self.guide.backbone(
+            input_ids=ids, attention_mask=(at >= 0).long(), position_ids=at.clamp(min=0), use_cache=False
+        ).last_hidden_state
+        return self.guide.after(states[:, -1].unflatten(0, (len(input_ids), each)), candidates)
 
     def _probe(self, input_ids: Tensor, candidates: Tensor) -> bool:
         """Whether a shared pass gives the states that candidates in rows of their own have, in two steps on one cache.
@@ -198,14 +206,10 @@ class _States:
     """A guide that hands back its states instead of what the head reads in them."""
 
     def __init__(self, guide: ValueGuide) -> None:
-        self.backbone, self.vocab_size = guide.backbone, guide.vocab_size
+        self.backbone, self.vocab_size, self.tail = guide.backbone, guide.vocab_size, guide.tail
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
-
-    @staticmethod
-    def read(states: Tensor) -> Tensor:
-        return states.float()
+    def after(self, states: Tensor, candidates: Tensor) -> Tensor:
+        return states[:, -max(self.tail(candidates).shape[1], 1) :].float()
 
 
 def cache_argument(backbone: Any) -> str:

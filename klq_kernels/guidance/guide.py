@@ -1,7 +1,13 @@
-"""``ValueGuide``: a language model's backbone and a linear head, which reads the law of the reward after each token.
+"""Guides: a language model's backbone and a linear head, which says the law of the reward after each token.
 
-It is V-type: the state after a token says what the reference earns from there. The head begins at zero, which tilts
-nothing. A guide may be smaller than the reference; it reads the same tokens.
+    ValueGuide    V-type: a head [A, H] reads the state after a token. Candidates for the next token are read by the
+                  backbone, each of them
+    ActionGuide   Q-type: a head [V A, H] reads the state before a token, and has A rows for each token of the
+                  vocabulary. Outputs of the taken or candidate tokens alone are ever computed (``linear_select``)
+
+A head begins at zero, which tilts nothing. It cannot learn from there where the states do not tell rewards apart yet:
+it has no gradient then, and through zeros they have none either. ``wake`` gives it small random values, with which
+training begins. A guide may be smaller than the reference; it reads the same tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +25,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..call.checks import require
+from ..selected import linear_select
 from .laws import Law
 
 SETTINGS, HEAD = "guide.json", "guide_head.safetensors"
 
 
 class ValueGuide(nn.Module):
-    """Reads the law of the reward-to-go under the reference policy after each token.
+    """V-type: reads the law of the reward-to-go under the reference policy in the state after each token.
 
     Args:
         backbone: a decoder; of a model with a head on top, its ``base_model`` is taken, and is trained in place.
@@ -47,9 +54,13 @@ class ValueGuide(nn.Module):
         config = backbone.config.get_text_config()
         require(not config.is_encoder_decoder, "backbone", "is an encoder-decoder; a decoder is needed")
         first = next(self.backbone.parameters())
-        self.head = nn.Linear(config.hidden_size, self.law.outputs, dtype=torch.float32, device=first.device)
+        self.head = nn.Linear(config.hidden_size, self._rows(), dtype=torch.float32, device=first.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def _rows(self) -> int:
+        """Rows of the head."""
+        return self.law.outputs
 
     @property
     def vocab_size(self) -> int:
@@ -61,10 +72,27 @@ class ValueGuide(nn.Module):
         """Whether the head is zero, as it begins: the guide says the same of every token."""
         return not (self.head.weight.any() or self.head.bias.any())
 
+    @torch.no_grad()
+    def wake(self, seed: int) -> None:
+        """Puts a head of zeros at random values of a size at which its outputs are of order 1, a function of seed."""
+        if self.is_zero:
+            generator = torch.Generator().manual_seed(seed)
+            scale = self.head.weight.shape[1] ** -0.5
+            values = torch.empty(self.head.weight.shape).uniform_(-scale, scale, generator=generator)
+            self.head.weight.copy_(values)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """The outputs of the law after each token, fp32 [B, L, A]; ``inputs`` are further ones of the backbone."""
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         return self.read(states)
+
+    def tail(self, candidates: Tensor) -> Tensor:
+        """Of candidates [B, k], those that the backbone reads behind a prefix, for ``after``: all."""
+        return candidates
+
+    def after(self, states: Tensor, candidates: Tensor) -> Tensor:
+        """The outputs after each candidate [B, k], fp32 [B, k, A], of states [B, L, H] that end with the tail's."""
+        return self.read(states[:, -candidates.shape[1] :])
 
     def read(self, states: Tensor) -> Tensor:
         """The head's outputs, fp32 [..., A], of states [..., H] in any dtype."""
@@ -93,11 +121,11 @@ class ValueGuide(nn.Module):
         }
         self.backbone.save_pretrained(place, state_dict=parts["backbone"])
         save_file({name: tensor.contiguous() for name, tensor in parts["head"].items()}, place / HEAD)
-        (place / SETTINGS).write_text(json.dumps(asdict(self.law)))
+        (place / SETTINGS).write_text(json.dumps({"kind": type(self).__name__, "law": asdict(self.law)}))
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> ValueGuide:
-        """A guide that ``save_pretrained`` wrote; ``kwargs`` are those of transformers' ``from_pretrained``.
+    @staticmethod
+    def from_pretrained(folder: str | Path, **kwargs: Any) -> ValueGuide:
+        """The guide that ``save_pretrained`` wrote; ``kwargs`` are those of transformers' ``from_pretrained``.
 
         Raises:
             ValueError: where the folder holds no guide.
@@ -109,11 +137,38 @@ class ValueGuide(nn.Module):
             "folder",
             f"{place} is no guide, it lacks {', '.join(missing)}; build one with ValueGuide(backbone, law)",
         )
-        law = Law(**json.loads((place / SETTINGS).read_text()))
-        guide = cls(AutoModel.from_pretrained(str(place), **kwargs), law)
-        guide.load_head(place)
+        settings = json.loads((place / SETTINGS).read_text())
+        kind = {each.__name__: each for each in (ValueGuide, ActionGuide)}[settings["kind"]]
+        guide = kind(AutoModel.from_pretrained(str(place), **kwargs), Law(**settings["law"]))
+        guide.head.load_state_dict(load_file(place / HEAD))
         return guide
 
-    def load_head(self, folder: Path) -> None:
-        """The head that was saved in a folder."""
-        self.head.load_state_dict(load_file(folder / HEAD))
+
+class ActionGuide(ValueGuide):
+    """Q-type: reads the law after a token in the state before it, in the rows of the head that are that token's.
+
+    A step of guided decoding costs one token of the backbone, whatever the number of candidates; the head has as many
+    parameters as an lm_head, A times over. Arguments are those of ``ValueGuide``.
+    """
+
+    def _rows(self) -> int:
+        return self.vocab_size * self.law.outputs
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The outputs of the law after each token, fp32 [B, L, A]; 0 after the first, which has no state before it."""
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        outputs = self._select(states[:, :-1], input_ids[:, 1:, None]).squeeze(2)
+        return torch.cat([outputs.new_zeros(len(outputs), 1, self.law.outputs), outputs], 1)
+
+    def tail(self, candidates: Tensor) -> Tensor:
+        """None of the candidates: the state of the prefix says it of all."""
+        return candidates[:, :0]
+
+    def after(self, states: Tensor, candidates: Tensor) -> Tensor:
+        return self._select(states[:, -1], candidates)
+
+    def _select(self, states: Tensor, ids: Tensor) -> Tensor:
+        """fp32 [..., k, A] for states [..., H] and ids [..., k]."""
+        head = self.head
+        with torch.autocast(states.device.type, enabled=False):
+            return linear_select(states, head.weight, ids, bias=head.bias, atoms=self.law.outputs)

@@ -37,21 +37,39 @@ from .config import KLQConfig
 from .engine import EngineRollout
 from .processes import leave_process_group
 from .qsharp import QSharpConfig, QSharpTrainer
+from .relatives import (
+    DPOConfig,
+    DPOTrainer,
+    OREOConfig,
+    OREOTrainer,
+    TBRMConfig,
+    TBRMTrainer,
+    VinePPOConfig,
+    VinePPOTrainer,
+)
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
 from .trainer import KLQTrainer
 
 __all__ = [
     "Completions",
+    "DPOConfig",
+    "DPOTrainer",
     "EngineRollout",
     "KLQConfig",
     "KLQTrainer",
+    "OREOConfig",
+    "OREOTrainer",
     "QSharpConfig",
     "QSharpTrainer",
     "RewardFunction",
     "Rewards",
     "RolloutFunction",
     "Scores",
+    "TBRMConfig",
+    "TBRMTrainer",
+    "VinePPOConfig",
+    "VinePPOTrainer",
     "last_complete_checkpoint",
     "leave_process_group",
 ]

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     REPLAY = 4
     CUT = 5
     REST = 6
+    HEAD = 7
     VALUES = 7
 
 

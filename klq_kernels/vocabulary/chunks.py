@@ -215,6 +215,14 @@ class Rows(NamedTuple):
         self.states.put(total, chunk, values)
 
 
+class Chosen(NamedTuple):
+    """The entries of the vocabulary that are wanted of each valid row: k ids, each with ``atoms`` rows of the head."""
+
+    states: States
+    ids: Tensor  # int64 [n, k]
+    atoms: int
+
+
 class Needs(NamedTuple):
     """The gradients that are needed."""
 

@@ -15,12 +15,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from watch import OPERATORS
 
-from klq_kernels import fused_klq_loss, gae, klq_loss, klq_targets, linear_kl, linear_logprobs, reverse_scan
+from klq_kernels import (
+    fused_klq_loss,
+    gae,
+    klq_loss,
+    klq_targets,
+    linear_kl,
+    linear_logprobs,
+    linear_select,
+    reverse_scan,
+)
 from klq_kernels.call import layout
 from klq_kernels.ops import fused_loss, scans
 from klq_kernels.ops import klq_loss as loss_op
 from klq_kernels.ops import linear_kl as kl_op
 from klq_kernels.ops import linear_logprobs as logprobs_op
+from klq_kernels.ops import linear_select as select_op
 from klq_kernels.ops.operator import Operator
 
 # ------------------------------------------------------------------------------------------------------------- opcheck
@@ -59,6 +69,8 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     reference = (c.hidden.detach().flip(-1), c.weight.detach().flip(0), c.bias.detach())
     heads = (c.hidden, c.weight, c.bias, *reference)
     bare_heads = (c.hidden, c.weight, None, *reference[:2], None)
+    ids = torch.arange(2 * c.actions.numel(), device=ends.device).view(-1, 2) % c.weight.shape[0]
+    select, per_pair = (c.hidden, c.weight, c.bias, ids), torch.rand(*ids.shape, 1, device=ends.device)
     return {
         "reverse_scan": (scans.reverse_scan, (c.rewards, c.trace, mask, ends)),
         "reverse_scan scalar": (scans.reverse_scan, (c.rewards, torch.full((1,), 0.9, device=ends.device), None, ends)),
@@ -118,6 +130,16 @@ def operator_calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 *(None if t is None else t.detach() for t in heads), mask, ends, None, per_row.abs(), per_row + 9,
                 per_row.abs(), per_row + 8, per_row.abs(), per_row, 0.7, 9.0, 1.0, None, False, False, None, True, True,
                 True,
+            ),
+        ),
+        "linear_select": (select_op.linear_select, (*select, mask, ends, None, 1, 0.7, 9.0)),
+        "linear_select bare": (
+            select_op.linear_select, (*select[:2], None, ids, None, row_ends, rows, 1, 1.0, None)
+        ),
+        "linear_select_backward": (
+            select_op.linear_select_backward,
+            (
+                *(t.detach() for t in select), mask, ends, None, per_pair, per_pair - 1, 0.7, True, True, True
             ),
         ),
         "klq_loss": (loss_op.klq_loss, (c.ref_logprobs, c.values, *old, None, None, mask, ends, None, denom, *shape)),
@@ -305,10 +327,11 @@ def test_inference_mode(device: torch.device) -> None:
 
 
 def packed_step(device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """A whole update on packed tokens without a mask: targets, loss, divergence, gradients."""
+    """A whole update on packed tokens without a mask: targets, loss, divergence, a few logits, gradients."""
     case = make_case(ragged_mask(5, 24), vocab=1009, width=64, dtype=torch.bfloat16, device=device).packed()
     hidden, weight, values = (getattr(case, n).clone().requires_grad_() for n in ("hidden", "weight", "values"))
     denom = torch.tensor(float(case.actions.numel()), device=hidden.device)
+    ids = torch.stack([case.actions, case.actions // 2], -1)
 
     def step() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -321,7 +344,9 @@ def packed_step(device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
         ).loss
         ref = (hidden.detach().flip(0), weight.detach())
         kl = linear_kl(hidden, weight, *ref, cu_seqlens=case.cu_seqlens).mean()
-        return (loss.detach(), kl.detach(), *torch.autograd.grad(loss + other + kl, (hidden, weight, values)))
+        few = linear_select(hidden, weight, ids, softcap=9.0).square().mean()
+        total = loss + other + kl + few
+        return (loss.detach(), kl.detach(), few.detach(), *torch.autograd.grad(total, (hidden, weight, values)))
 
     return step
 

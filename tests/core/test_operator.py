@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs
+from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs, linear_select
 from klq_kernels.ops.operator import Operator, Parts
 
 N, H, V = 6, 4, 11
@@ -24,6 +24,8 @@ OPERATORS = {
     "linear_kl_backward": (linear_kl.linear_kl_backward, linear_kl.BACKWARD_PARTS),
     "linear_logprobs": (linear_logprobs.linear_logprobs, linear_logprobs.PARTS),
     "linear_logprobs_backward": (linear_logprobs.linear_logprobs_backward, linear_logprobs.BACKWARD_PARTS),
+    "linear_select": (linear_select.linear_select, linear_select.PARTS),
+    "linear_select_backward": (linear_select.linear_select_backward, linear_select.BACKWARD_PARTS),
 }
 
 
@@ -32,10 +34,11 @@ def some(name: str, hint: Any) -> Any:
     generator = torch.Generator().manual_seed(len(name))
     shapes = {
         "hidden": (N, H), "weight": (V, H), "bias": (V,), "ref_hidden": (N, 3), "ref_weight": (V, 3), "ref_bias": (V,),
-        "scores": (2,), "bootstrap_values": (2,), "denom": ()
+        "scores": (2,), "bootstrap_values": (2,), "denom": (), "slope": (N, 2, 1), "d_logits": (N, 2, 1),
     }  # fmt: skip
     special: dict[str, Any] = {
-        "actions": torch.arange(N), "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
+        "ids": torch.arange(2 * N).view(N, 2) % V, "atoms": 1, "actions": torch.arange(N),
+        "cu_seqlens": torch.tensor([0, 4, 6], dtype=torch.int32), "rows": None,
         "mask": torch.tensor([True, True, False, True, True, True]), "loss_type": "l2", "softcap": 5.0,
         "ref_softcap": None, "workspace_bytes": None, "own_gradients": False, "samples": 0, "seed": None, "group": "",
         "shard_sizes": [], "peers": "", "counts": [], **NUMBERS,

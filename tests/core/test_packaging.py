@@ -48,6 +48,10 @@ SIGNATURES = {
             "direction": "forward",
         },
     ),
+    "linear_select": (
+        "hidden weight ids",
+        {"bias": None, "atoms": None, "temperature": 1.0, "softcap": None, "mask": None},
+    ),
     "reverse_scan": ("delta decay", {**LAYOUT, "process_group": None}),
     "gae": ("rewards values", RETURNS),
     "lambda_returns": ("rewards values", RETURNS),

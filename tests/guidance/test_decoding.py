@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, LogitsProcessorList
 
-from klq_kernels.guidance import CandidateScorer, GuidedLogits, Law, ValueGuide
+from klq_kernels.guidance import ActionGuide, CandidateScorer, GuidedLogits, Law, ValueGuide
 
 EOS = tiny.EOS
 
@@ -193,6 +193,35 @@ def test_one_pass_over_a_cache_is_a_row_for_each_candidate(family: str) -> None:
     assert scorer._shares
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_q_type_guide_says_of_candidates_what_it_says_of_tokens(family: str) -> None:
+    """In one token on a cache, what its forward says of them in whole sequences: the rows of a full head."""
+    torch.manual_seed(4)
+    guide = ActionGuide(AutoModel.from_config(tiny.config(family)).float(), Law("categorical", atoms=3))
+    assert guide.is_zero
+    torch.nn.init.normal_(guide.head.weight, std=0.5)
+    torch.nn.init.normal_(guide.head.bias)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, tiny.VOCAB, (3, 7), generator=generator)
+    ids[0, :3] = tiny.PAD
+    scorer = CandidateScorer(guide, tiny.PAD)
+    for step in range(3):
+        candidates = torch.randint(2, tiny.VOCAB, (3, 5), generator=generator)
+        found = scorer(ids, candidates)
+        for row, column in itertools.product(range(3), range(5)):
+            alone = torch.cat([ids[row][ids[row] != tiny.PAD], candidates[row, column : column + 1]])[None]
+            with guide.evaluating():
+                wanted = guide(alone)[0, -1]
+                states = guide.backbone(alone[:, :-1]).last_hidden_state[0, -1]
+                full = guide.head(states).view(-1, 3)[alone[0, -1]]
+            torch.testing.assert_close(wanted, full, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[row, column], wanted, rtol=1e-3, atol=1e-4)
+        ids = torch.cat([ids, candidates[:, step : step + 1]], 1)
+        if step == 0:
+            ids = ids[[2, 0, 2]]
+    assert scorer._shares
+
+
 def test_a_backbone_that_ignores_the_mask_reads_rows_apart() -> None:
     guide = guide_of()
     inner = guide.backbone.forward
@@ -253,14 +282,17 @@ def test_one_guide_serves_every_eta_and_moves_towards_reward() -> None:
 # ---- saving, wrong input -------------------------------------------------------------------------------------------
 
 
-def test_a_guide_is_what_was_saved(tmp_path: Any) -> None:
-    guide = guide_of(Law("categorical", atoms=4, low=-1, high=3))
+@pytest.mark.parametrize("kind", [ValueGuide, ActionGuide])
+def test_a_guide_is_what_was_saved(tmp_path: Any, kind: type[ValueGuide]) -> None:
+    guide = kind(tiny.model(), Law("categorical", atoms=4, low=-1, high=3))
+    torch.nn.init.normal_(guide.head.weight)
     guide.save_pretrained(tmp_path)
     again = ValueGuide.from_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5]])
     with guide.evaluating(), again.evaluating():
         assert torch.equal(guide(ids), again(ids))
     assert again.law == guide.law
+    assert type(again) is kind
     with pytest.raises(ValueError, match=r"^folder: .* lacks guide\.json"):
         ValueGuide.from_pretrained(tmp_path / "elsewhere")
 

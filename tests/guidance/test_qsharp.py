@@ -86,11 +86,11 @@ def test_one_guide_serves_other_etas_through_generate(learnt: QSharpTrainer) -> 
     assert means[1] > means[0] + 0.05
 
 
-@pytest.mark.parametrize("law", ["categorical", "mse"])
-def test_other_laws_learn_too(tmp_path: Path, law: str) -> None:
+@pytest.mark.parametrize(("law", "guide_type"), [("categorical", "value"), ("mse", "value"), ("categorical", "action")])
+def test_other_laws_and_q_type_guides_learn_too(tmp_path: Path, law: str, guide_type: str) -> None:
     run = trainer(
-        tmp_path, {"eval_dataset": tiny.prompts(32)}, law=law, steps_per_round=40, rounds=1, samples_per_prompt=16,
-        prompts_per_round=None, per_device_train_batch_size=32, rollout_forward_batch_size=256,
+        tmp_path, {"eval_dataset": tiny.prompts(32)}, law=law, guide_type=guide_type, steps_per_round=40, rounds=1,
+        samples_per_prompt=16, prompts_per_round=None, per_device_train_batch_size=32, rollout_forward_batch_size=256,
     )  # fmt: skip
     run.train()
     assert run.evaluate()["eval_explained_variance"] > 0.1
@@ -215,6 +215,7 @@ def test_measures_of_quality() -> None:
         ("reward_high", {"reward_low": 2.0}),
         ("eta", {"eta": 0.0}),
         ("others", {"others": "all"}),
+        ("guide_type", {"guide_type": "policy"}),
         ("rounds", {"rounds": 0}),
         ("samples_per_prompt", {"samples_per_prompt": 0}),
         ("max_steps", {"max_steps": 7}),

@@ -24,6 +24,7 @@ from klq_kernels import reference
 from klq_kernels.backends import portable
 from klq_kernels.vocabulary import chunking
 from klq_kernels.vocabulary.chunks import (
+    Chosen,
     Divergence,
     LossShape,
     Pair,
@@ -31,6 +32,7 @@ from klq_kernels.vocabulary.chunks import (
     Residuals,
     ScanTerms,
     Selection,
+    States,
     Statistics,
     Sums,
     Terms,
@@ -72,6 +74,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         size: config._replace(sizes={"GROUPS": 4, "LANES": 16, "BLOCK": 32}) for size, config in row_stats.items()
     }
     monkeypatch.setattr(kernel_module("row_kl"), "ROW_KL", row_kl)
+    few = {size: config._replace(sizes={"ENTRIES": 4, "BLOCK": 32}) for size, config in launch.SELECTED_LOGITS.items()}
+    monkeypatch.setattr(kernel_module("selected_logits"), "SELECTED_LOGITS", few)
     sizes = {
         "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
         "row_kl": ("ROW_KL_GRAD", {"BLOCK": 64}),
@@ -367,6 +371,38 @@ def test_weighted_sums(device: str, dtype: torch.dtype, out_dtype: torch.dtype, 
     )
     rounding = torch.finfo(out_dtype).eps
     torch.testing.assert_close(out.cpu().double(), wanted, rtol=2 * rounding + 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)])
+@pytest.mark.parametrize("width", [1, 100, 272])
+@pytest.mark.parametrize(("k", "atoms", "full"), [(1, 1, False), (5, 1, True), (3, 7, True)])
+def test_selected_logits(
+    device: str, dtypes: tuple[torch.dtype, torch.dtype], width: int, k: int, atoms: int, full: bool
+) -> None:
+    """Of fewer entries than a program takes and of more; bare, and with positions, bias and soft cap."""
+    g = torch.Generator().manual_seed(width)
+    hidden = torch.randn(6, width, generator=g).to(device, dtypes[0])
+    weight = torch.randn(11 * atoms, width, generator=g).to(device, dtypes[1])
+    positions = torch.tensor([5, 0, 3, 4], device=device) if full else None
+    bias = torch.randn(11 * atoms, generator=g).to(device) if full else None
+    ids = torch.randint(11, (4 if full else 6, k), generator=g).to(device)
+    ids[1, 0], ids[2, -1] = -1, 11
+    head = {"scale": 1 / 0.7, "softcap": 9.0 if full else None}
+    out = torch.zeros(*ids.shape, atoms, device=device)
+    slope = torch.full_like(out, float("nan")) if full else None
+    kernel_module("selected_logits").selected_logits(
+        Chosen(States(hidden, positions), ids, atoms), weight, bias, out, slope, **head
+    )
+    assert out[1, 0].isnan().all()
+    assert out[2, -1].isnan().all()
+    states = hidden if positions is None else hidden[positions]
+    rows = ids.clamp(0, 10)[..., None] * atoms + torch.arange(atoms, device=device)
+    z = torch.einsum("tkah,th->tka", weight[rows].double(), states.double()) + (0 if bias is None else bias[rows])
+    there = out.isfinite()
+    assert int((~there).sum()) == 2 * atoms
+    torch.testing.assert_close(out.double()[there], z_of(z, **head)[there], rtol=1e-5, atol=2e-5)
+    if slope is not None:
+        torch.testing.assert_close(slope.double(), 1 - torch.tanh(z / 9.0).square(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

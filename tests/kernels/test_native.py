@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from klq_kernels.backends import native, portable
-from klq_kernels.vocabulary.chunks import LossShape, Pull, Residuals, ScanTerms, Sums, Terms, part, slices
+from klq_kernels.vocabulary.chunks import (
+    Chosen,
+    LossShape,
+    Pull,
+    Residuals,
+    ScanTerms,
+    States,
+    Sums,
+    Terms,
+    part,
+    slices,
+)
 from klq_kernels.vocabulary.sampling import Entries, Sampling
 
 pytestmark = pytest.mark.skipif(native.WHY_UNAVAILABLE is not None, reason=f"native: {native.WHY_UNAVAILABLE}")
@@ -315,6 +326,29 @@ def selected(logits: Tensor, actions: Tensor, pull: Pull) -> list[Tensor]:
     return [selection.counts.float(), selection.columns[held].float(), selection.values[held], out.float()]
 
 
+def dots(n: int, k: int, width: int, dtypes: tuple[torch.dtype, torch.dtype], atoms: int = 2) -> tuple[Tensor, Tensor]:
+    """(logits, slopes) of k ids a token, held against float64: tokens in another order, and NaN around the head."""
+    hidden = torch.randn(n, width, generator=generator(1)).to(dtypes[0])
+    weight = torch.full((13 * atoms + 2, width), NAN, dtype=dtypes[1])
+    weight[1:-1] = torch.randn(13 * atoms, width, generator=generator(2))
+    ids, places = torch.randint(13, (n, k), generator=generator(3)), torch.arange(n).flip(0)
+    logits, slopes = torch.full((2, n, k, atoms), NAN)
+    chosen = Chosen(States(hidden, places), ids, atoms)
+    native.selected_logits(chosen, weight[1:-1], None, logits, slopes, scale=0.9, softcap=30.0)
+    rows = weight[1:-1].double()[ids[..., None] * atoms + torch.arange(atoms)]
+    tanh = torch.tanh(torch.einsum("nkah,nh->nka", rows, hidden.double()[places]) / 30.0)
+    torch.testing.assert_close(logits.double(), 27.0 * tanh, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slopes.double(), 1 - tanh.square(), rtol=1e-5, atol=1e-5)
+    return logits, slopes
+
+
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in DTYPES), *((d, torch.float32) for d in DTYPES[1:])])
+@pytest.mark.parametrize("width", [1, 15, 16, 75])
+def test_selected_logits(isa: str, width: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for k in (1, 2, 5):  # of fewer entries than are taken at once, and of more
+        dots(3, k, width, dtypes)
+
+
 def everything(isa: str) -> list[Tensor]:
     """Every kernel once, over enough work for several threads, in this instruction set."""
     native.use_isa(isa)
@@ -326,6 +360,7 @@ def everything(isa: str) -> list[Tensor]:
         found = statistics(logits, actions, size=1000)
         pull = Pull(*found[:2], torch.ones(n), -torch.ones(n), torch.ones(n), found[3])
         out += selected(logits, actions, pull)
+        out += dots(n, 9, 203, (dtype, dtype))
         out += [*found, gradient(logits, actions, pull, out=logits, size=1000, scale=0.9, softcap=30.0), logits]
     return out + run_scans(*scan_case([3000, 17, 40_000, 5, 20_000, 30_000], masked="holes"))
 
@@ -420,7 +455,18 @@ def wrong_calls() -> dict[str, Callable[[], None]]:
         logits = torch.zeros(5, 4, dtype=torch.bfloat16)
         return lambda: native.strip_grad(logits, 0, actions, Pull(row, row, row, row), out, turned, **head)
 
+    def dot(index: Tensor, places: Tensor | None = None, out: Tensor | None = None) -> Callable[[], None]:
+        out = torch.zeros(4, 2) if out is None else out
+        arguments = torch.zeros(4, 3), places, index.int(), torch.zeros(5, 3), out
+        return lambda: torch.ops.klq_native.row_dots(*arguments)
+
+    some = torch.zeros(4, 2)
     return {
+        "dots with a row below 0": dot(some - 1),
+        "dots with a row beyond": dot(some + 5),
+        "dots with a place beyond": dot(some, torch.full((4,), 4)),
+        "dots of other tokens": dot(some[:3], out=torch.zeros(3, 2)),
+        "short dots": dot(some, out=torch.zeros(4, 1)),
         "short output": lambda: native.reverse_scan(row, row, None, ends, torch.empty(3)),
         "strided delta": lambda: native.reverse_scan(torch.zeros(8)[::2], row, None, ends, torch.empty(4)),
         "int delta": lambda: native.reverse_scan(row.long(), row, None, ends, torch.empty(4)),

@@ -28,6 +28,7 @@ SUITES = {
         "triton-cpu and (forbidden or digits or precision_contract and large and dtype1 and capped)",
         6,
     ),
+    "selected": ("core/test_selected.py", "triton-cpu and (precision_contract and large and dtype1 or nan)", 3),
     "loss": ("core/test_loss.py", "triton-cpu and precision_contract and double and (peaked or large)", 7),
     "sampled": (
         "core/test_sampled.py",

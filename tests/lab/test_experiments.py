@@ -14,6 +14,7 @@ import torch
 from klq_kernels.lab.experiments import NAMES, analysis, page, plots, pool, spec, walkthrough
 from klq_kernels.lab.experiments.equivalence import compare_gradients
 from klq_kernels.lab.experiments.job import result
+from klq_kernels.lab.experiments.methods import train_method
 from klq_kernels.lab.experiments.stale import StaleEngine
 from klq_kernels.lab.experiments.statistics import Interval, interval, paired, t_975, win_share
 from klq_kernels.trainer import Completions, KLQTrainer
@@ -177,6 +178,17 @@ def test_the_page_says_of_stale_samples_what_is_clear():
 
 
 # Gradients
+
+
+@pytest.mark.parametrize("method", ["categorical", "reinforce"])
+def test_a_method_is_measured_at_each_price(method: str, tmp_path: Path):
+    settings = spec.load("star-graph", quick=True).job({"method": method, "seed": 0}).settings
+    found = train_method({**settings, "etas": [1.0, 0.1], "taus": [0.1, 0.05]}, tmp_path)
+    assert [point["price"] for point in found["front"]] == ([1.0, 0.1] if method == "categorical" else [0.1, 0.05])
+    assert found["after"] == found["front"][-1]
+    assert set(found["curves"]) == {"step", "reward", "kl"}
+    assert len({len(curve) for curve in found["curves"].values()}) == 1
+    assert {"reward", "kl", "length"} <= found["after"].keys()
 
 
 def test_klq_is_ppo_with_a_penalty(tmp_path: Path):

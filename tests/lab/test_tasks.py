@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
-from klq_kernels.lab.tasks import TASKS, Case, Task, arithmetic, load_task, summarize, warm_start, warm_started
+from klq_kernels.lab.tasks import (
+    TASKS,
+    Case,
+    Task,
+    arithmetic,
+    load_task,
+    star_graph,
+    summarize,
+    warm_start,
+    warm_started,
+)
 
 EVERY_TASK = pytest.mark.parametrize("task", [load_task(name) for name in TASKS], ids=TASKS)
 
@@ -43,9 +53,11 @@ def reward(task: Task, case: Case, completion: str) -> float:
 
 
 def test_tasks_are_found_by_name():
-    assert TASKS == ("summarize", "constant", "arithmetic")
+    assert TASKS == ("summarize", "constant", "arithmetic", "star-graph")
     assert [load_task(name).name for name in TASKS] == list(TASKS)
-    with pytest.raises(ValueError, match="task: must be one of summarize, constant, arithmetic, got 'chess'"):
+    with pytest.raises(
+        ValueError, match="task: must be one of summarize, constant, arithmetic, star-graph, got 'chess'"
+    ):
         load_task("chess")
 
 
@@ -78,7 +90,8 @@ def test_bad_arguments(task: Task):
 @EVERY_TASK
 def test_whatever_writers_write_fits_and_scores_between_0_and_1(task: Task):
     examples = list(islice(task.examples(5), 300))
-    assert max(len(e.completion.encode()) for e in examples) < task.max_completion_length  # an EOS follows
+    lengths = [len(ids) for ids in task.tokenizer()([e.completion for e in examples])["input_ids"]]
+    assert max(lengths) < task.max_completion_length  # an EOS follows
     for e in examples:
         assert 0 <= reward(task, Case(e.prompt, e.columns), e.completion) <= 1
         assert 0 <= task.judge(e.prompt, e.completion, e.columns) <= 1
@@ -206,6 +219,27 @@ def test_sums_are_right(seed: int):
     case = arithmetic.draw(random.Random(seed))
     terms = case.prompt.rstrip("=")
     assert arithmetic.total(terms) == arithmetic.value(case.columns["rest"]) == case.columns["answer"] >= 0
+
+
+@given(st.integers(0, 10_000))
+def test_a_star_graph_has_one_way_to_its_goal(seed: int):
+    case = star_graph.draw(random.Random(seed))
+    graph, _, question = case.prompt.partition(" / ")
+    edges = [tuple(edge.split()) for edge in graph.split(" | ")]
+    source, goal, _, again = question.split()
+    assert source == again
+    assert len(set(edges)) == len(edges) == star_graph.DEGREE * (star_graph.LENGTH - 1)
+    assert sum(a == source for a, _ in edges) == star_graph.DEGREE
+    before = {b: a for a, b in edges}
+    walk = [goal]
+    while walk[-1] != source:
+        walk.append(before[walk[-1]])
+    assert case.columns["path"] == " ".join(walk[-2::-1])
+    task = load_task("star-graph")
+    assert task.tokenizer().decode(task.tokenizer()(case.prompt)["input_ids"]) == case.prompt  # every word is a token
+    assert reward(task, case, case.columns["path"]) == task.judge(case.prompt, case.columns["path"], case.columns) == 1
+    assert reward(task, case, case.columns["path"] + f" {goal}") == 0.0
+    assert task.judge(case.prompt, f"{goal} {goal}", case.columns) < 1
 
 
 # Tokenizer, model, warm start

@@ -17,7 +17,18 @@ import torch
 from ptx_machine import Fault
 
 from klq_kernels.vocabulary.chunking import row_stride
-from klq_kernels.vocabulary.chunks import Divergence, LossShape, Pair, Pull, Residuals, ScanTerms, Statistics, Terms
+from klq_kernels.vocabulary.chunks import (
+    Chosen,
+    Divergence,
+    LossShape,
+    Pair,
+    Pull,
+    Residuals,
+    ScanTerms,
+    States,
+    Statistics,
+    Terms,
+)
 from klq_kernels.vocabulary.metrics import klq_metrics
 from klq_kernels.vocabulary.sampling import Entries, Sampling
 
@@ -70,6 +81,14 @@ def kernels() -> dict[str, Callable[[], object]]:
         else:
             module("row_kl").row_kl(rows(torch.bfloat16), rows(torch.bfloat16), Divergence(*columns(5)), pair=pair)
 
+    def dots() -> None:
+        hidden, weight = (torch.randn(rows, 300).to(torch.bfloat16) for rows in (N, 40))
+        chosen = Chosen(States(hidden, torch.tensor([1, 0])), torch.tensor([[3, 9, 0], [7, 2, 1]]), 4)
+        logits, slopes = torch.empty(2, N, 3, 4)
+        module("selected_logits").selected_logits(
+            chosen, weight, torch.randn(40), logits, slopes, scale=1.0, softcap=9.0
+        )
+
     def scan(masked: bool) -> None:
         mask = torch.rand(n) < 0.8 if masked else None
         module("scans").reverse_scan(torch.randn(n), torch.rand(n), mask, ends, out)
@@ -93,6 +112,7 @@ def kernels() -> dict[str, Callable[[], object]]:
         "row_update": update,
         "row_kl": lambda: divergence(False),
         "row_kl_grad, narrower": lambda: divergence(True),
+        "selected_logits": dots,
         "row_select": lambda: [select(vocab) for vocab in LARGE],
         "reverse_scan": lambda: scan(False),
         "reverse_scan, masked": lambda: scan(True),

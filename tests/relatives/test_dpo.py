@@ -107,7 +107,7 @@ def test_the_reference_may_wait_on_the_host_and_sequences_be_concatenated(tmp_pa
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def test_texts_end_with_eos_and_chats_as_their_template_says() -> None:
+def test_texts_and_chats_end_with_one_eos() -> None:
     reader = PairReader(tiny.tokenizer(), tiny.VOCAB)
     chosen, rejected = reader.sequences([{"prompt": "ab", "chosen": "cd", "rejected": "e"}])
     tokenizer = tiny.tokenizer()
@@ -123,8 +123,13 @@ def test_texts_end_with_eos_and_chats_as_their_template_says() -> None:
         "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "n"}],
     }  # fmt: skip
     chosen, rejected = PairReader(chat, tiny.VOCAB).sequences([row])
-    assert (chat.decode(chosen.prompt), chat.decode(chosen.completion)) == ("<user>hi<assistant>", "yes")
-    assert chat.decode(rejected.completion) == "n"
+    assert (chat.decode(chosen.prompt), chat.decode(chosen.completion)) == ("<user>hi<assistant>", "yes<eos>")
+    assert chat.decode(rejected.completion) == "n<eos>"
+    chat.chat_template += "{% if not add_generation_prompt %}<eos>\n{% endif %}"  # as many templates end a turn
+    chosen, _ = PairReader(chat, tiny.VOCAB).sequences([row])
+    assert chat.decode(chosen.completion) == "yes<eos>"
+    chosen, _ = reader.sequences([{"prompt": "ab", "chosen": "cd<eos>", "rejected": "e"}])
+    assert tokenizer.decode(chosen.completion) == "cd<eos>"
 
 
 def test_cuts() -> None:

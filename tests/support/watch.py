@@ -9,12 +9,12 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs, scans
+from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs, linear_select, scans
 from klq_kernels.ops.operator import Operator
 
 DEFINITIONS = [
     op.definition if isinstance(op, Operator) else op
-    for module in (fused_loss, klq_loss, linear_kl, linear_logprobs, scans)
+    for module in (fused_loss, klq_loss, linear_kl, linear_logprobs, linear_select, scans)
     for op in vars(module).values()
     if isinstance(op, (Operator, CustomOpDef))
 ]

@@ -16,6 +16,7 @@ from .row_stats import row_stats
 from .row_update import row_update, updates
 from .scale import scale
 from .scans import lambda_errors, reverse_scan
+from .selected_logits import selected_logits
 from .weighted_sums import weighted_sums
 
 NAME = "triton"
@@ -37,6 +38,7 @@ __all__ = [
     "row_stats",
     "row_update",
     "scale",
+    "selected_logits",
     "updates",
     "weighted_sums",
 ]

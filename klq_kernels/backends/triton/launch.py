@@ -37,6 +37,11 @@ ROW_KL_GRAD = Config({"BLOCK": 2048}, num_warps=4)  # of two rows
 ROW_UPDATE = Config({"GROUPS": 4, "LANES": 8192, "BLOCK": 16384}, num_warps=32)
 ROW_SELECT = Config({"GROUPS": 8, "SEGMENT": 256, "BLOCK": 512, "HITS": 4}, num_warps=4)
 WEIGHTED_SUMS = Config({"ENTRIES": 4, "BLOCK": 1024}, num_warps=4)
+# By bytes per element of the weight.
+SELECTED_LOGITS = {
+    2: Config({"ENTRIES": 16, "BLOCK": 256}, num_warps=4),
+    4: Config({"ENTRIES": 16, "BLOCK": 128}, num_warps=4),
+}
 KLQ_RESIDUAL = Config({"BLOCK": 1024}, num_warps=4)
 KLQ_METRICS = Config({"BLOCK": 2048}, num_warps=8)
 SCALE = Config({"BLOCK": 8192}, num_warps=8)

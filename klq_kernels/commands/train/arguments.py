@@ -1,15 +1,15 @@
 """The arguments of ``klq train``: where each value comes from.
 
 A value comes from a flag, else from the YAML file, else from the recipe of the built-in task, else it is the default.
-All names are those of ``ScriptArguments`` (what to train on what) and of ``KLQConfig`` or a relative's configuration
-(how), for ``algorithm: qsharp`` of ``GuideArguments`` and ``QSharpConfig``; a name that is neither is an error, because
-a misspelt hyperparameter that is silently ignored costs a run.
+All names are those of ``ScriptArguments`` (what to train on what) and of the algorithm's configuration (how), which is
+``KLQConfig``, that of a relative on the same cycle, or ``QSharpConfig`` with ``GuideArguments``. A name that is neither
+is an error, because a misspelt hyperparameter that is silently ignored costs a run.
 """
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Action
-from collections.abc import Collection, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,7 @@ from ...trainer.relatives import CYCLES
 DEFAULT_OUTPUT = "klq_output"
 COPY = "copy"  # as a value model
 QSHARP = "qsharp"
+Config = KLQConfig | QSharpConfig
 
 # Settings with which the built-in tasks learn within a few minutes on a CPU; each can be overridden.
 RECIPE: dict[str, Any] = {
@@ -109,20 +110,35 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def argument_parser(algorithm: str = "klq") -> Parser:
+def config_class(flags: Sequence[str], given: Mapping[str, Any] | None = None) -> type[Config]:
+    """The configuration of the algorithm that the flags name, or the values ``given`` in a file.
+
+    Raises:
+        ValueError: where there is no such algorithm.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algorithm", nargs="?", default=(given or {}).get("algorithm", KLQConfig.algorithm))
+    algorithm = first.parse_known_args(list(flags))[0].algorithm
+    names = (*KLQConfig.algorithms, *CYCLES, QSHARP)
+    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
+    if algorithm == QSHARP:
+        return QSharpConfig
+    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
+
+
+def argument_parser(config: type[Config] = KLQConfig) -> Parser:
     """Every field of both dataclasses as a flag; the help shows ours, and names where the others are documented."""
-    what, how = (GuideArguments, QSharpConfig) if algorithm == QSHARP else (ScriptArguments, config_class(algorithm))
+    what = GuideArguments if issubclass(config, QSharpConfig) else ScriptArguments
     parser = Parser(
-        [what, how],  # type: ignore[list-item]
+        [what, config],  # type: ignore[list-item]
         prog="klq train",
         usage="klq train [--config FILE.yaml] [--NAME VALUE ...]",
-        description="Train a language model with KLQ, PPO or a relative, or a guide for one (--algorithm qsharp; with "
-        "--help, its arguments). The names below are also the keys of the YAML file.",
+        description="Train a model with KLQ or a relative, or a guide for one (--algorithm NAME; with --help, its "
+        "arguments). The names below are also the keys of the YAML file.",
         epilog="So are all fields of transformers.TrainingArguments.",
         allow_abbrev=False,
     )
-    parents = set(TrainingArguments.__mro__)
-    ours = {name for kind in how.__mro__ if kind not in parents for name in kind.__annotations__}
+    ours = {name for kind in config.__mro__ if issubclass(kind, Config) for name in kind.__annotations__}
     inherited = {f.name for f in fields(TrainingArguments)} - ours - {"output_dir", "seed"}
     for action in parser._actions:
         if action.dest in inherited or action.option_strings[0].startswith("--no_"):
@@ -131,26 +147,14 @@ def argument_parser(algorithm: str = "klq") -> Parser:
     return parser
 
 
-def config_class(algorithm: str) -> type[KLQConfig]:
-    """The configuration of an algorithm on KLQ's cycle."""
-    return CYCLES[algorithm].config_class if algorithm in CYCLES else KLQConfig
-
-
 def algorithm_of(given: dict[str, Any], flags: Sequence[str]) -> str:
-    """The value of ``algorithm`` in the flags, else in the file, else the default; the parser depends on it.
-
-    Raises:
-        ValueError: where there is no such algorithm.
-    """
+    """The value of ``algorithm`` in the flags, else in the file, else the default; the parser depends on it."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algorithm", default=given.get("algorithm", "klq"))
-    algorithm = parser.parse_known_args(list(flags))[0].algorithm
-    names = (*KLQConfig.algorithms, *CYCLES, QSHARP)
-    require(algorithm in names, "algorithm", f"must be one of {', '.join(names)}; got {algorithm!r}")
-    return algorithm
+    return parser.parse_known_args(list(flags))[0].algorithm
 
 
-def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, KLQConfig | QSharpConfig]:
+def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, Config]:
     """The arguments of a run.
 
     Args:
@@ -161,8 +165,8 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         ValueError: naming the key or flag that is unknown (with the nearest that exists) or has a bad value.
     """
     given = {} if config is None else read_yaml(config)
-    algorithm = algorithm_of(given, flags)
-    parser = argument_parser(algorithm)
+    kind = config_class(flags, given)
+    parser = argument_parser(kind)
     actions = {action.dest: action for action in reversed(parser._actions)}
     for key in given:
         require(key in actions, "config", f"{config} has an unknown key {key!r}{near(key, actions)}")
@@ -174,19 +178,22 @@ def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, K
         raise ValueError(f"{name}: unknown argument{near(name.lstrip('-').replace('-', '_'), actions, '--')}")
     if known.task is not None:
         flagged = {a.dest for a in parser._actions for f in flags if f.partition("=")[0] in a.option_strings}
-        suited = recipe(known.task, {*values, *flagged}, algorithm)
+        suited = recipe(known.task, {*values, *flagged}, kind)
         parser.set_defaults(**{name: value for name, value in suited.items() if name not in values})
     arguments, training = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     return arguments, training
 
 
-def recipe(task: str, given: Collection[str], algorithm: str = "klq") -> dict[str, Any]:
-    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one."""
+def recipe(task: str, given: Collection[str], kind: type[Config] = KLQConfig) -> dict[str, Any]:
+    """Settings that suit a built-in task; its own length of a run only where none of the ``given`` names sets one.
+
+    Those of a value function are left out where the algorithm has no critic.
+    """
     length = load_task(task).max_completion_length
-    if algorithm == QSHARP:
+    if issubclass(kind, QSharpConfig):
         return {**GUIDE_RECIPE, "max_completion_length": length}
     settings = {**RECIPE, "max_completion_length": length}
-    if not config_class(algorithm).has_critic:
+    if not kind.has_critic:
         del settings["value_model"], settings["value_learning_rate"]
     if "max_steps" in given or "num_train_epochs" in given:
         del settings["total_episodes"]

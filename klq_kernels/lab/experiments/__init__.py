@@ -8,6 +8,7 @@ timing            ... take the times of their updates
 noise             ... measure what a sampled gradient adds to the noise of a mini-batch
 demo_loop         ... train the demonstration's policy in its own loop
 stale             an engine that is some cycles behind
+methods           ... train a guide or a policy, and measure it at several prices of a nat
 optimizers        optimisers that treat the head in another way than the rest
 pool              jobs side by side, each in a process of its own
 statistics        means with confidence intervals

@@ -75,12 +75,22 @@ def analyse(
 def summary(variant: Settings, jobs: list[Results]) -> Results:
     """Means over the seeds of one variant."""
     finals = [{**job["after"], "objective": objective(job["after"], tau_of(job))} for job in jobs]
-    return {
+    found = {
         "variant": variant,
         "before": interval([job["before"]["reward"] for job in jobs]),
         "after": {name: interval([final[name] for final in finals]) for name in HELD_OUT},
         "curves": curves(jobs),
     }
+    return found | ({"front": front(jobs)} if "front" in jobs[0] else {})
+
+
+def front(jobs: list[Results]) -> list[Results]:
+    """Reward and KL at each price, over the seeds."""
+    points = zip(*(job["front"] for job in jobs), strict=True)
+    return [
+        {"price": each[0]["price"]} | {name: interval([point[name] for point in each]) for name in ("reward", "kl")}
+        for each in points
+    ]
 
 
 def curves(jobs: list[Results]) -> Results:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .demo_loop import train_demo
 from .equivalence import compare_gradients
+from .methods import train_method
 from .noise import measure_noise
 from .spec import Job, Settings
 from .timing import update_times
@@ -68,4 +69,5 @@ KINDS: dict[str, Callable[[Settings, Path], dict[str, Any]]] = {
     "timing": update_times,
     "noise": measure_noise,
     "demo": train_demo,
+    "methods": train_method,
 }

@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 
 from ..display import BLUE, GREEN, GREY, MARKERS, ORANGE, RED, finish
 from .analysis import Results
+from .statistics import Interval
 
 COLOURS = (BLUE, ORANGE, GREEN, RED)
+METHOD_COLOURS = (BLUE, GREEN, ORANGE, RED, GREY)
 ALGORITHMS = {"klq": BLUE, "ppo": ORANGE}
 AXES = {"reward": ("Reward", "mean score"), "kl": ("KL to the reference", "nats per completion")}
 
@@ -30,6 +32,8 @@ def draw(name: str, results: Results, path: Path) -> None:
         draw_grid(results, path, lines="staleness")
     elif "replay_cycles" in results["variants"][0]["variant"]:
         draw_grid(results, path, lines="replay_cycles")
+    elif results["kind"] == "methods":
+        draw_methods(results, path)
     elif "pairs" in results:
         draw_comparison(results, path)
     else:
@@ -39,7 +43,8 @@ def draw(name: str, results: Results, path: Path) -> None:
 def name_of(variant: dict[str, Any]) -> str:
     names = {"lam": "λ", "tau": "τ", "samples": "K", "staleness": "staleness"}
     names |= {"num_update_epochs": "passes", "replay_cycles": "cycles replayed"}
-    values = {"klq": "KLQ", "ppo": "PPO", "none": "uncorrected", "retrace": "Retrace"}
+    values = {"klq": "KLQ", "ppo": "PPO", "reinforce": "REINFORCE", "cd": "CD", "none": "uncorrected"}
+    values |= {"retrace": "Retrace", "bernoulli": "Q♯ (bernoulli)", "categorical": "Q♯ (categorical)"}
     return ", ".join(
         f"{names[n]} = {value}" if n in names and value != "dense" else values.get(value, str(value))
         for n, value in variant.items()
@@ -63,6 +68,26 @@ def draw_curves(results: Results, path: Path) -> None:
         axes.legend(frameon=False)
     panels[1].axhline(0, color=GREY, linewidth=1)
     finish(figure, path, *panels)
+
+
+def draw_methods(results: Results, path: Path) -> None:
+    """Reward over the run, and reward against KL where a method ends, at each price of a nat."""
+    figure, (over_time, ends) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for entry, colour, marker in zip(results["variants"], METHOD_COLOURS, MARKERS * 2, strict=False):
+        label = name_of(entry["variant"])
+        band(over_time, entry["curves"], "reward", color=colour, label=label)
+        kl, reward = ([Interval(*point[name]) for point in entry["front"]] for name in ("kl", "reward"))
+        ends.errorbar(
+            [i.mean for i in kl], [i.mean for i in reward], xerr=[i.half or 0.0 for i in kl],
+            yerr=[i.half or 0.0 for i in reward], color=colour, marker=marker, linewidth=1.5, capsize=2, label=label,
+        )  # fmt: skip
+    start = results["variants"][0]["before"][0]
+    for axes in (over_time, ends):
+        axes.axhline(start, color=GREY, linewidth=1, linestyle="--")
+    over_time.set(title="Reward", xlabel="optimizer steps", ylabel="mean score")
+    ends.set(title="Reward against KL", xlabel="KL, nats per completion", ylabel="mean score")
+    ends.legend(frameon=False)
+    finish(figure, path, over_time, ends)
 
 
 def draw_comparison(results: Results, path: Path) -> None:

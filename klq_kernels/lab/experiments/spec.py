@@ -27,7 +27,7 @@ from ...trainer.loading import read_yaml
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = (  # in the order of the page
     "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-demo",
-    "sampled-optimizers", "staleness-summarize", "staleness-arithmetic", "replay",
+    "sampled-optimizers", "staleness-summarize", "staleness-arithmetic", "replay", "star-graph",
 )  # fmt: skip
 GROUPS = {  # names that stand for several
     "all": NAMES,

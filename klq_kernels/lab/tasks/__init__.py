@@ -3,6 +3,7 @@
     summarize    say in a few bytes what a note complains of; a rule scores it
     constant     the same notes, and the same reward for everything: the policy must stay where it is
     arithmetic   sums of three numbers in two steps, checked by their result
+    star-graph   the way through a star graph, whose first step cannot be copied
 
 Each comes with a tokenizer, a small model, writers of mixed quality to warm-start it on, reward functions, and a judge
 with criteria of its own. ``task`` holds what they share, ``warm_start`` the supervised start.
@@ -11,11 +12,12 @@ with criteria of its own. ``task`` holds what they share, ``warm_start`` the sup
 from __future__ import annotations
 
 from .arithmetic import ARITHMETIC
+from .star_graph import STAR_GRAPH
 from .summarize import CONSTANT, SUMMARIZE
 from .task import Case, Example, Task
 from .warm_start import warm_started
 
-_TASKS = {task.name: task for task in (SUMMARIZE, CONSTANT, ARITHMETIC)}
+_TASKS = {task.name: task for task in (SUMMARIZE, CONSTANT, ARITHMETIC, STAR_GRAPH)}
 TASKS = tuple(_TASKS)
 
 __all__ = ["TASKS", "Case", "Example", "Task", "load_task", "warm_started"]

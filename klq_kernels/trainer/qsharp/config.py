@@ -15,10 +15,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ...call.checks import require, require_number
-from ...guidance import Law
+from ...guidance import ActionGuide, Law, ValueGuide
 from ...guidance.decoding import OTHERS
 from ..config import UNUSED, option
 
+GUIDES = {"value": ValueGuide, "action": ActionGuide}
 LAW_ARGUMENTS = {"kind": "law", "atoms": "atoms", "low": "reward_low", "high": "reward_high"}  # by Law's names
 
 
@@ -40,6 +41,11 @@ class QSharpConfig(TrainingArguments):
 
     law: str = option("bernoulli", "The law of the reward: 'bernoulli', 'categorical', or 'mse' (its mean alone).")
     atoms: int = option(11, "law='categorical': number of atoms, evenly from reward_low to reward_high.")
+    guide_type: str = option(
+        "value",
+        "Of a new guide: 'value' reads the state after a token (V-type), 'action' has outputs for each token of the "
+        "vocabulary in the state before it (Q-type).",
+    )
     reward_low: float = option(0.0, "The lowest reward; a lower one is an error.")
     reward_high: float = option(1.0, "The highest reward; a higher one is an error.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
@@ -97,6 +103,7 @@ class QSharpConfig(TrainingArguments):
         except ValueError as error:
             name, _, message = str(error).partition(": ")
             raise ValueError(f"{LAW_ARGUMENTS[name]}: {message}") from None
+        require(self.guide_type in GUIDES, "guide_type", f"must be one of {', '.join(GUIDES)}; got {self.guide_type!r}")
         require(self.others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {self.others!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
         for name, instead in UNUSED.items():

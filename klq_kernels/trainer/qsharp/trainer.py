@@ -35,7 +35,7 @@ from ..rollout import sampling_config
 from ..seeds import Purpose, derived_seed
 from ..sharding import shards_weights
 from .collection import Collection
-from .config import QSharpConfig
+from .config import GUIDES, QSharpConfig
 from .examples import Example, Examples, varied
 from .quality import quality
 
@@ -181,6 +181,7 @@ class QSharpTrainer(Trainer):
         """One micro-batch; the first of a round collects the round's examples."""
         if self.examples.rounds <= self.state.global_step // self.args.steps_per_round:
             self.collect()
+            self.guide.wake(derived_seed(self.args.seed, Purpose.HEAD))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -377,7 +378,7 @@ def proven_guide(given: Any, args: QSharpConfig, reference: LanguageModel) -> Va
             f"must be a ValueGuide, a transformers model or the path of one, got {type(given).__name__}",
         )
         shared = loading.shares_parameters(given, reference.model)
-        given = ValueGuide(copy.deepcopy(given) if shared else given, law)
+        given = GUIDES[args.guide_type](copy.deepcopy(given) if shared else given, law)
     given.requires_grad_(True)
     require(
         not loading.shares_parameters(given, reference.model),

@@ -1,8 +1,8 @@
 """Pairs of completions for a prompt, one preferred to the other, as rows of a dataset and as sequences.
 
 A row has ``prompt``, a text or chat messages, and ``chosen`` and ``rejected``: texts, or the messages that follow those
-of the prompt. A completion that is a text ends with EOS, which the policy is to learn as well; what ends a chat's
-is its template's.
+of the prompt. A completion ends with one EOS, which the policy is to learn as well: it is added where neither the text
+nor the template has it, and what a template writes after it, such as a line break, is left out.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ class PairReader:
         return [self._sequence(p, row, column) for column in COLUMNS for p, row in zip(prompts, rows, strict=True)]
 
     def _sequence(self, prompt: list[int], row: dict[str, Any], column: str) -> Sequence:
-        ids = self._completion(prompt, row["prompt"], row.get(column), column)[: self.max_completion_length]
-        require(bool(ids), column, f"{row[column]!r:.80} has no tokens, and so nothing to learn")
+        said = self._completion(prompt, row["prompt"], row.get(column), column)
+        require(bool(said), column, f"{row[column]!r:.80} has no tokens, and so nothing to learn")
+        ids = self._ended(said)[: self.max_completion_length]
         check_ids("processing_class", ids, self.vocab)
         start = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
         return Sequence(torch.tensor(prompt[start:]), torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
 
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The ids up to the last EOS among them, or with one at their end."""
+        eos = self.tokenizer.eos_token_id
+        return ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
+
     def _completion(self, prompt: list[int], before: Any, said: Any, column: str) -> list[int]:
         """The ids of a completion, which the policy is to say after the prompt."""
         if isinstance(said, str):
-            ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-            ended = not ids or ids[-1] == self.tokenizer.eos_token_id
-            return ids if ended else [*ids, self.tokenizer.eos_token_id]
+            return list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
         chat = isinstance(said, (list, tuple)) and bool(said) and all(map(is_message, said))
         require(
             chat and not isinstance(before, str),
