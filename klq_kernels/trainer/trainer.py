@@ -110,6 +110,11 @@ class KLQTrainer(Evaluation, Checkpoints):
         right = isinstance(args, self.config_class) and args.algorithm in self.config_class.algorithms
         require(right, "args", f"must be a {self.config_class.__name__}, got {type(args).__name__}")
         require(
+            value_model is None or args.has_critic,
+            "value_model",
+            f"is not read by {args.algorithm}, which has no value function; leave it None",
+        )
+        require(
             value_model is not None or not args.freeze_value_model,
             "freeze_value_model",
             "needs a value_model that knows the values: a linear head begins at 0, and would stay there",

@@ -339,7 +339,7 @@ def test_settings_without_effect_are_warned_of(
 
 def test_models_and_functions_that_are_not_read_are_refused(tmp_path: Path) -> None:
     for kind in ("tbrm", "vineppo"):
-        with pytest.raises(ValueError, match="value_model: is not read"):
+        with pytest.raises(ValueError, match=f"value_model: is not read by {kind}"):
             trainer(kind, tmp_path, {"value_model": tiny.classifier()})
     with pytest.raises(ValueError, match="rollout_func: cannot go on"):
         trainer("vineppo", tmp_path, {"rollout_func": lambda prompts, trainer: Completions([[5]] * len(prompts))})

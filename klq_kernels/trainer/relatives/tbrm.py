@@ -25,9 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...call.checks import require
 from ...returns import reverse_scan
 from ..actor_critic import States
 from ..batches import Inputs
@@ -90,14 +89,10 @@ def tbrm(
 
 
 class TBRMTrainer(KLQTrainer):
-    """Trains a causal language model by TBRM; arguments as in ``KLQTrainer``, with a ``TBRMConfig``."""
+    """Trains a causal language model by TBRM; arguments as in ``KLQTrainer`` but value_model, with a ``TBRMConfig``."""
 
     config_class = TBRMConfig
     args: TBRMConfig
-
-    def __init__(self, *args: Any, value_model: str | nn.Module | None = None, **kwargs: Any) -> None:
-        require(value_model is None, "value_model", "is not read: the logits are the values; leave it None")
-        super().__init__(*args, **kwargs)
 
     def objective_of(self, batch: Inputs) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
         return tbrm

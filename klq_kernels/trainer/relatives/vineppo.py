@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...call.checks import require
 from ..batches import Inputs, Sequence
@@ -93,10 +93,7 @@ class VinePPOTrainer(KLQTrainer):
     config_class = VinePPOConfig
     args: VinePPOConfig
 
-    def __init__(
-        self, *args: Any, value_model: str | nn.Module | None = None, rollout_func: Any = None, **kwargs: Any
-    ) -> None:
-        require(value_model is None, "value_model", "is not read: values are sampled; leave it None")
+    def __init__(self, *args: Any, rollout_func: Any = None, **kwargs: Any) -> None:
         require(rollout_func is None, "rollout_func", "cannot go on from a prefix; leave it None")
         super().__init__(*args, **kwargs)
 
