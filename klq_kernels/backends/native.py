@@ -27,6 +27,11 @@ NAME = "native"
 VOCABULARY_MAJOR = True
 PADS_ROWS = False  # of logits stored token by token, which ``row_kl`` reads
 ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
+OPERATIONS = (  # of the library, all that this file calls
+    "use_isa", "populate", "strip_stats", "strip_grad", "strip_select", "weighted_sums", "row_dots", "klq_residual",
+    "lambda_errors", "reverse_scan",
+)  # fmt: skip
+REPEAT = "with torch and a C++ compiler, repeat the installation with --force-reinstall --no-deps"
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")  # in the order of csrc/kernels.h
 
 
@@ -49,9 +54,12 @@ def _load() -> str | None:
     given = os.environ.get("KLQ_NATIVE_LIBRARY")
     built = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
-        return "not built; with torch and a C++ compiler, repeat the installation with --force-reinstall --no-deps"
+        return f"not built; {REPEAT}"
     try:
         torch.ops.load_library(str(built[0]))
+        missing = [name for name in OPERATIONS if not hasattr(torch.ops.klq_native, name)]
+        if missing:
+            return f"{built[0].name} is of older sources, without {', '.join(missing)}; {REPEAT}"
         use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)
     except (OSError, RuntimeError, ValueError) as error:
         return f"{built[0].name} does not load: {error}"

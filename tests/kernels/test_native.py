@@ -4,6 +4,7 @@ runs on it like on every other backend."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -441,6 +442,14 @@ def test_settings_that_cannot_be_met_leave_the_backend_out_and_say_why(setting: 
     answer = run_python(script, **{setting: value})
     assert answer.startswith("torch ")
     assert says in answer
+
+
+def test_a_library_of_older_sources_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(native.__file__).read_text()
+    assert set(native.OPERATIONS) == set(re.findall(r"torch\.ops\.klq_native\.(\w+)\(", source))
+    assert native._load() is None
+    monkeypatch.setattr(native, "OPERATIONS", (*native.OPERATIONS, "sum_of_next_year"))
+    assert "is of older sources, without sum_of_next_year; " in str(native._load())
 
 
 def wrong_calls() -> dict[str, Callable[[], None]]:
