@@ -46,10 +46,18 @@ def page(results: dict[str, Results], *, pictures: str) -> str:
 def section(name: str, found: Results, pictures: str) -> str:
     words = WORDS[name](found)
     image = f"![{found['title']}]({pictures}/{name}.png)"
-    settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+    settings = stated(found["settings"])
     seeds = "" if found["kind"] in MEASURED else f" Seeds: {found['seeds']}."
     parts = (f"## {found['title']}", found["question"], words, image, prose(f"Settings: {settings}.{seeds}"))
     return "\n\n".join(parts) + "\n"
+
+
+def stated(settings: dict[str, Any]) -> str:
+    """Names and values; those of a part of the job in parentheses behind its name."""
+    return ", ".join(
+        f"{name} ({stated(value)})" if isinstance(value, dict) else f"{name} {value}"
+        for name, value in settings.items()
+    )
 
 
 def of(numbers: list[Any]) -> Interval:
@@ -373,9 +381,34 @@ def star_graph(found: Results) -> str:
     return f"{words}\n\n{finals(found, first='method', before=True)}"
 
 
+def pareto(found: Results) -> str:
+    """Every method at every price, and which of these points no other has more reward for less KL than."""
+    points = [
+        (name_of(entry["variant"]), point["price"], of(point["reward"]), of(point["kl"]))
+        for entry in found["variants"]
+        for point in entry["front"]
+    ]
+    best = [
+        f"{name} at {price:g}"
+        for name, price, reward, kl in sorted(points, key=lambda point: point[3].mean)
+        if not any(r.mean >= reward.mean and k.mean < kl.mean for _, _, r, k in points)
+    ]
+    before = of(found["variants"][0]["before"])
+    words = prose(
+        f"""A guide is trained once for each seed and measured at each η; a policy is trained anew for each τ, by
+        {found["settings"]["policy"]["total_episodes"]:,} rollouts. All start from one warm-started policy, whose
+        reward is {before.text()}. KL is in nats per completion: exact over the vocabulary at each step for guides,
+        estimated from samples for policies. By their means, no other point has as much reward for less KL than:
+        {"; ".join(best)}."""
+    )
+    rows = [[name, f"{price:g}", reward.text(), kl.text(2)] for name, price, reward, kl in points]
+    return f"{words}\n\n{markdown_table(('method', 'price of a nat', 'reward', 'KL'), rows)}"
+
+
 WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
     "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
     "staleness-summarize": staleness, "staleness-arithmetic": staleness,
     "replay": replay, "star-graph": star_graph,
+    "qsharp-arithmetic": pareto,
 }  # fmt: skip
