@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Without a GPU its tests are left out in one line, unless they were asked for (then each says why it skips).
     """
     items.sort(key=lambda item: item.get_closest_marker("lengthy") is None)
-    if torch.cuda.is_available() or config.option.markexpr:
+    if torch.cuda.is_available() or "gpu" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -402,7 +402,8 @@ def test_selected_logits(
     assert int((~there).sum()) == 2 * atoms
     torch.testing.assert_close(out.double()[there], z_of(z, **head)[there], rtol=1e-5, atol=2e-5)
     if slope is not None:
-        torch.testing.assert_close(slope.double(), 1 - torch.tanh(z / 9.0).square(), rtol=1e-4, atol=1e-7)
+        # of a large negative logit the slope has the rounding of 2 (backends/triton/math.py)
+        torch.testing.assert_close(slope.double(), 1 - torch.tanh(z / 9.0).square(), rtol=1e-4, atol=5e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
