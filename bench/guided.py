@@ -30,7 +30,7 @@ from .harness import quartiles, take_turns
 
 OUTPUT = ROOT / "bench" / "results" / "guided.json"
 PAGE = ROOT / "docs" / "guidance.md"
-VOCAB, PROMPT, TOKENS, ROWS, ROUNDS = 32_000, 128, 24, 4, 7
+VOCAB, PROMPT, TOKENS, ROWS, ROUNDS = 32_000, 128, 24, 4, 5
 SIZES = {"reference": (1024, 8), "guide": (256, 8)}  # width, layers
 CANDIDATES = (5, 20)
 ALONE = "reference alone"
