@@ -30,8 +30,8 @@ from .harness import quartiles, take_turns
 
 OUTPUT = ROOT / "bench" / "results" / "guided.json"
 PAGE = ROOT / "docs" / "guidance.md"
-VOCAB, PROMPT, TOKENS, ROWS, ROUNDS = 32_000, 128, 24, 4, 5
-SIZES = {"reference": (1024, 8), "guide": (256, 8)}  # width, layers
+VOCAB, PROMPT, TOKENS, ROWS, ROUNDS = 32_000, 64, 16, 2, 5
+SIZES = {"reference": (768, 8), "guide": (192, 8)}  # width, layers
 CANDIDATES = (5, 20)
 ALONE = "reference alone"
 
