@@ -51,6 +51,7 @@ class CandidateScorer:
         self.guide = guide
         self.pad_token_id = pad_token_id
         self.attention_mask = attention_mask
+        self._cache_name = cache_argument(guide.backbone)
         self._shares: bool | None = None  # whether candidates can share a pass
         self.forget()
 
@@ -143,7 +144,7 @@ class CandidateScorer:
             attention_mask=self._mask(input_ids.shape[1], cached, k),
             position_ids=position_ids,
             use_cache=True,
-            **{cache_argument(self.guide.backbone): self._cache},
+            **{self._cache_name: self._cache},
         ).last_hidden_state
         if k:
             self._cache.crop(-k)  # the candidates leave it again

@@ -97,15 +97,15 @@ class GuidedLogits(LogitsProcessor):
         """The guided scores [B, V] for the reference's, in their dtype."""
         logp = (scores.float() / self.temperature).log_softmax(-1)
         ref, candidates = logp.topk(min(self.top_k, logp.shape[-1]), -1)  # [B, k]
-        offsets = self.offsets(self._scorer(input_ids, candidates)).masked_fill(ref == -torch.inf, -torch.inf)
+        dead, mass = ref == -torch.inf, ref.logsumexp(-1, keepdim=True)
+        offsets = self.offsets(self._scorer(input_ids, candidates)).masked_fill(dead, -torch.inf)
         shift = offsets - offsets.max(-1, keepdim=True).values
-        shift = shift - ((ref + shift).logsumexp(-1, keepdim=True) - ref.logsumexp(-1, keepdim=True))
-        dead = ref == -torch.inf
+        shift = shift - ((ref + shift).logsumexp(-1, keepdim=True) - mass)
         shift = shift.masked_fill(dead, 0.0)
         guided = ref + shift
         kept = scores if self.others == "keep" else torch.full_like(scores, -torch.inf)
         if self.others == "exclude":
-            guided = guided - ref.logsumexp(-1, keepdim=True)
+            guided = guided - mass
         self._account(input_ids, (guided.exp() * (guided - ref).masked_fill(dead, 0.0)).sum(-1))
         moved = scores.gather(-1, candidates) + (self.temperature * shift).to(scores.dtype)
         return kept.scatter(-1, candidates, moved)

@@ -140,6 +140,15 @@ def test_nothing_to_tell_apart_is_an_error(tmp_path: Path) -> None:
         trainer(tmp_path, {"reward_funcs": lambda completions, **_: [1.0] * len(completions)}).train()
 
 
+def test_completions_that_no_function_scored_count_for_nothing(tmp_path: Path) -> None:
+    def every_other(completions: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    given = {"eval_dataset": tiny.prompts(8), "reward_funcs": every_other}
+    found = trainer(tmp_path, given, drop_constant=False).evaluate()
+    assert found["eval_reward"] == found["eval_ref_reward"] == 1.0
+
+
 def test_draws_are_shuffled_passes_over_all() -> None:
     examples = Examples()
     examples.add([Example([1], [2], 0, 0.0, row) for row in range(10)])

@@ -263,8 +263,8 @@ class QSharpTrainer(Trainer):
             if turn.kept:
                 scores = scores_of(collection.rewards, self.tokenizer, records, sampled.completions, self.state)
                 lengths = torch.tensor([float(len(c)) for c in sampled.completions])
-                values = {"reward": scores.total.mean(), "kl": sampled.kl.mean(), "length": lengths.mean()}
-                means.add(values, len(records))
+                columns = {"reward": scores.total, "kl": sampled.kl, "length": lengths}
+                means.add({name: of[scores.scored].mean() for name, of in columns.items()}, int(scores.scored.sum()))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return means.drain(self.accelerator)
 
@@ -279,8 +279,8 @@ class QSharpTrainer(Trainer):
             completions = collection.sample(prompts, seed, guided=False).completions
             if turn.kept:
                 scores = scores_of(collection.rewards, self.tokenizer, records, completions, self.state)
-                parts = zip(prompts, completions, scores.total.tolist(), turn.rows, strict=True)
-                out += [Example(p, c, 0, reward, row) for p, c, reward, row in parts]
+                parts = zip(prompts, completions, scores.total.tolist(), turn.rows, scores.scored.tolist(), strict=True)
+                out += [Example(p, c, 0, reward, row) for p, c, reward, row, scored in parts if scored]
         return out
 
     def _quality(self, held_out: list[Example]) -> dict[str, float]:
