@@ -18,19 +18,17 @@ from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, conditions
+from .means import Means
 from .replay import Memory
 from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
 
 
-class Checkpoints(Cycle, Trainer):
-    """Saving and resuming, so that a resumed run repeats exactly what an uninterrupted one would have done."""
+class Resumable(Trainer):
+    """What every trainer here resumes alike: from which checkpoint, and what the next log will say."""
 
-    args: KLQConfig
-    experience: Experience | None  # of the cycle in progress
-    micro_step: int  # within the optimizer step
-    step_rows: Tensor  # trained tokens of each optimizer step of the cycle, over all processes; empty until counted
+    means: Means
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
@@ -38,12 +36,45 @@ class Checkpoints(Cycle, Trainer):
             folder = str(self.args.output_dir)
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
+        self._begin()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin(self) -> None:
+        """Forgets what belongs to another run."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random state, what the next log will say, and what else belongs to the run in progress."""
+        super()._save_rng_state(output_dir)
+        torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
+        self._save_progress(output_dir)
+        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
+
+    def _save_progress(self, folder: str) -> None:
+        """Writes what a trainer's own ``_load_rng_state`` reads."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (means := self._file_of_process(checkpoint, "means")).exists():
+            self.means.load_state(torch.load(means, weights_only=True))
+
+    def _file_of_process(self, folder: str, name: str) -> Path:
+        return Path(folder) / f"{name}_{self.args.process_index}.pt"
+
+
+class Checkpoints(Cycle, Resumable):
+    """Saving and resuming, so that a resumed run repeats exactly what an uninterrupted one would have done."""
+
+    args: KLQConfig
+    experience: Experience | None  # of the cycle in progress
+    micro_step: int  # within the optimizer step
+    step_rows: Tensor  # trained tokens of each optimizer step of the cycle, over all processes; empty until counted
+
+    def _begin(self) -> None:
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
         lm_head = self.language_model.lm_head if self.args.head_sharding == "tokens" else None
         sharding.shard_heads(self.accelerator, self.actor_critic.value.head, lm_head)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy, its tokenizer and the value function. All processes must call it; one writes.
@@ -87,24 +118,18 @@ class Checkpoints(Cycle, Trainer):
         """Loads the best checkpoint, for ``load_best_model_at_end``."""
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the random state, what the next log will say, and the experience of a cycle that is not over yet."""
-        super()._save_rng_state(output_dir)
-        torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
-        torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(output_dir, "running"))
+    def _save_progress(self, folder: str) -> None:
+        """Running spreads, what is replayed, the experience of a cycle that is not over yet."""
+        torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(folder, "running"))
         if self.args.replay_cycles:
-            torch.save(self.memory.state(), self._file_of_process(output_dir, "memory"))
+            torch.save(self.memory.state(), self._file_of_process(folder, "memory"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
-            self.experience.save(self._file_of_process(output_dir, "experience"), self._conditions)
-        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
+            self.experience.save(self._file_of_process(folder, "experience"), self._conditions)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        means = self._file_of_process(checkpoint, "means")
-        if means.exists():
-            self.means.load_state(torch.load(means, weights_only=True))
         running = self._file_of_process(checkpoint, "running")
         if running.exists():
             for name, state in torch.load(running, weights_only=True).items():
@@ -130,9 +155,6 @@ class Checkpoints(Cycle, Trainer):
     @property
     def _conditions(self) -> dict[str, Any]:
         return conditions(self.args, self.accelerator.num_processes)
-
-    def _file_of_process(self, folder: str, name: str) -> Path:
-        return Path(folder) / f"{name}_{self.args.process_index}.pt"
 
 
 def last_complete_checkpoint(output_dir: Path) -> str | None:

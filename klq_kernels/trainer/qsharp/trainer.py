@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ...call.checks import require
 from ...guidance import GuidedLogits, ValueGuide, sequence_mean
 from ...guidance.guide import SETTINGS
 from .. import loading, probe
 from ..batches import Inputs, collate
-from ..checkpoints import last_complete_checkpoint
+from ..checkpoints import Resumable
 from ..means import Means
 from ..models import LanguageModel
 from ..processes import Turn
@@ -39,10 +39,10 @@ from .config import GUIDES, QSharpConfig
 from .examples import Example, Examples, varied
 from .quality import quality
 
-EXAMPLES, MEANS = "examples.pt", "means_{process}.pt"
+EXAMPLES = "examples.pt"
 
 
-class QSharpTrainer(Trainer):
+class QSharpTrainer(Resumable):
     """Trains a guide for a reference policy against reward functions.
 
     Args:
@@ -307,14 +307,8 @@ class QSharpTrainer(Trainer):
 
     # ---- saving, resuming ---------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_complete_checkpoint(Path(folder))
-            require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
+    def _begin(self) -> None:
         self.examples = Examples()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The guide as ``ValueGuide.from_pretrained`` reads it, and its tokenizer."""
@@ -329,13 +323,9 @@ class QSharpTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the random state, what the next log will say, and the examples."""
-        super()._save_rng_state(output_dir)
-        torch.save(self.means.state(), self._means_file(output_dir))
+    def _save_progress(self, folder: str) -> None:
         if self.args.should_save:
-            self.examples.save(Path(output_dir) / EXAMPLES)
-        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
+            self.examples.save(Path(folder) / EXAMPLES)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -344,12 +334,6 @@ class QSharpTrainer(Trainer):
         file = Path(checkpoint) / EXAMPLES
         require(file.exists(), "resume_from_checkpoint", f"{checkpoint} has no {EXAMPLES}: no run of Q-sharp wrote it")
         self.examples = Examples.load(file)
-        means = self._means_file(checkpoint)
-        if means.exists():
-            self.means.load_state(torch.load(means, weights_only=True))
-
-    def _means_file(self, folder: str) -> Path:
-        return Path(folder) / MEANS.format(process=self.args.process_index)
 
 
 def read(guide: nn.Module, batch: Inputs) -> Tensor:

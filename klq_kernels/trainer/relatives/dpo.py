@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ...call.checks import require, require_number
 from ...logprobs import linear_logprobs
@@ -37,7 +37,7 @@ from ...returns import reverse_scan
 from .. import loading
 from ..actor_critic import States, held
 from ..batches import Inputs, collate
-from ..checkpoints import last_complete_checkpoint
+from ..checkpoints import Resumable
 from ..config import FLOATS, UNUSED, option
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
@@ -198,7 +198,7 @@ class TrainedPolicy(Policy):
             model.enable_input_require_grads()
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(Resumable):
     """Trains a causal language model on preferences, by DPO or TDPO.
 
     Args:
@@ -348,14 +348,6 @@ class DPOTrainer(Trainer):
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_complete_checkpoint(Path(folder))
-            require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as ``from_pretrained`` reads it, and its tokenizer."""
         folder = Path(str(output_dir or self.args.output_dir))
@@ -368,16 +360,3 @@ class DPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the random state, what the next log will say."""
-        super()._save_rng_state(output_dir)
-        torch.save(self.means.state(), self._means_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._means_file(checkpoint).exists():
-            self.means.load_state(torch.load(self._means_file(checkpoint), weights_only=True))
-
-    def _means_file(self, folder: str) -> Path:
-        return Path(folder) / f"means_{self.args.process_index}.pt"
