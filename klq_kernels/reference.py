@@ -487,6 +487,14 @@ def klq_loss(
     return KLQLoss(per_token.sum() / count, {})
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+    """softcap(hidden @ weight.T + bias) / temperature, all of them; a cap of infinity is none."""
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None and softcap < float("inf"):
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -497,10 +505,7 @@ def linear_logprobs(
     softcap: float | None = None,
 ) -> LinearLogprobs:
     """log softmax(hidden @ weight.T)[action], its log-normaliser and its entropy, through the full logits."""
-    logits = F.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / temperature
+    logits = _logits(hidden, weight, bias, temperature, softcap)
     logp = logits.log_softmax(-1)
     taken = logp.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return LinearLogprobs(taken, logits.logsumexp(-1), -(logp.exp() * logp).sum(-1))
@@ -528,14 +533,8 @@ def linear_kl(
     ref_temperature = temperature if ref_temperature is None else ref_temperature
     ref_softcap = softcap if ref_softcap is None else ref_softcap
 
-    def log_softmax(states: Tensor, rows: Tensor, offset: Tensor | None, heat: float, cap: float | None) -> Tensor:
-        logits = F.linear(states, rows, offset)
-        if cap is not None and cap < float("inf"):
-            logits = cap * torch.tanh(logits / cap)
-        return (logits / heat).log_softmax(-1)
-
-    log_p = log_softmax(hidden, weight, bias, temperature, softcap)
-    log_q = log_softmax(ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap)
+    log_p = _logits(hidden, weight, bias, temperature, softcap).log_softmax(-1)
+    log_q = _logits(ref_hidden, ref_weight, ref_bias, ref_temperature, ref_softcap).log_softmax(-1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
     p = log_p.exp()
@@ -556,11 +555,9 @@ def linear_select(
 
     With ``atoms``, id v has the rows v A .. v A + A - 1 of the head, and the result is [..., k, A].
     """
-    logits = F.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _logits(hidden, weight, bias, temperature, softcap)
     rows = ids.unsqueeze(-1) * (atoms or 1) + torch.arange(atoms or 1, device=ids.device)
-    found = (logits / temperature).gather(-1, rows.flatten(-2).long()).reshape(rows.shape)
+    found = logits.gather(-1, rows.flatten(-2).long()).reshape(rows.shape)
     return found.squeeze(-1) if atoms is None else found
 
 

@@ -51,6 +51,21 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def check_unused(args: TrainingArguments, *, but: Iterable[str] = ()) -> None:
+    """Raises a ValueError where an argument of ``UNUSED`` is set, ``but`` for those that a trainer does use."""
+    for name, instead in UNUSED.items():
+        default = getattr(TrainingArguments, name)
+        unset = name in but or getattr(args, name) == default
+        require(unset, name, f"has no effect and must stay {default}: {instead}")
+
+
+def check_counts(args: TrainingArguments, names: Iterable[str]) -> None:
+    """Raises a ValueError unless each of these is None or a whole number of 1 or more."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+
+
 @dataclass
 class KLQConfig(TrainingArguments):
     """Arguments of ``KLQTrainer``; the defaults are the paper's (arXiv 2508.17000), where it names one.
@@ -324,9 +339,7 @@ class KLQConfig(TrainingArguments):
             value = getattr(self, name)
             require(value in choices, name, f"must be one of {', '.join(choices)}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
-        for name, instead in UNUSED.items():
-            default = getattr(TrainingArguments, name)
-            require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
+        check_unused(self)
         self._warn_of_ignored(self.ignored, f"algorithm={self.algorithm!r}")
         self._check_values()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -363,9 +376,7 @@ class KLQConfig(TrainingArguments):
             "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
             "num_generations", "replay_epochs",
         )  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        check_counts(self, counts)
         for name in ("value_warmup_steps", "replay_cycles"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")

@@ -13,6 +13,7 @@ log-probabilities along and every log shows how far off (``rollout/sampler_kl``,
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,11 +140,16 @@ def generate(
     batch_size: int,
     device: torch.device,
     processor: Callable[[Tensor], Any] | None = None,
+    max_new_tokens: int | None = None,
 ) -> Completions:
     """Samples one completion for each prompt (token ids), ``batch_size`` at a time; EOS is part of a completion.
 
-    ``processor`` makes a ``LogitsProcessor`` for each batch, of its attention mask.
+    ``processor`` makes a ``LogitsProcessor`` for each batch, of its attention mask. ``max_new_tokens`` takes the place
+    of that of ``generation_config``.
     """
+    if max_new_tokens is not None:
+        generation_config = copy.copy(generation_config)
+        generation_config.max_new_tokens = max_new_tokens
     pad, ends = generation_config.pad_token_id, eos_ids(generation_config)
     completions: list[list[int]] = []
     for begin in range(0, len(prompts), batch_size):

@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 from ...trainer import KLQConfig, KLQTrainer, QSharpConfig, QSharpTrainer
 from ..tasks import Task, load_task, warm_started
 from .spec import Settings
+from .train import held_out
 
 LAWS = {"bernoulli": "bernoulli", "categorical": "categorical", "cd": "mse"}
 POLICIES: dict[str, Settings] = {
@@ -62,7 +63,7 @@ def guided(task: Task, reference: Any, settings: Settings, folder: str) -> dict[
     front = []
     for eta in settings["etas"]:
         trainer.args.eta = eta
-        front.append({"price": eta, **held_out(trainer)})
+        front.append({"price": eta, **held_out(trainer, MEASURED)})
     return {
         "before": {"reward": logs[0]["eval_ref_reward"]},
         "after": front[-1],
@@ -93,15 +94,10 @@ def trained(task: Task, reference: Any, settings: Settings, folder: str) -> dict
             value_model=copy.deepcopy(reference),
         )
         trainer.remove_callback(PrinterCallback)
-        before = before or held_out(trainer)
+        before = before or held_out(trainer, MEASURED)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
-        front.append({"price": tau, **held_out(trainer)})
+        front.append({"price": tau, **held_out(trainer, MEASURED)})
         names = {"reward": "objective/scores", "kl": "objective/kl"}
         curves = {"step": [e["step"] for e in logs]} | {n: [e[key] for e in logs] for n, key in names.items()}
     return {"before": before, "after": front[-1], "front": front, "curves": curves}
-
-
-def held_out(trainer: KLQTrainer | QSharpTrainer) -> dict[str, float]:
-    found = trainer.evaluate()
-    return {name: found[f"eval_{name}"] for name in MEASURED}

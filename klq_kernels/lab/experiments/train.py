@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback
 
-from ...trainer import KLQConfig, KLQTrainer
+from ...trainer import KLQConfig, KLQTrainer, QSharpTrainer
 from ...trainer.evaluation import answers
 from ..tasks import Task, load_task, warm_started
 from .optimizers import optimizer_for
@@ -81,6 +82,8 @@ def train(settings: Settings, warm: Path) -> dict[str, Any]:
         }
 
 
-def held_out(trainer: KLQTrainer) -> dict[str, float]:
+def held_out(
+    trainer: KLQTrainer | QSharpTrainer, names: Sequence[str] = ("reward", "kl", "length", "truncated")
+) -> dict[str, float]:
     found = trainer.evaluate()
-    return {name: found[f"eval_{name}"] for name in ("reward", "kl", "length", "truncated")}
+    return {name: found[f"eval_{name}"] for name in names}

@@ -71,21 +71,23 @@ class Collection:
         template, longest = args.chat_template_kwargs, args.max_prompt_length
         return prompt_ids(prompt, self.tokenizer, self._vocab, template=template, longest=longest)
 
-    def sample(self, prompts: list[list[int]], seed: int, *, guided: bool, eta: float | None = None) -> Samples:
-        """One completion of at most ``max_completion_length`` tokens for each of at most a batch of prompts."""
+    def sample(
+        self, prompts: list[list[int]], seed: int, *, guided: bool, max_new_tokens: int | None = None
+    ) -> Samples:
+        """One completion for each of at most a batch of prompts, of ``max_completion_length`` tokens by default."""
         processors: list[GuidedLogits] = []
 
         def processor(attention_mask: Tensor) -> GuidedLogits:
-            processors.append(self.processor(attention_mask, eta))
+            processors.append(self.processor(attention_mask))
             return processors[-1]
 
         with seeded(seed, self.args.device), self.accelerator.autocast():
             out = generate(
                 self.reference, prompts, self.generation_config, batch_size=len(prompts), device=self.args.device,
-                processor=processor if guided else None,
+                processor=processor if guided else None, max_new_tokens=max_new_tokens,
             )  # fmt: skip
         kl = processors[0].kl.cpu() if processors else torch.zeros(len(prompts))
-        return Samples([c[: self.args.max_completion_length] for c in out.completion_ids], kl)
+        return Samples(out.completion_ids, kl)
 
     def processor(self, attention_mask: Tensor | None = None, eta: float | None = None) -> GuidedLogits:
         """The guidance of the run, for one generation."""
@@ -147,7 +149,9 @@ class Collection:
         ends, longest = eos_ids(self.generation_config), self.args.max_completion_length
         going_on = [i for i, c in enumerate(whole) if len(c) < longest and not (c and c[-1] in ends)]
         if going_on:
-            rest = self.sample([prompts[i] + whole[i] for i in going_on], seed, guided=False)
+            most = longest - min(len(whole[i]) for i in going_on)
+            prefixes = [prompts[i] + whole[i] for i in going_on]
+            rest = self.sample(prefixes, seed, guided=False, max_new_tokens=most)
             for i, tokens in zip(going_on, rest.completions, strict=True):
                 whole[i] = (whole[i] + tokens)[:longest]
         return whole

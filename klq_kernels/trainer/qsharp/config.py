@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from ...call.checks import require, require_number
 from ...guidance import ActionGuide, Law, ValueGuide
 from ...guidance.decoding import OTHERS
-from ..config import UNUSED, option
+from ..config import check_counts, check_unused, option
 
 GUIDES = {"value": ValueGuide, "action": ActionGuide}
 LAW_ARGUMENTS = {"kind": "law", "atoms": "atoms", "low": "reward_low", "high": "reward_high"}  # by Law's names
@@ -106,9 +106,7 @@ class QSharpConfig(TrainingArguments):
         require(self.guide_type in GUIDES, "guide_type", f"must be one of {', '.join(GUIDES)}; got {self.guide_type!r}")
         require(self.others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {self.others!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
-        for name, instead in UNUSED.items():
-            default = getattr(TrainingArguments, name)
-            require(getattr(self, name) == default, name, f"has no effect and must stay {default}: {instead}")
+        check_unused(self)
         for name in ("eta", "temperature"):
             require_number(name, getattr(self, name), positive=True)
         counts = (
@@ -116,6 +114,4 @@ class QSharpConfig(TrainingArguments):
             "max_completion_length", "rollout_forward_batch_size", "per_device_train_batch_size",
             "gradient_accumulation_steps",
         )  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        check_counts(self, counts)

@@ -38,7 +38,7 @@ from .. import loading
 from ..actor_critic import States, held
 from ..batches import Inputs, collate
 from ..checkpoints import Resumable
-from ..config import FLOATS, UNUSED, option
+from ..config import FLOATS, check_counts, check_unused, option
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
 from ..parts import prove_backbones, proven_policies
@@ -114,14 +114,10 @@ class DPOConfig(TrainingArguments):
             names = ", ".join(k for k in known if k is not None)
             require(value in known, name, f"must be one of {names}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: all columns are read")
-        for name in set(UNUSED) - {"per_device_eval_batch_size"}:
-            default = getattr(TrainingArguments, name)
-            require(getattr(self, name) == default, name, f"has no effect and must stay {default}")
+        check_unused(self, but=["per_device_eval_batch_size"])
         require_number("beta", self.beta, positive=True)
         require_number("tdpo_alpha", self.tdpo_alpha, low=0.0)
-        for name in ("max_prompt_length", "max_completion_length", "per_device_train_batch_size"):
-            value = getattr(self, name)
-            require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
+        check_counts(self, ("max_prompt_length", "max_completion_length", "per_device_train_batch_size"))
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:

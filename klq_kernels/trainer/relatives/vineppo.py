@@ -16,7 +16,6 @@ the log says what they take, ``rollout/mc_completions`` how many they are.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -151,10 +150,11 @@ class VinePPOTrainer(KLQTrainer):
         return [sum(found) / len(found) for found in sums.values()]
 
     def _continued(self, prefixes: list[list[int]], most: int) -> list[list[int]]:
-        config = copy.copy(self.generation_config)
-        config.max_new_tokens = most
         with self._inference() as model:
-            return generate(model, prefixes, config, batch_size=len(prefixes), device=self.args.device).completion_ids
+            return generate(
+                model, prefixes, self.generation_config, batch_size=len(prefixes), device=self.args.device,
+                max_new_tokens=most,
+            ).completion_ids  # fmt: skip
 
 
 def step_starts(sequence: Sequence, config: VinePPOConfig, tokenizer: Any) -> list[int]:
