@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, Case, assert_as_precise_as, assert_close_to_scale, make_case, ragged_mask
+from cases import DTYPES, Case, assert_as_precise_as, assert_close_to_scale, assert_transforms, make_case, ragged_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import chunk_rows, masks, seeds, vocabularies
 from torch import Tensor
-from torch.func import vmap
 from watch import Watch
 
 from klq_kernels import linear_kl, pack, reference
@@ -358,16 +357,7 @@ def test_transforms() -> None:
     def total(hidden: Tensor) -> Tensor:
         return linear_kl(hidden, case.weight, ref.ref_hidden, ref.ref_weight, mask=case.mask).sum()
 
-    stack = torch.stack([case.hidden, 1.5 * case.hidden]).requires_grad_()
-    (together,) = torch.autograd.grad(vmap(total)(stack).sum(), stack)
-    (apart,) = torch.autograd.grad(total(stack[0]) + total(stack[1]), stack)
-    torch.testing.assert_close(together, apart)
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(total, (case.hidden,), (case.hidden,))
-    hidden = case.hidden.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(total(hidden), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        gradient.sum().backward()
+    assert_transforms(total, case.hidden)
 
 
 BAD: dict[str, tuple[str, Any]] = {

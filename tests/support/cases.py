@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -326,3 +327,17 @@ def assert_close_to_scale(a: Tensor, b: Tensor, name: str) -> None:
     """Equal to a few units of fp32 rounding of the largest element (of 1, where that is larger)."""
     scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
+
+
+def assert_transforms(total: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+    """Of a scalar of hidden states: vmap is a loop; forward mode and second derivatives are refused."""
+    stack = torch.stack([hidden, 1.5 * hidden]).requires_grad_()
+    (together,) = torch.autograd.grad(torch.func.vmap(total)(stack).sum(), stack)
+    (apart,) = torch.autograd.grad(total(stack[0]) + total(stack[1]), stack)
+    torch.testing.assert_close(together, apart)
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(total, (hidden,), (hidden,))
+    hidden = hidden.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(hidden), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
