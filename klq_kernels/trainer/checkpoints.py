@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..call.checks import require
 from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
-from .experience import Experience, conditions
+from .experience import Experience, changes, conditions
 from .means import Means
 from .replay import Memory
 from .running import Running
@@ -73,6 +74,7 @@ class Checkpoints(Cycle, Resumable):
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
+        self.ahead.drop()
         lm_head = self.language_model.lm_head if self.args.head_sharding == "tokens" else None
         sharding.shard_heads(self.accelerator, self.actor_critic.value.head, lm_head)
 
@@ -119,10 +121,16 @@ class Checkpoints(Cycle, Resumable):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_progress(self, folder: str) -> None:
-        """Running spreads, what is replayed, the experience of a cycle that is not over yet."""
+        """Running spreads, what is replayed, what is sampled ahead, the experience of a cycle that is not over yet."""
         torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(folder, "running"))
         if self.args.replay_cycles:
             torch.save(self.memory.state(), self._file_of_process(folder, "memory"))
+        if self.args.async_rollouts:
+            self.ahead.wait()
+        ahead, upcoming = self._file_of_process(folder, "ahead"), self.ahead.state()
+        ahead.unlink(missing_ok=True)  # of a run before, in the same folder
+        if upcoming is not None:
+            torch.save({**upcoming, "made_under": self._conditions}, ahead)
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(folder, "experience"), self._conditions)
 
@@ -137,6 +145,9 @@ class Checkpoints(Cycle, Resumable):
         memory = self._file_of_process(checkpoint, "memory")
         if self.args.replay_cycles and memory.exists():
             self.memory.load_state(torch.load(memory, weights_only=True))
+        ahead = self._file_of_process(checkpoint, "ahead")
+        if self.args.async_rollouts and ahead.exists():
+            self._load_ahead(torch.load(ahead, weights_only=True))
         file = self._file_of_process(checkpoint, "experience")
         present = torch.tensor(float(file.exists()), device=self.args.device)
         # all processes fail together: one that stopped alone would leave the others waiting for it
@@ -151,6 +162,17 @@ class Checkpoints(Cycle, Resumable):
             "another checkpoint",
         )
         self.experience = Experience.load(file, self.args.device, self._conditions)
+
+    def _load_ahead(self, state: dict[str, Any]) -> None:
+        changed = changes(state.pop("made_under"), self._conditions)
+        if changed:
+            warnings.warn(
+                f"resume_from_checkpoint: the completions in it that were sampled ahead were made with "
+                f"{', '.join(changed)}; they are dropped, and the next cycle is sampled as it begins",
+                stacklevel=2,
+            )
+        else:
+            self.ahead.load_state(state)
 
     @property
     def _conditions(self) -> dict[str, Any]:

@@ -176,6 +176,11 @@ class KLQConfig(TrainingArguments):
         "engine_url is given.",
     )
     engine_timeout: float = option(600.0, "Seconds to wait for an engine's answer. > 0.")
+    async_rollouts: bool = option(
+        False,
+        "An engine, or a rollout_func with a method begin, samples the next cycle's completions while this one's are "
+        "learnt; its weights are then those of one cycle ago (off_policy='retrace' corrects for that).",
+    )
     rollout_forward_batch_size: int = option(
         64, "Sequences per generate call and per scoring pass, also in evaluation."
     )

@@ -1,6 +1,6 @@
 """One cycle: prompts, rollout, rewards, scoring. ``KLQTrainer`` inherits it and adds transformers' loop.
 
-    rollout       a completion for each prompt, sampled from the policy (``rollout``)
+    rollout       a completion for each prompt, sampled from the policy (``rollout``), or a cycle ago (``ahead``)
     rewards       a score for each completion (``rewards``)
     scoring       one pass per sequence over policy and reference: old log-probs, reference log-probs, values
                   (``objectives.score``)
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from ..call.checks import require
+from ..engines import WeightsLost
 from ..types import KLQTargets
 from . import sharding
 from .actor_critic import ActorCritic, Objective, States, held
+from .ahead import Ahead, aged
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
@@ -34,7 +36,7 @@ from .models import LanguageModel
 from .objectives import Scored, logprobs, score
 from .replay import Memory, Sampled
 from .rewards import Rewards, Scores, scores_of
-from .rollout import Rollout, RolloutFunction, ask, check_completions, eos_ids, generate, prompt_ids
+from .rollout import Completions, Rollout, RolloutFunction, ask, begin, check_completions, eos_ids, generate, prompt_ids
 from .running import Running
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
@@ -55,6 +57,7 @@ class Cycle:
     padding_free: bool  # concatenates sequences instead of padding them
     means: Means
     memory: Memory  # of earlier cycles
+    ahead: Ahead  # what is sampled for the next cycle
     running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
@@ -96,11 +99,9 @@ class Cycle:
     @torch.no_grad()
     def collect(self, rows: list[dict[str, Any]]) -> Experience:
         """Samples, rewards and scores completions for rows of the dataset: the experience of a cycle."""
-        seed = derived_seed(self.args.seed, Purpose.ROLLOUT, self.cycle, self.args.process_index)
-        number = self.args.num_generations
         with self._timed("time/rollout"):
-            rollout = self.roll_out(rows, seed, number)
-        rows = [row for row in rows for _ in range(number)]
+            rollout = self._rollout_of_cycle(rows)
+        rows = [row for row in rows for _ in range(self.args.num_generations)]
         with self._timed("time/reward"):
             scores = self.reward(rows, rollout)
         rollout = rollout.without(~scores.scored)
@@ -160,9 +161,44 @@ class Cycle:
             self.memory.add(sampled, fresh.advantages, self.cycle)
         return experience
 
+    def _rollout_of_cycle(self, rows: list[dict[str, Any]]) -> Rollout:
+        """The completions of this cycle; with ``async_rollouts`` it begins on those of the next one as well."""
+        number = self.args.num_generations
+        if not self.args.async_rollouts:
+            return self.roll_out(rows, self._rollout_seed(self.cycle), number)
+        try:
+            rollout = self.ahead.take(self._prompts(rows, number), self.cycle)
+        except WeightsLost:  # a call gives the engine the weights of now, and samples with those
+            rollout = None
+        if rollout is None:
+            rollout = aged(self.roll_out(rows, self._rollout_seed(self.cycle), number), 0.0)
+        self._sample_ahead(self.cycle + 1)
+        return rollout
+
+    def _sample_ahead(self, cycle: int) -> None:
+        """Begins on the completions of a cycle, under the weights of now, if the run has such a cycle."""
+        if cycle * self.args.steps_per_cycle >= self.state.max_steps:
+            return
+        number, rows = self.args.num_generations, self.rows_of(cycle)
+        with seeded(self._rollout_seed(cycle), self.args.device), self._inference():
+            sample = begin(self.rollout_func, rows, number, self)
+        self.ahead.submit(sample, self._prompts(rows, number), cycle)
+
+    def rows_of(self, cycle: int) -> list[dict[str, Any]]:
+        """This process's rows of the dataset in a cycle of the run."""
+        raise NotImplementedError
+
+    def _rollout_seed(self, cycle: int) -> int:
+        return derived_seed(self.args.seed, Purpose.ROLLOUT, cycle, self.args.process_index)
+
+    def _prompts(self, rows: list[dict[str, Any]], number: int) -> list[list[int]]:
+        return [ids for row in rows for ids in [self.tokenize(row["prompt"])] * number]
+
     def roll_out(self, rows: list[dict[str, Any]], seed: int, number: int = 1) -> Rollout:
         """``number`` completions for each row's prompt, one row after another, of the policy as it is."""
-        prompts = [ids for row in rows for ids in [self.tokenize(row["prompt"])] * number]
+        if self.args.async_rollouts:
+            self.ahead.wait()
+        prompts = self._prompts(rows, number)
         with seeded(seed, self.args.device), self._inference() as model:
             if self.rollout_func is None:
                 with sharding.whole(self.accelerator, model):
@@ -172,6 +208,10 @@ class Cycle:
                     )  # fmt: skip
             else:
                 completions = ask(self.rollout_func, rows, number, self)
+        return self.check(completions, prompts)
+
+    def check(self, completions: Completions, prompts: list[list[int]]) -> Rollout:
+        """``check_completions`` for this policy."""
         return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
 
     @contextmanager

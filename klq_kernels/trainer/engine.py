@@ -5,6 +5,9 @@ and then the log-probabilities that both give the same tokens. Whenever the poli
 its weights, adapters merged. An engine that has lost them (a server that was restarted) is given them once more, and
 asked again for all completions of the cycle. The seeds of a rollout follow from the cycle, so a run that is resumed
 asks for the same completions.
+
+Of several processes all fail where one does, and all start again where the weights are lost; ``together`` keeps them in
+step between the calls that wait for the others.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 import copy
 import uuid
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..call.checks import require, require_number
-from ..engines import Engine, EngineError, Facts, Generated, Model, Request, VLLMProcess, VLLMServer, WeightsLost
+from ..engines import Engine, EngineError, Facts, Model, Request, VLLMProcess, VLLMServer, WeightsLost
 from ..engines.protocol import SHAPE
 from .config import KLQConfig
+from .processes import anywhere, together
 from .rollout import Completions, RolloutContext, check_completions, eos_ids
 
 TOLERANCE = 0.05  # nats per token; 16-bit engines are about 0.02 off
@@ -57,22 +63,48 @@ class EngineRollout:
 
         Raises:
             ValueError: where the engine serves another model than the policy, or prompts are too long for it.
-            EngineError: where it fails.
+            EngineError: where it fails; of several processes in all, whichever of them it failed.
         """
-        prompt_ids = [trainer.tokenize(prompt) for prompt in prompts]
-        # drawn from the generator that the trainer seeds for this rollout
-        request = requested(trainer.generation_config, prompt_ids, torch.randint(2**31, (len(prompts),)).tolist())
+        request = request_for(prompts, trainer)
+        self._prepare(request, trainer)
         try:
-            if self._facts is None:
+            with together(trainer.accelerator):
+                return self._sample(request, self._version)
+        except WeightsLost:
+            self._prepare(request, trainer)
+            with together(trainer.accelerator):
+                return self._sample(request, self._version)
+
+    def begin(self, prompts: list[Any], trainer: RolloutContext) -> Callable[[], Completions]:
+        """What samples, in another thread, a completion for each prompt under the policy's weights of now.
+
+        Raises:
+            ValueError, EngineError: as a call does. What it returns raises an EngineError where the engine fails.
+        """
+        request = request_for(prompts, trainer)
+        self._prepare(request, trainer)
+        return partial(self._sample, request, self._version)
+
+    def _prepare(self, request: Request, trainer: RolloutContext) -> None:
+        """Sees to it that the engine runs and has the policy's weights."""
+        try:
+            if anywhere(trainer.accelerator, self._facts is None):
                 self._start(trainer, request)
-            assert self._facts is not None
-            check_length(request, self._facts.max_length)
+            with together(trainer.accelerator):  # also: no process waits for completions any more
+                assert self._facts is not None
+                check_length(request, self._facts.max_length)
             self._follow(trainer)
-            generated = self._generate(request, trainer)
         except EngineError:
             self._facts = None  # another attempt starts the engine anew
             raise
-        return Completions(generated.completion_ids, prompt_ids, logprobs=generated.logprobs)
+
+    def _sample(self, request: Request, version: str) -> Completions:
+        try:
+            generated = self.engine.generate(request, version)
+        except EngineError:
+            self._facts = None
+            raise
+        return Completions(generated.completion_ids, request.prompt_ids, logprobs=generated.logprobs)
 
     # ---- the weights --------------------------------------------------------------------------------------------
 
@@ -81,35 +113,24 @@ class EngineRollout:
         policy = state_of(trainer)
         if policy == self._policy:
             return
-        accelerator = trainer.accelerator
-        if self.engine.shared:
-            accelerator.wait_for_everyone()  # no process waits for completions any more
         self._updates += 1
         self._policy = None  # until the engine has them all
-        if accelerator.is_main_process or not self.engine.shared:
-            self.engine.take_weights(trainer.policy_weights(), self._version)
-        else:
-            for _ in trainer.policy_weights():  # sharded weights are gathered by all processes together
-                pass
-        if self.engine.shared:
-            accelerator.wait_for_everyone()
+        with together(trainer.accelerator):
+            self._give(trainer)
         self._policy = policy
+
+    def _give(self, trainer: RolloutContext) -> None:
+        weights = trainer.policy_weights()
+        try:
+            if trainer.accelerator.is_main_process or not self.engine.shared:
+                self.engine.take_weights(weights, self._version)
+        finally:
+            for _ in weights:  # sharded weights are gathered by all processes together, also where one has failed
+                pass
 
     @property
     def _version(self) -> str:
         return f"{self._run}-{self._updates}"
-
-    # ---- completions --------------------------------------------------------------------------------------------
-
-    def _generate(self, request: Request, trainer: RolloutContext) -> Generated:
-        try:
-            return self.engine.generate(request, self._version)
-        except WeightsLost:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the others have their completions, and would not join in
-            self._start(trainer, request)
-            self._follow(trainer)
-            return self.engine.generate(request, self._version)
 
     # ---- whether it is the policy that is served ----------------------------------------------------------------
 
@@ -118,30 +139,38 @@ class EngineRollout:
         run = [uuid.uuid4().hex[:8]]
         broadcast_object_list(run)
         self._run, self._updates, self._policy = run[0], 0, None
+        self._facts = None
         model = served_model(trainer)
-        facts = self.engine.start(model)
-        check_shape(model.config, facts)
+        with together(trainer.accelerator):
+            facts = self.engine.start(model)
+            check_shape(model.config, facts)
         self._follow(trainer)
         self._compare(trainer, probe_of(request, facts.max_length))
         self._facts = facts
 
     def _compare(self, trainer: RolloutContext, probe: Request) -> None:
-        generated = self.engine.generate(probe, self._version)
-        completions = Completions(generated.completion_ids, probe.prompt_ids, logprobs=generated.logprobs)
         ends = eos_ids(trainer.generation_config)
         vocab = trainer.policy.config.get_text_config().vocab_size
-        rollout = check_completions(completions, probe.prompt_ids, ends, vocab)
+        with together(trainer.accelerator):
+            rollout = check_completions(self._sample(probe, self._version), probe.prompt_ids, ends, vocab)
         theirs = rollout.sampler_logprobs
         assert theirs is not None
         ours = trainer.rescore(rollout.sequences).logprobs.cpu()
         distance = (ours - theirs).abs().mean().item() if len(ours) else 0.0
-        require(
-            distance <= self.tolerance,
-            "engine",
-            f"its log-probabilities are {distance:.3g} nats per token from the policy's, under the policy's weights "
-            f"(tolerance {self.tolerance:g}): it serves another model, computes in another precision or at another "
-            "temperature, or did not load all weights; serve the model that is trained, in the precision of training",
-        )
+        with together(trainer.accelerator):
+            require(
+                distance <= self.tolerance,
+                "engine",
+                f"its log-probabilities are {distance:.3g} nats per token from the policy's, under the policy's weights "
+                f"(tolerance {self.tolerance:g}): it serves another model, computes in another precision or at another "
+                "temperature, or did not load all weights; serve the model that is trained, in the precision of training",
+            )
+
+
+def request_for(prompts: list[Any], trainer: RolloutContext) -> Request:
+    """What an engine is asked; the seeds are drawn from the generator that the trainer seeds for each rollout."""
+    prompt_ids = [trainer.tokenize(prompt) for prompt in prompts]
+    return requested(trainer.generation_config, prompt_ids, torch.randint(2**31, (len(prompts),)).tolist())
 
 
 def requested(generation: Any, prompt_ids: list[list[int]], seeds: list[int]) -> Request:

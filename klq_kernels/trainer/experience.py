@@ -87,7 +87,7 @@ class Experience:
         """
         content = torch.load(path, weights_only=True)
         then = content.get("made_under", {})
-        changed = [f"{name}={then.get(name)!r} (now {now[name]!r})" for name in now if then.get(name) != now[name]]
+        changed = changes(then, now)
         require(
             then.get("steps_per_cycle") == now["steps_per_cycle"],
             "resume_from_checkpoint",
@@ -127,6 +127,11 @@ CONDITIONS = (
 def conditions(config: KLQConfig, processes: int) -> dict[str, Any]:
     """The arguments that the experience of a cycle depends on, by name."""
     return {**{name: getattr(config, name) for name in CONDITIONS}, "processes": processes}
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The conditions that are others ``now``, each with both values."""
+    return [f"{name}={then.get(name)!r} (now {now[name]!r})" for name in now if then.get(name) != now[name]]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
-"""Runs on several processes: shares in the work on held-out rows, and the end of the process group."""
+"""Runs on several processes: shares in the work on held-out rows, failing together, the end of the process group."""
 
 from __future__ import annotations
 
 import gc
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from accelerate.utils import gather_object
+
+from ..engines import EngineError, WeightsLost
 
 
 class Turn(NamedTuple):
@@ -26,6 +31,36 @@ def turns(number: int, batch: int, *, process: int, processes: int) -> list[Turn
     batches = [range(begin, min(begin + batch, number)) for begin in range(0, number, batch)]
     mine = range(process, math.ceil(len(batches) / processes) * processes, processes)
     return [Turn(batches[i], True) if i < len(batches) else Turn(batches[0], False) for i in mine]
+
+
+@contextmanager
+def together(accelerator: Any) -> Iterator[None]:
+    """Where one process raises inside, all raise: one that stopped alone would leave the others waiting for it.
+
+    Every process must enter it, and call nothing inside that waits for the others. It also makes each wait for all.
+
+    Raises:
+        WeightsLost, EngineError: in a process where all went well, with what the others raised; the first where nothing
+            else happened.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if accelerator.num_processes > 1:
+        told = None if error is None else (isinstance(error, WeightsLost), f"{type(error).__name__}: {error}")
+        failed = {rank: said for rank, said in enumerate(gather_object([told])) if said is not None}
+        if failed and error is None:
+            kind = WeightsLost if all(lost for lost, _ in failed.values()) else EngineError
+            raise kind("; ".join(f"process {rank} failed with {text}" for rank, (_, text) in failed.items()))
+    if error is not None:
+        raise error
+
+
+def anywhere(accelerator: Any, here: bool) -> bool:
+    """Whether it is so in any process; every process must ask."""
+    return here if accelerator.num_processes == 1 else any(gather_object([here]))
 
 
 def leave_process_group() -> None:

@@ -9,6 +9,8 @@ ones. The trainer computes those itself, at the training temperature, in the pas
 stale or quantised sampler does not make the ratios wrong. It does make the samples off-policy. Pass the sampler's own
 log-probabilities along and every log shows how far off (``rollout/sampler_kl``, ``rollout/ess``), and
 ``off_policy="retrace"`` corrects for it (``off_policy``).
+
+A rollout function with a method ``begin`` can also sample ahead of the trainer, in a thread (``begin``, ``ahead``).
 """
 
 from __future__ import annotations
@@ -89,6 +91,52 @@ def ask(function: RolloutFunction, rows: list[dict[str, Any]], number: int, trai
     Raises:
         ValueError: where it returns something else, or asks for a column that the dataset lacks.
     """
+    return checked(_called(function, rows, number, trainer))
+
+
+def begin(
+    function: Any, rows: list[dict[str, Any]], number: int, trainer: RolloutContext
+) -> Callable[[], Completions]:
+    """What samples the completions of ``ask`` later, and in another thread, by the policy as it is now.
+
+    It comes from the rollout function's method ``begin``, which has the parameters of the function and does all that
+    needs the trainer: it draws seeds, makes token ids, gives weights. What it returns is called without arguments.
+
+    Raises:
+        ValueError: where ``begin`` asks for a column that the dataset lacks; and what it returned, where that does not
+            return Completions.
+    """
+    sample = _called(function.begin, rows, number, trainer)
+    return lambda: checked(sample())
+
+
+def check_ahead(function: Any) -> None:
+    """Raises a ValueError unless a rollout function (None: the policy's own ``generate``) can sample ahead."""
+    require(
+        function is not None,
+        "async_rollouts",
+        "needs an engine with weights of its own, and the policy's own generate reads those that are being learnt; set "
+        "engine='vllm', give a rollout_func with a method begin, or leave async_rollouts False",
+    )
+    require(
+        callable(getattr(function, "begin", None)),
+        "rollout_func",
+        "needs a method begin(prompts, trainer) for async_rollouts, which does all that needs the trainer and returns "
+        "what samples, a function without arguments that is called in another thread; or leave async_rollouts False",
+    )
+
+
+def checked(completions: Any) -> Completions:
+    require(
+        isinstance(completions, Completions),
+        "rollout_func",
+        f"must return Completions, got {type(completions).__name__}",
+    )
+    return completions
+
+
+def _called(function: Any, rows: list[dict[str, Any]], number: int, trainer: RolloutContext) -> Any:
+    """What a function returns that has the parameters of a rollout function."""
     parameters = list(inspect.signature(function).parameters.values())
     every = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name: p.default is p.empty for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -99,13 +147,7 @@ def ask(function: RolloutFunction, rows: list[dict[str, Any]], number: int, trai
         require(not lacks, "rollout_func", f"asks for the column {name!r}; the dataset has {', '.join(rows[0])}")
     columns = [name for name in rows[0] if name != "prompt" and (every or name in named)]
     extra |= {name: [row[name] for row in asked] for name in columns}
-    completions = function([row["prompt"] for row in asked], trainer, **extra)
-    require(
-        isinstance(completions, Completions),
-        "rollout_func",
-        f"must return Completions, got {type(completions).__name__}",
-    )
-    return completions
+    return function([row["prompt"] for row in asked], trainer, **extra)
 
 
 @dataclass

@@ -36,10 +36,15 @@ class CycleSampler(Sampler[int]):
         return self.cycles * self._per_cycle * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._cycle() // self.cycles)
-        order = torch.randperm(self._size, generator=generator).tolist()
-        for cycle in range(self.cycles):
-            first = cycle * self._per_cycle
-            indices = [order[i % self._size] for i in range(first, first + self._per_cycle)]
+        begin = self._cycle() // self.cycles * self.cycles
+        for cycle in range(begin, begin + self.cycles):
+            indices = self.of(cycle)
             for _ in range(self._repeats):
                 yield from indices
+
+    def of(self, cycle: int) -> list[int]:
+        """The indices of a cycle of the run."""
+        epoch, place = divmod(cycle, self.cycles)
+        order = torch.randperm(self._size, generator=torch.Generator().manual_seed(self._seed + epoch)).tolist()
+        first = place * self._per_cycle
+        return [order[i % self._size] for i in range(first, first + self._per_cycle)]

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ..call.checks import require
 from . import loading, sharding
 from .actor_critic import ActorCritic
+from .ahead import Ahead
 from .batches import Inputs
 from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
@@ -39,7 +40,7 @@ from .objectives import OBJECTIVES
 from .parts import proven_parts
 from .replay import Memory
 from .rewards import RewardFunction, Rewards, as_list
-from .rollout import RolloutFunction, sampling_config
+from .rollout import RolloutFunction, check_ahead, sampling_config
 from .running import Running
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
@@ -81,7 +82,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         callbacks, optimizers: as in ``transformers.Trainer``.
         reward_processing_classes: tokenizers of the reward models; by default those saved with them.
         rollout_func: samples completions in place of ``generate`` (see ``rollout``); by default what ``args.engine``
-            names (see ``engine``).
+            names (see ``engine``). For ``async_rollouts`` it needs a method ``begin``.
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
@@ -137,6 +138,8 @@ class KLQTrainer(Evaluation, Checkpoints):
             "sample from a policy of which off_policy='retrace' would need the log-probabilities; leave them out, or "
             "sample with a rollout_func that returns them",
         )
+        if args.async_rollouts:
+            check_ahead(rollout_func)
         loading.check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             loading.check_dataset("eval_dataset", eval_dataset)
@@ -182,6 +185,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.means = Means()
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(args.replay_cycles, args.num_generations)
+        self.ahead = Ahead(self.accelerator, self.check)
         self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
@@ -208,24 +212,34 @@ class KLQTrainer(Evaluation, Checkpoints):
 
     def get_train_dataloader(self) -> DataLoader:
         """Every batch is the prompts of one process for one cycle, once per micro-batch of the cycle."""
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._prompts_per_device,
+            sampler=self._sampler(),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
+
+    @property
+    def _prompts_per_device(self) -> int:
+        return self.args.rollouts_per_device // self.args.num_generations
+
+    def _sampler(self) -> CycleSampler:
         args = self.args
-        prompts = args.rollouts_per_device // args.num_generations
-        sampler = CycleSampler(
+        return CycleSampler(
             len(self.train_dataset),  # type: ignore[arg-type]
-            per_cycle=prompts * self.accelerator.num_processes,
+            per_cycle=self._prompts_per_device * self.accelerator.num_processes,
             repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             cycle=lambda: self.cycle,
         )
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=prompts,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            drop_last=True,
-        )
-        return self.accelerator.prepare(loader)
+
+    def rows_of(self, cycle: int) -> list[dict[str, Any]]:
+        number, process = self._prompts_per_device, self.args.process_index
+        indices = self._sampler().of(cycle)[process * number : (process + 1) * number]
+        return [self.train_dataset[i] for i in indices]  # type: ignore[index]
 
     # ---- the cycle ----------------------------------------------------------------------------------------------
 
