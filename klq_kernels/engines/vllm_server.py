@@ -18,11 +18,12 @@ import http.client
 import json
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from contextlib import closing
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from .protocol import RESUME, EngineError, Facts, Generated, Model, Request, Wei
 from .weights import BUCKET_BYTES, buckets, folder_for, written
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # statuses after which to ask again
+T = TypeVar("T")
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --worker-extension-cls "
     'klq_kernels.engines.vllm_worker.Extension --weight-transfer-config \'{"backend": "klq_kernels"}\''
@@ -123,8 +125,7 @@ class VLLMServer:
         bodies = [
             {**shared, "prompt": ids, "seed": seed} for ids, seed in zip(request.prompt_ids, request.seeds, strict=True)
         ]
-        with ThreadPoolExecutor(min(self.concurrency, len(bodies))) as pool:
-            answers = list(pool.map(self._complete, bodies))
+        answers = in_threads(self._complete, bodies, self.concurrency)
         now = self._ask("GET", "/weight_info", again=self.retries)["weight_version"]
         if now != version:
             raise WeightsLost(f"{self.url} has the weights {now!r}, not {version!r}: was it restarted?")
@@ -173,3 +174,24 @@ class VLLMServer:
             connection.request(method, parts.path + path, content, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
+
+
+def in_threads(function: Callable[[dict[str, Any]], T], bodies: list[dict[str, Any]], most: int) -> list[T]:
+    """``function`` of each of the bodies, ``most`` at a time; where one fails no other is begun, and that is raised.
+
+    The threads are daemons: a program that is interrupted does not wait for their answers before it ends.
+    """
+    failed = Event()
+
+    def call(body: dict[str, Any]) -> T | None:
+        if failed.is_set():
+            return None
+        try:
+            return function(body)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPool(min(most, len(bodies))) as pool:
+        answers = pool.map(call, bodies, chunksize=1)
+    return answers  # type: ignore[return-value]  # None beside an error alone

@@ -79,7 +79,10 @@ class Ahead:
             raise
 
     def take(self, prompts: list[list[int]], cycle: int) -> Rollout | None:
-        """The completions for these prompts, sampled a cycle ago; None where there are none. Every process must call it."""
+        """The completions for these prompts, sampled a cycle ago; None where there are none.
+
+        Every process must call it; it raises what ``wait`` does.
+        """
         self.wait()
         upcoming, self._upcoming = self._upcoming, None
         if upcoming is None or upcoming.cycle != cycle:

@@ -36,7 +36,17 @@ from .models import LanguageModel
 from .objectives import Scored, logprobs, score
 from .replay import Memory, Sampled
 from .rewards import Rewards, Scores, scores_of
-from .rollout import Completions, Rollout, RolloutFunction, ask, begin, check_completions, eos_ids, generate, prompt_ids
+from .rollout import (
+    Completions,
+    Rollout,
+    RolloutFunction,
+    ask,
+    ask_ahead,
+    check_completions,
+    eos_ids,
+    generate,
+    prompt_ids,
+)
 from .running import Running
 from .seeds import Purpose, derived_seed, seeded
 from .statistics import add_cycle, add_rewards, add_sampler
@@ -181,7 +191,7 @@ class Cycle:
             return
         number, rows = self.args.num_generations, self.rows_of(cycle)
         with seeded(self._rollout_seed(cycle), self.args.device), self._inference():
-            sample = begin(self.rollout_func, rows, number, self)
+            sample = ask_ahead(self.rollout_func, rows, number, self)
         self.ahead.submit(sample, self._prompts(rows, number), cycle)
 
     def rows_of(self, cycle: int) -> list[dict[str, Any]]:

@@ -161,9 +161,10 @@ class EngineRollout:
             require(
                 distance <= self.tolerance,
                 "engine",
-                f"its log-probabilities are {distance:.3g} nats per token from the policy's, under the policy's weights "
-                f"(tolerance {self.tolerance:g}): it serves another model, computes in another precision or at another "
-                "temperature, or did not load all weights; serve the model that is trained, in the precision of training",
+                f"its log-probabilities are {distance:.3g} nats per token from the policy's, under the policy's "
+                f"weights (tolerance {self.tolerance:g}): it serves another model, computes in another precision or at "
+                "another temperature, or did not load all weights; serve the model that is trained, in the precision "
+                "of training",
             )
 
 

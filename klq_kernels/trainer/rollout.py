@@ -10,7 +10,7 @@ stale or quantised sampler does not make the ratios wrong. It does make the samp
 log-probabilities along and every log shows how far off (``rollout/sampler_kl``, ``rollout/ess``), and
 ``off_policy="retrace"`` corrects for it (``off_policy``).
 
-A rollout function with a method ``begin`` can also sample ahead of the trainer, in a thread (``begin``, ``ahead``).
+A rollout function with a method ``begin`` can also sample ahead of the trainer, in a thread (``ask_ahead``, ``ahead``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def ask(function: RolloutFunction, rows: list[dict[str, Any]], number: int, trai
     return checked(_called(function, rows, number, trainer))
 
 
-def begin(
+def ask_ahead(
     function: Any, rows: list[dict[str, Any]], number: int, trainer: RolloutContext
 ) -> Callable[[], Completions]:
     """What samples the completions of ``ask`` later, and in another thread, by the policy as it is now.
