@@ -29,10 +29,13 @@ def gone(pid: int) -> bool:
     return False
 
 
-def build(folder: Path, rollout: EngineRollout | None = None, **given: Any) -> KLQTrainer:
+def build(
+    folder: Path, rollout: EngineRollout | None = None, *, async_rollouts: bool = False, **given: Any
+) -> KLQTrainer:
     options = {"environment": STAND_IN, "bucket_bytes": 5000, "max_model_len": 64}
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_update_epochs": 2, "logging_steps": 1}
     settings |= {"engine": "vllm", "engine_kwargs": options} if rollout is None else {}
+    settings["async_rollouts"] = async_rollouts
     return tiny.trainer(folder, {"rollout_func": rollout, **given}, learning_rate=1e-2, **settings)
 
 
@@ -66,6 +69,28 @@ def test_a_run_whose_engine_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Pa
     child = child_of(resumed)
     child.connection.close()  # as the end of the trainer's process does, however sudden
     assert child.process.wait(10) == 0
+
+
+def test_an_engine_that_is_killed_while_it_samples_ahead(tmp_path: Path) -> None:
+    """The run ends with the next checkpoint or cycle, and goes on from the checkpoint before."""
+    whole = build(tmp_path / "whole", EngineRollout(OwnEngine()), async_rollouts=True)
+    whole.train()
+    scored = 0
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal scored
+        scored += 1
+        if scored == 2:
+            os.kill(child_of(cut).process.pid, signal.SIGKILL)
+        return tiny.even(completion_ids)
+
+    cut = build(tmp_path / "cut", async_rollouts=True, reward_funcs=reward)
+    with pytest.raises(EngineError, match=r"(?s)ended by SIGKILL during generate.*resume_from_checkpoint=True"):
+        cut.train()
+    resumed = build(tmp_path / "cut", async_rollouts=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert tiny.losses(resumed) == tiny.losses(whole)
+    resumed.rollout_func.stop()  # type: ignore[union-attr]
 
 
 def test_what_vllm_complains_of_is_passed_on(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +15,7 @@ from typing import Any
 import engine_process
 import pytest
 import tiny
-from processes import TWO_PROCESSES, start
+from processes import ROOT, TWO_PROCESSES, start
 from stand_in import Server
 
 from klq_kernels.engines import EngineError, Model, Request, VLLMServer, WeightsLost
@@ -86,6 +89,21 @@ def test_a_slow_server_is_said_to_be_slow(server: Server) -> None:
     server.fault(slow=1.0)
     with pytest.raises(EngineError, match=r"did not answer within 0\.3 s.*engine_timeout"):
         engine.generate(PROMPTS, "one")
+
+
+def test_a_program_that_ends_does_not_wait_for_a_server() -> None:
+    program = """
+import socket
+from threading import Thread
+from klq_kernels.engines import Request, VLLMServer
+
+silent = socket.create_server(("127.0.0.1", 0))
+engine = VLLMServer(f"http://127.0.0.1:{silent.getsockname()[1]}")
+Thread(target=engine.generate, args=(Request([[5]] * 3, [1, 2, 3], 4), "one"), daemon=True).start()
+asked = silent.accept()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=True)
 
 
 def test_completions_that_were_broken_off_are_refused(server: Server) -> None:

@@ -177,14 +177,14 @@ def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
-    command = [ahead_process.__file__, json.dumps({"folder": str(folder), "kill_at": 6})]
+    command = [ahead_process.__file__, json.dumps({"folder": str(folder), "kill_at": 5})]
     start(command, expect=-signal.SIGKILL)
-    assert not (folder / "checkpoint-6").exists()
+    assert not (folder / "checkpoint-5").exists()
     resumed = ahead_process.build(folder)
     resumed.train(resume_from_checkpoint=True)
     whole = ahead_process.build(tmp_path / "whole")
     whole.train()
-    assert len(tiny.losses(whole)) == 8
+    assert len(tiny.losses(whole)) == 6
     assert tiny.losses(resumed) == tiny.losses(whole)
     ours, theirs = (dict(run.policy_weights()) for run in (resumed, whole))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
@@ -268,21 +268,24 @@ def test_a_program_that_ends_does_not_wait(tmp_path: Path) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Each has its share of the prompts, ahead as otherwise; where the engine of one fails, both say so and end."""
     runs = [
-        {"folder": str(tmp_path / "ahead")},
+        {"folder": str(tmp_path / "whole")},
         {"folder": str(tmp_path / "together"), "async_rollouts": False},
-        {"folder": str(tmp_path / "again"), "resume": str(tmp_path / "ahead" / "checkpoint-4")},
+        {"folder": str(tmp_path / "again"), "resume": str(tmp_path / "whole" / "checkpoint-3")},
         {"folder": str(tmp_path / "lost"), "fails": "lost", "shared": True, "async_rollouts": False},
+        {"folder": str(tmp_path / "lost ahead"), "fails": "lost", "shared": True},
         *({"folder": str(tmp_path / name), **told} for name, told in ahead_process.FAILURES.items()),
     ]
     start([*TWO_PROCESSES, ahead_process.__file__, *map(json.dumps, runs)])
     for rank in (0, 1):
         told = {p.name: json.loads((p / f"{rank}.json").read_text()) for p in tmp_path.iterdir()}
-        assert told["ahead"]["asked"] == told["together"]["asked"]
-        assert len(told["ahead"]["asked"]) == 4
-        assert told["again"]["losses"] == told["ahead"]["losses"]
-        assert told["ahead"]["losses"] != told["together"]["losses"]
+        assert told["whole"]["asked"] == told["together"]["asked"]
+        assert len(told["whole"]["asked"]) == 3
+        assert told["again"]["losses"] == told["whole"]["losses"]
+        assert told["whole"]["losses"] != told["together"]["losses"]
         assert told["lost"]["error"] is None
         assert told["lost"]["losses"] == told["together"]["losses"]
+        assert told["lost ahead"]["error"] is None
+        assert len(told["lost ahead"]["losses"]) == 6
         for name, trouble in ahead_process.FAILURES.items():
             failing = trouble.get("failing", 1)
             own, others = (
@@ -290,7 +293,7 @@ def test_two_processes(tmp_path: Path) -> None:
                 for told_by in ("", f"process {failing} failed with EngineError: ")
             )
             assert told[name]["error"] == f"EngineError: {own if rank == failing else others}", name
-    shares = [json.loads((tmp_path / "ahead" / f"{rank}.json").read_text())["asked"] for rank in (0, 1)]
+    shares = [json.loads((tmp_path / "whole" / f"{rank}.json").read_text())["asked"] for rank in (0, 1)]
     assert shares[0] != shares[1]
 
 
