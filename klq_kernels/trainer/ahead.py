@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engines import WeightsLost
 from .batches import Sequence
 from .processes import together
 from .rollout import Completions, Rollout
@@ -65,8 +66,10 @@ class Ahead:
     def wait(self) -> None:
         """Returns when nothing is being sampled. Every process must call it.
 
+        What an engine without the right weights was to sample is forgotten, so that its cycle is sampled as it begins.
+
         Raises:
-            Exception: what the thread raised, with its traceback, once.
+            Exception: what else the thread raised, with its traceback, once.
         """
         upcoming = self._upcoming
         try:
@@ -74,9 +77,10 @@ class Ahead:
                 if upcoming is not None and upcoming.rollout is None:
                     assert upcoming.outcome is not None
                     upcoming.rollout = self._check(upcoming.outcome.result(), upcoming.prompts)
-        except Exception:
+        except Exception as error:
             self._upcoming = None
-            raise
+            if not isinstance(error, WeightsLost):
+                raise
 
     def take(self, prompts: list[list[int]], cycle: int) -> Rollout | None:
         """The completions for these prompts, sampled a cycle ago; None where there are none.

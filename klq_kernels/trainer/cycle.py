@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..call.checks import require
-from ..engines import WeightsLost
 from ..types import KLQTargets
 from . import sharding
 from .actor_critic import ActorCritic, Objective, States, held
@@ -176,10 +175,7 @@ class Cycle:
         number = self.args.num_generations
         if not self.args.async_rollouts:
             return self.roll_out(rows, self._rollout_seed(self.cycle), number)
-        try:
-            rollout = self.ahead.take(self._prompts(rows, number), self.cycle)
-        except WeightsLost:  # a call gives the engine the weights of now, and samples with those
-            rollout = None
+        rollout = self.ahead.take(self._prompts(rows, number), self.cycle)
         if rollout is None:
             rollout = aged(self.roll_out(rows, self._rollout_seed(self.cycle), number), 0.0)
         self._sample_ahead(self.cycle + 1)

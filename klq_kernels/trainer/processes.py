@@ -40,8 +40,9 @@ def together(accelerator: Any) -> Iterator[None]:
     Every process must enter it, and call nothing inside that waits for the others. It also makes each wait for all.
 
     Raises:
-        WeightsLost, EngineError: in a process where all went well, with what the others raised; the first where nothing
-            else happened.
+        WeightsLost: where that is what all that failed raised.
+        EngineError: where all went well here, or the weights were lost, and something else happened elsewhere.
+        Exception: what was raised here, otherwise.
     """
     error: Exception | None = None
     try:
@@ -51,9 +52,10 @@ def together(accelerator: Any) -> Iterator[None]:
     if accelerator.num_processes > 1:
         told = None if error is None else (isinstance(error, WeightsLost), f"{type(error).__name__}: {error}")
         failed = {rank: said for rank, said in enumerate(gather_object([told])) if said is not None}
-        if failed and error is None:
-            kind = WeightsLost if all(lost for lost, _ in failed.values()) else EngineError
-            raise kind("; ".join(f"process {rank} failed with {text}" for rank, (_, text) in failed.items()))
+        kind = WeightsLost if all(lost for lost, _ in failed.values()) else EngineError
+        if failed and (error is None or isinstance(error, WeightsLost)):
+            told_by_all = "; ".join(f"process {rank} failed with {text}" for rank, (_, text) in failed.items())
+            raise kind(told_by_all) from error
     if error is not None:
         raise error
 
