@@ -196,6 +196,22 @@ def importance_trace(logprobs: Tensor, sampler_logprobs: Tensor, *, clip: float 
     return torch.exp(logprobs - sampler_logprobs).clamp(max=clip)
 
 
+def tree_backup_trace(logprobs: Tensor) -> Tensor:
+    """c_t = pi(a_t|s_t), for tokens that nobody knows the probability of: those of a demonstration.
+
+    As the ``trace`` of ``klq_targets`` it makes A the error of tree backup, TB(lambda) (Precup, Sutton and Singh 2000).
+    By theorem 1 of arXiv 1606.02647 Q_t + A_t contracts to the Q of pi for every sampler mu with 0 <= c <= pi / mu, and
+    pi <= pi / mu for all, as mu <= 1. It is ``importance_trace`` with mu = 1, the most careful guess: what is earned
+    counts only as far as pi itself would be likely to follow, and V stands for what comes after. With lambda = 1, in
+    the mean over mu's tokens,
+
+        G(s, a) = r + gamma (V(s') + sum_b mu(b|s') pi(b|s') (G(s', b) - Q(s', b))),
+
+    and where Q and V are the optimal policy's, A is 0 at every token, whoever wrote it.
+    """
+    return torch.exp(logprobs)
+
+
 def vtrace_targets(
     rewards: Tensor, values: Tensor, trace: Tensor, *, gamma: float = 1.0, lam: float = 0.95, last_value: float = 0.0
 ) -> Tensor:

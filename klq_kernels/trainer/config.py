@@ -131,6 +131,10 @@ class KLQConfig(TrainingArguments):
         "error", "replay_cycles: 'error' draws in proportion to the mean size of lambda-errors, or 'uniform'."
     )
 
+    demonstration_share: float = option(
+        0.25, "Of the replayed completions, the share that are demonstrations where the trainer has any, in (0, 1]."
+    )
+
     advantage_spread: float | None = option(
         None,
         "KLQ: the largest spread of lambda-errors, > 0. Where their running root mean square is larger, alpha is made "
@@ -368,6 +372,7 @@ class KLQConfig(TrainingArguments):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), positive=True)
         require_number("alpha", self.alpha, high=1.0, positive=True)
+        require_number("demonstration_share", self.demonstration_share, high=1.0, positive=True)
         require_number("vf_coef", self.vf_coef, low=0.0)
         for name in ("gamma", "lam", "lam_final", "value_lam", "value_gradient"):
             if getattr(self, name) is not None:

@@ -28,6 +28,7 @@ from .ahead import Ahead, aged
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
+from .demonstrations import Demonstrations, without_completion
 from .experience import Experience
 from .frozen import Placed, reference_policy
 from .means import Means
@@ -48,7 +49,7 @@ from .rollout import (
 )
 from .running import Running
 from .seeds import Purpose, derived_seed, seeded
-from .statistics import add_cycle, add_rewards, add_sampler
+from .statistics import add_cycle, add_demonstrations, add_rewards, add_sampler
 from .targets import lambda_errors
 
 
@@ -67,6 +68,7 @@ class Cycle:
     means: Means
     memory: Memory  # of earlier cycles
     ahead: Ahead  # what is sampled for the next cycle
+    demonstrations: Demonstrations | None
     running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
     seconds: dict[str, float]  # that each part has taken since the last log
@@ -136,9 +138,9 @@ class Cycle:
         experience.advantages = self._weighted(experience.advantages)
         return experience
 
-    def _experience(self, sampled: Sampled, scored: Scored) -> Experience:
+    def _experience(self, sampled: Sampled, scored: Scored, *, grouped: bool = True) -> Experience:
         """What is learnt of completions that have been scored; the advantages are not weighted yet."""
-        targets, errors = self._errors(sampled, scored)
+        targets, errors = self._errors(sampled, scored, grouped=grouped)
         return Experience(
             sampled.sequences, targets, sampled.ref_logprobs, errors, sampler_logprobs=sampled.sampler_logprobs
         )
@@ -146,7 +148,8 @@ class Cycle:
     def _with_replays(self, experience: Experience, sampled: Sampled) -> Experience:
         """A cycle's experience, followed by that of as many completions drawn from the memory for each pass over them.
 
-        The cycle itself is remembered for the next ones; at first, where there are no others, it is drawn from.
+        Where there are demonstrations they are a part of those. The cycle itself is remembered for the next ones; at
+        first, where there are no others, it is drawn from.
         """
         args, fresh = self.args, experience
         seed = derived_seed(args.seed, Purpose.REPLAY, self.cycle, args.process_index)
@@ -155,20 +158,42 @@ class Cycle:
         first = len(self.memory) < prompts
         if first:
             self.memory.add(sampled, fresh.advantages, self.cycle)
-        for _ in range(args.replay_passes):
-            places = self.memory.draw(prompts, generator, prioritised=args.replay_priority == "error")
-            again, cycles = self.memory.take(places)
-            again = again.to(args.device)
-            scored = self.rescore(again.sequences)
-            replayed = self._experience(again, scored)
-            self.memory.refresh(places, replayed.advantages, again.rows)
-            experience = experience.followed_by(replayed)
-            assert again.sampler_logprobs is not None
-            self.means.add({"replay/age": (self.cycle - cycles).double().mean()}, len(cycles))
-            self.means.add_effective("replay/ess", (scored.logprobs - again.sampler_logprobs).double().exp())
+        shown = 0 if self.demonstrations is None else self.demonstrations.number // args.num_generations
+        for turn in range(args.replay_passes):
+            if shown < prompts:
+                experience = experience.followed_by(self._replayed(prompts - shown, generator))
+            if shown:
+                experience = experience.followed_by(self._demonstrated(turn))
         if not first:
             self.memory.add(sampled, fresh.advantages, self.cycle)
         return experience
+
+    def _replayed(self, prompts: int, generator: torch.Generator) -> Experience:
+        """The completions of so many prompts of the memory, read anew."""
+        places = self.memory.draw(prompts, generator, prioritised=self.args.replay_priority == "error")
+        again, cycles = self.memory.take(places)
+        again = again.to(self.args.device)
+        scored = self.rescore(again.sequences)
+        replayed = self._experience(again, scored)
+        self.memory.refresh(places, replayed.advantages, again.rows)
+        assert again.sampler_logprobs is not None
+        self.means.add({"replay/age": (self.cycle - cycles).double().mean()}, len(cycles))
+        self.means.add_effective("replay/ess", (scored.logprobs - again.sampler_logprobs).double().exp())
+        return replayed
+
+    def _demonstrated(self, turn: int) -> Experience:
+        """What is learnt of demonstrations; each is the only completion of its prompt, so no group is a baseline."""
+        assert self.demonstrations is not None
+        rows = self.demonstrations.rows(self.cycle, turn)
+        rollout = self.demonstrations.rollout(rows)
+        scores = self.reward([without_completion(row) for row in rows], rollout)
+        rollout = rollout.without(~scores.scored)
+        scored, ref_logprobs = self.score(rollout)
+        assert rollout.sampler_logprobs is not None
+        sampler_logprobs = rollout.sampler_logprobs.to(self.args.device)
+        add_demonstrations(self.means, scores, scored)
+        shown = Sampled(rollout.sequences, rollout.truncated, scores.total, ref_logprobs, sampler_logprobs)
+        return self._experience(shown, scored, grouped=False)
 
     def _rollout_of_cycle(self, rows: list[dict[str, Any]]) -> Rollout:
         """The completions of this cycle; with ``async_rollouts`` it begins on those of the next one as well."""
@@ -303,15 +328,16 @@ class Cycle:
         assert rollout.sampler_logprobs is not None
         return rollout.sampler_logprobs.to(self.args.device)
 
-    def _errors(self, sampled: Sampled, scored: Scored) -> tuple[KLQTargets, Tensor]:
+    def _errors(self, sampled: Sampled, scored: Scored, *, grouped: bool) -> tuple[KLQTargets, Tensor]:
         """``targets.lambda_errors``. A completion that was cut off earns V of its last state in place of a score."""
         device = scored.logprobs.device
         cut = sampled.truncated.to(device) & self.args.bootstrap_truncated
         total = torch.where(cut, -(self.args.missing_eos_penalty or 0.0), sampled.scores.to(device))
         total = self._rescaled(total)
         return lambda_errors(
-            scored, sampled.ref_logprobs, sampled.sampler_logprobs, total, cut, sampled.rows, self.args, self.lam
-        )
+            scored, sampled.ref_logprobs, sampled.sampler_logprobs, total, cut, sampled.rows, self.args, self.lam,
+            grouped=grouped,
+        )  # fmt: skip
 
     def _rescaled(self, scores: Tensor) -> Tensor:
         """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""

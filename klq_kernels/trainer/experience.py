@@ -120,7 +120,7 @@ CONDITIONS = (
     "generation_kwargs", "num_update_epochs", "num_mini_batches", "steps_per_cycle", "per_device_train_batch_size",
     "gradient_accumulation_steps", "off_policy", "trace_clip", "num_generations", "group_baseline", "value_lam",
     "replay_cycles", "replay_epochs", "replay_priority", "advantage_spread", "scale_rewards", "reward_clip",
-    "chat_template_kwargs", "ref_dtype", "freeze_value_model",
+    "chat_template_kwargs", "ref_dtype", "freeze_value_model", "demonstration_share",
 )  # fmt: skip
 
 

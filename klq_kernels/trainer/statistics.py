@@ -73,6 +73,13 @@ def add_sampler(means: Means, rollout: Rollout, scored: Scored) -> None:
     means.add_maxima({"rollout/sampler_ratio_max": difference.exp().max() if len(difference) else -torch.inf})
 
 
+def add_demonstrations(means: Means, scores: Scores, scored: Scored) -> None:
+    """Adds the mean score of demonstrations, and log pi of their tokens: demonstrations/scores, /logprob."""
+    total = scores.total[scores.scored]
+    means.add({"demonstrations/scores": total.mean()}, len(total))
+    means.add({"demonstrations/logprob": scored.logprobs.mean()}, len(scored.logprobs))
+
+
 def add_held_out(means: Means, rollout: Rollout, scores: Scores, log_ratios: Tensor) -> None:
     """Adds an evaluated batch; ``log_ratios`` [N] are to the reference, per trained token."""
     kept = scores.scored

@@ -28,6 +28,8 @@ def lambda_errors(
     rows: Tensor,
     config: KLQConfig,
     lam: float,
+    *,
+    grouped: bool = True,
 ) -> tuple[KLQTargets, Tensor]:
     """(the targets of V, the lambda-errors of the policy), of S completions with N trained tokens.
 
@@ -39,6 +41,7 @@ def lambda_errors(
         rows: int64 [S] on the CPU, trained tokens of each.
         config: of the run.
         lam: of this cycle.
+        grouped: whether ``num_generations`` completions at a time are of one prompt.
     """
     device = scored.logprobs.device
     counts = rows.to(device)
@@ -56,7 +59,7 @@ def lambda_errors(
     if not config.errors_differ:
         return of_values, of_values.advantages
     values = scored.values
-    if config.has_baseline:
+    if config.has_baseline and grouped:
         whole = targets(values=values, bootstrap_values=ends, lam=1.0).advantages
         filled = counts > 0
         first = torch.zeros_like(scores).masked_scatter_(filled, whole[cu_seqlens[:-1].long()[filled]])

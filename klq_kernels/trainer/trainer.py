@@ -31,6 +31,7 @@ from .callbacks import FailureWatch
 from .checkpoints import Checkpoints
 from .completions_log import CompletionsLog
 from .config import KLQConfig
+from .demonstrations import Demonstrations
 from .engine import engine_of
 from .evaluation import Evaluation
 from .experience import Experience, Plan
@@ -40,10 +41,11 @@ from .objectives import OBJECTIVES
 from .parts import proven_parts
 from .replay import Memory
 from .rewards import RewardFunction, Rewards, as_list
-from .rollout import RolloutFunction, check_ahead, sampling_config
+from .rollout import RolloutFunction, check_ahead, eos_ids, sampling_config
 from .running import Running
 from .sampler import CycleSampler
 from .seeds import Purpose, derived_seed
+from .written import Reader
 
 # The names of the losses' metrics in the logs, as PPO trainers have them.
 LOGGED = {
@@ -83,6 +85,8 @@ class KLQTrainer(Evaluation, Checkpoints):
         reward_processing_classes: tokenizers of the reward models; by default those saved with them.
         rollout_func: samples completions in place of ``generate`` (see ``rollout``); by default what ``args.engine``
             names (see ``engine``). For ``async_rollouts`` it needs a method ``begin``.
+        demonstrations: a dataset with the columns ``prompt`` and ``completion``, and those that the reward functions
+            read: completions to learn from beside the replayed ones (see ``demonstrations``). For KLQ.
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
@@ -106,6 +110,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         *,
         reward_processing_classes: Any = None,
         rollout_func: RolloutFunction | None = None,
+        demonstrations: Any = None,
     ) -> None:
         args = self.config_class("klq_output") if args is None else args
         right = isinstance(args, self.config_class) and args.algorithm in self.config_class.algorithms
@@ -185,6 +190,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.means = Means()
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(args.replay_cycles, args.num_generations)
+        self.demonstrations = self._read_demonstrations(demonstrations)
         self.ahead = Ahead(self.accelerator, self.check)
         self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
@@ -204,6 +210,31 @@ class KLQTrainer(Evaluation, Checkpoints):
         require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         sharding.check_engine(self.accelerator)
         sharding.check_head_sharding(self.accelerator, self.language_model, self.args.head_sharding)
+
+    def _read_demonstrations(self, dataset: Any) -> Demonstrations | None:
+        args = self.args
+        if dataset is None:
+            args._warn_of_ignored(("demonstration_share",), "a trainer without demonstrations")
+            return None
+        require(
+            args.algorithm == "klq",
+            "demonstrations",
+            f"serve algorithm='klq' alone: the policy loss of {args.algorithm} has to know who chose a token, and how "
+            "likely that was; leave them out",
+        )
+        require(args.replay_cycles > 0, "demonstrations", "are a part of the replayed completions; set replay_cycles")
+        loading.check_dataset("demonstrations", dataset)
+        template: Any = args.chat_template_kwargs
+        reader = Reader(
+            self.tokenizer, self.language_model.vocab_size, max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length, template=template,
+        )  # fmt: skip
+        prompts = max(1, round(args.demonstration_share * self._prompts_per_device))  # in each pass
+        return Demonstrations(
+            dataset, reader, eos_ids(self.generation_config), number=prompts * args.num_generations,
+            passes=args.replay_passes, process=args.process_index, processes=self.accelerator.num_processes,
+            seed=args.seed,
+        )  # fmt: skip
 
     def _place_reward(self, model: nn.Module) -> Placed:
         return Placed(model, self.args.reward_placement, self.accelerator, "reward_placement")

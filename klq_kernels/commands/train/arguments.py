@@ -65,6 +65,10 @@ class ScriptArguments:
     eval_size: int = option(0, "Held-out prompts, evaluated before and after; 0: none.")
     max_samples: int | None = option(None, "Train on the first so many rows.")
     drop_long_prompts: bool = option(False, "Leave out prompts over max_prompt_length instead of cutting them.")
+    demonstrations: str | None = option(
+        None,
+        "Completions to learn from (columns prompt, completion): a file, a folder or a hub id. With replay_cycles.",
+    )
     reward_model: list[str] | None = option(None, "Sequence-classification models: folders or hub ids.")
     reward_function: list[str] | None = option(None, "package.module:function or file.py:function, one or more.")
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains every parameter.")
@@ -98,7 +102,7 @@ class GuideArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ref_model", "value_model", "lora_rank"):
+        for name in ("ref_model", "value_model", "lora_rank", "demonstrations"):
             default = ScriptArguments.__dataclass_fields__[name].default
             require(getattr(self, name) == default, name, "is not used by qsharp, which trains a guide alone")
 

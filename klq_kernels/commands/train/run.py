@@ -65,6 +65,8 @@ def build_trainer(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) 
     }
     if isinstance(config, QSharpConfig):
         return QSharpTrainer(**given)
+    if arguments.demonstrations is not None:
+        given["demonstrations"] = read_prompts(arguments, {"path": "demonstrations"}, None)
     return CYCLES.get(config.algorithm, KLQTrainer)(**given, peft_config=lora(arguments))
 
 

@@ -1,21 +1,15 @@
 """Pairs of completions for a prompt, one preferred to the other, as rows of a dataset and as sequences.
 
-A row has ``prompt``, a text or chat messages, and ``chosen`` and ``rejected``: texts, or the messages that follow those
-of the prompt. A completion ends with one EOS, which the policy is to learn as well: it is added where neither the text
-nor the template has it, and what a template writes after it, such as a line break, is left out.
+A row has ``prompt``, and ``chosen`` and ``rejected``, which are completions as ``written`` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from ...call.checks import require
 from ..batches import Sequence
-from ..data import is_message, tokenize_chat
-from ..rollout import check_ids, prompt_ids
+from ..written import Reader
 
 COLUMNS = ("chosen", "rejected")
 
@@ -26,69 +20,9 @@ def check_pairs(name: str, dataset: Any) -> None:
     require(not missing, name, f"must have the columns prompt, chosen and rejected; there is no {', '.join(missing)}")
 
 
-class PairReader:
-    """Makes sequences of rows.
+class PairReader(Reader):
+    """Makes sequences of rows; arguments as in ``Reader``."""
 
-    Args:
-        tokenizer: with a chat template where rows are chats.
-        vocab: tokens that the policy knows.
-        max_prompt_length: longer prompts are cut on the left.
-        max_completion_length: longer completions are cut on the right.
-        template: further arguments of ``apply_chat_template``.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        vocab: int,
-        *,
-        max_prompt_length: int | None = None,
-        max_completion_length: int | None = None,
-        template: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.tokenizer, self.vocab, self.template = tokenizer, vocab, template
-        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
-
-    def sequences(self, rows: list[dict[str, Any]]) -> list[Sequence]:
-        """The chosen sequences of all rows, and then the rejected ones.
-
-        Raises:
-            ValueError: naming the column of a row that is no text and no messages, that has no token, or whose template
-                does not go on from the prompt.
-        """
-        prompts = [prompt_ids(row["prompt"], self.tokenizer, self.vocab, template=self.template) for row in rows]
-        return [self._sequence(p, row, column) for column in COLUMNS for p, row in zip(prompts, rows, strict=True)]
-
-    def _sequence(self, prompt: list[int], row: dict[str, Any], column: str) -> Sequence:
-        said = self._completion(prompt, row["prompt"], row.get(column), column)
-        require(bool(said), column, f"{row[column]!r:.80} has no tokens, and so nothing to learn")
-        ids = self._ended(said)[: self.max_completion_length]
-        check_ids("processing_class", ids, self.vocab)
-        start = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
-        return Sequence(torch.tensor(prompt[start:]), torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """The ids up to the last EOS among them, or with one at their end."""
-        eos = self.tokenizer.eos_token_id
-        return ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
-
-    def _completion(self, prompt: list[int], before: Any, said: Any, column: str) -> list[int]:
-        """The ids of a completion, which the policy is to say after the prompt."""
-        if isinstance(said, str):
-            return list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
-        chat = isinstance(said, (list, tuple)) and bool(said) and all(map(is_message, said))
-        require(
-            chat and not isinstance(before, str),
-            column,
-            f"must be a text, or messages where the prompt has messages; got {said!r:.80}",
-        )
-        whole = tokenize_chat(
-            [*before, *said], self.tokenizer, {**(self.template or {}), "add_generation_prompt": False}
-        )
-        require(
-            whole[: len(prompt)] == prompt,
-            column,
-            "does not go on from its prompt: the chat template writes an answered conversation in another way than the "
-            "prompt that asks for the answer; give texts, or another template",
-        )
-        return list(whole[len(prompt) :])
+    def sequences(self, rows: list[dict[str, Any]], *columns: str) -> list[Sequence]:
+        """The chosen sequences of all rows, and then the rejected ones; raises as ``Reader`` does."""
+        return super().sequences(rows, *(columns or COLUMNS))
