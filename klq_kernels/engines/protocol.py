@@ -5,10 +5,10 @@
     generate         samples a completion for each prompt, and says how likely each of its tokens was
     stop             ends it; a stopped engine can be started again
 
-A trainer calls these from one thread, one after another. Each of them returns when its work is done, or raises within
-the time that the engine was given: a ``ValueError`` where the request cannot be served as it is, an ``EngineError``
-where the engine fails. Every completion has a seed of its own, so that it does not depend on what else is sampled
-beside it, and a run that is resumed asks for the same ones.
+A trainer calls these one after another; ``generate`` may be called from another thread than the rest. Each of them
+returns when its work is done, or raises within the time that the engine was given: a ``ValueError`` where the request
+cannot be served as it is, an ``EngineError`` where the engine fails. Every completion has a seed of its own, so that it
+does not depend on what else is sampled beside it, and a run that is resumed asks for the same ones.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ models actor_critic          the parts of a language model; the module that is t
 frozen                       the reference and reward models, and where their weights are
 sharding                     engines that shard weights over processes: FSDP2, ZeRO-3
 export engine                the policy's weights, as an engine loads them; rollouts by an engine that follows them
+ahead                        rollouts that an engine samples while the trainer learns
 batches experience           sequences as a model reads them; their targets and log-probabilities
 targets                      lambda-errors from the scores, for V and for the policy
 objectives                   scores, the KLQ loss, the PPO loss
@@ -18,9 +19,10 @@ sampler seeds                the prompts of a cycle, reproducible randomness
 statistics means             the statistics in the logs, and their means over processes and steps
 relatives                    OREO, TBRM, VinePPO, DPO: other methods on the same parts
 qsharp                       a guide for a reference that stays as it is
-replay                       completions of earlier cycles
+replay demonstrations        completions of earlier cycles, and those of someone else
+written                      completions in a dataset, as sequences
 running                      running spreads of scores and errors
-processes                    shares in held-out rows, and the end of a run that has several
+processes                    shares in held-out rows, failing together, the end of a run that has several
 callbacks completions_log    signatures of failure; completions to read
 """
 

@@ -176,6 +176,17 @@ def test_a_run_leaves_model_history_picture_and_summary(material: list[str], tmp
     assert (tmp_path / "final" / "adapter_config.json").exists()
 
 
+def test_demonstrations_come_from_a_file(material: list[str], tmp_path: Path):
+    file = write(tmp_path / "shown.jsonl", json.dumps({"prompt": "ab", "completion": "bd"}) + "\n")
+    flags = [*material, "--output_dir", str(tmp_path), "--max_steps", "4", "--off_policy", "retrace"]
+    train([*flags, "--replay_cycles", "2", "--demonstrations", str(file)])
+    history = json.loads((tmp_path / "history.json").read_text())
+    scores = [logs["demonstrations/scores"] for logs in history if "demonstrations/scores" in logs]
+    assert scores == [tiny.even([[*tiny.tokenizer()("bd").input_ids, tiny.EOS]])[0]] * 2
+    with pytest.raises(ValueError, match=r"^demonstrations: there is no file"):
+        train([*flags, "--replay_cycles", "2", "--demonstrations", str(tmp_path / "none.jsonl")])
+
+
 def test_a_guide_is_trained_for_a_model_that_stays(material: list[str], tmp_path: Path):
     flags = [
         *material[: -len(TINY)], "--algorithm", "qsharp", "--output_dir", str(tmp_path), "--rounds", "2",
@@ -194,7 +205,7 @@ def test_a_guide_is_trained_for_a_model_that_stays(material: list[str], tmp_path
 
 
 def test_arguments_of_another_algorithm_are_refused(tmp_path: Path):
-    for flags in (["--tau", "1"], ["--value_model", "copy"], ["--lora_rank", "2"]):
+    for flags in (["--tau", "1"], ["--value_model", "copy"], ["--lora_rank", "2"], ["--demonstrations", "d"]):
         name = flags[0].removeprefix("--")
         with pytest.raises(ValueError, match=f"^(--)?{name}: "):
             parse(None, ["--task", "constant", "--algorithm", "qsharp", *flags])
