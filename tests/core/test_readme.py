@@ -43,7 +43,7 @@ def test_the_trainers_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     snippets = blocks("python", (ROOT / "docs" / "trainer.md").read_text())
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, "docs/trainer.md", "exec"), namespace)
         if number == 0:
