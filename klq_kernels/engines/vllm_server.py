@@ -19,10 +19,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
-from multiprocessing.pool import ThreadPool
+from contextlib import closing, suppress
 from pathlib import Path
-from threading import Event
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -181,17 +181,26 @@ def in_threads(function: Callable[[dict[str, Any]], T], bodies: list[dict[str, A
 
     The threads are daemons: a program that is interrupted does not wait for their answers before it ends.
     """
-    failed = Event()
+    answers: dict[int, T] = {}
+    errors: list[BaseException] = []
+    left: Queue[tuple[int, dict[str, Any]]] = Queue()
+    for numbered in enumerate(bodies):
+        left.put(numbered)
 
-    def call(body: dict[str, Any]) -> T | None:
-        if failed.is_set():
-            return None
-        try:
-            return function(body)
-        except BaseException:
-            failed.set()
-            raise
+    def work() -> None:
+        with suppress(Empty):
+            while not errors:
+                at, body = left.get_nowait()
+                try:
+                    answers[at] = function(body)
+                except BaseException as error:
+                    errors.append(error)
 
-    with ThreadPool(min(most, len(bodies))) as pool:
-        answers = pool.map(call, bodies, chunksize=1)
-    return answers  # type: ignore[return-value]  # None beside an error alone
+    threads = [Thread(target=work, daemon=True) for _ in range(min(most, len(bodies)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [answers[at] for at in range(len(bodies))]
