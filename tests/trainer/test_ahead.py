@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ahead_process
@@ -20,18 +21,14 @@ from own_engine import OwnEngine
 from processes import ROOT, TWO_PROCESSES, start
 from sampler import Sampler
 
-from klq_kernels.engines import EngineError, Generated, Request
-from klq_kernels.trainer import Completions, EngineRollout, KLQTrainer
+from klq_kernels.engines import EngineError, Generated, Request, WeightsLost
+from klq_kernels.trainer import Completions, EngineRollout, KLQTrainer, processes
 from klq_kernels.trainer.engine import served_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CYCLES = {
-    "max_steps": 12,
-    "num_update_epochs": 2,
-    "logging_steps": 1,
-    "max_completion_length": 6,
-    "learning_rate": 3e-2,
-}
+CYCLES: dict[str, Any] = {
+    "max_steps": 12, "num_update_epochs": 2, "logging_steps": 1, "max_completion_length": 6, "learning_rate": 3e-2,
+}  # fmt: skip
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -295,6 +292,37 @@ def test_two_processes(tmp_path: Path) -> None:
             assert told[name]["error"] == f"EngineError: {own if rank == failing else others}", name
     shares = [json.loads((tmp_path / "whole" / f"{rank}.json").read_text())["asked"] for rank in (0, 1)]
     assert shares[0] != shares[1]
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "raised", "message"),
+    [
+        (None, None, None, ""),
+        (None, (True, "WeightsLost: gone"), WeightsLost, "process 1 failed with WeightsLost: gone"),
+        (None, (False, "ValueError: long"), EngineError, "process 1 failed with ValueError: long"),
+        (WeightsLost("gone"), None, WeightsLost, "process 0 failed with WeightsLost: gone"),
+        (WeightsLost("gone"), (False, "EngineError: dead"), EngineError, "process 1 failed with EngineError: dead"),
+        (ValueError("long"), (True, "WeightsLost: gone"), ValueError, "^long$"),
+    ],
+    ids=str,
+)
+def test_processes_fail_together(
+    here: Exception | None, elsewhere: Any, raised: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were lost are given again by all processes together, so none may go on as if that were all."""
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, elsewhere])
+
+    def both() -> None:
+        with processes.together(SimpleNamespace(num_processes=2)):
+            if here is not None:
+                raise here
+
+    if raised is None:
+        both()
+        return
+    with pytest.raises(raised, match=message) as caught:
+        both()
+    assert type(caught.value) is raised
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
