@@ -121,9 +121,10 @@ def test_an_engine_without_a_guide_says_so(requests: Any, tmp_path: Path) -> Non
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 if __name__ == "__main__":
-    model, guide, prompts, requests = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+    model, guide, prompts, requests = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:5])
     llm = LLM(
         model, dtype="float32", skip_tokenizer_init=True, max_model_len=64, enforce_eager=True,
         logits_processors=["klq_kernels.guidance.vllm_requests:GuidedRequests"], additional_config={"klq_guide": guide},
@@ -135,10 +136,11 @@ if __name__ == "__main__":
     ]
     try:
         llm.generate({"prompt_token_ids": [1]}, SamplingParams(extra_args={"guide_eta": -1.0}), use_tqdm=False)
-    except ValueError as error:
-        print(json.dumps(str(error)))
+    except VLLMValidationError as error:
+        refused = str(error)
     out = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-    print(json.dumps([list(each.outputs[0].token_ids) for each in out]))
+    with open(sys.argv[5], "w") as file:
+        json.dump([refused, [list(each.outputs[0].token_ids) for each in out]], file)
 """
 
 
@@ -153,15 +155,16 @@ def test_vllm_writes_what_generate_writes(tmp_path: Path) -> None:
     ]  # fmt: skip
     script = tmp_path / "guided.py"
     script.write_text(SCRIPT)
-    arguments = [str(tmp_path / "model"), str(tmp_path / "guide"), json.dumps(PROMPTS), json.dumps(extras)]
+    written = tmp_path / "written.json"
+    arguments = [tmp_path / "model", tmp_path / "guide", json.dumps(PROMPTS), json.dumps(extras), written]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=500, check=False,
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=500, check=False,
         env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    refused, found = map(json.loads, done.stdout.strip().splitlines()[-2:])
-    assert "eta" in refused
+    refused, found = json.loads(written.read_text())
+    assert "eta: must be" in refused
     plain = []
     for prompt, (new, extra), tokens in zip(PROMPTS, extras, found, strict=True):
         settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": tiny.PAD}
