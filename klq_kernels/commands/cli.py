@@ -190,7 +190,7 @@ def experiment(
     name: Annotated[
         str,
         typer.Argument(
-            help="One of the experiments, or sampled-gradient, staleness or all for several; a wrong name lists them."
+            help="One of the experiments, or staleness, groups … for several, or all; a wrong name lists them."
         ),
     ],
     out: Annotated[Path, typer.Option(help="A folder for results and pictures; the page goes beside it.")] = Path(

@@ -8,6 +8,7 @@ laws         the law of the reward as a head writes it down: losses, means, tilt
 guide        ``ValueGuide``, ``ActionGuide``: a backbone and a head that says the law after each token
 candidates   what a guide says of k next tokens, in one forward pass
 decoding     ``GuidedLogits``: a ``LogitsProcessor`` for ``generate``
+vllm_requests  the same for requests of a vLLM engine, which imports it
 
 A guide is trained by ``klq_kernels.trainer.QSharpTrainer``, or with the losses here in a loop of one's own.
 """

@@ -29,6 +29,18 @@ OTHERS = ("keep", "exclude")
 OFFSETS = ("tilt", "mean")
 
 
+def check_guidance(
+    eta: float, *, top_k: int = 20, others: str = "keep", offset: str = "tilt", temperature: float = 1.0
+) -> None:
+    """Raises a ValueError that names the argument of ``GuidedLogits`` that is out of range."""
+    require_number("eta", eta, positive=True)
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool)
+    require(whole and top_k >= 1, "top_k", f"must be at least 1, got {top_k!r}")
+    require(others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {others!r}")
+    require(offset in OFFSETS, "offset", f"must be one of {', '.join(OFFSETS)}; got {offset!r}")
+    require_number("temperature", temperature, positive=True)
+
+
 class GuidedLogits(LogitsProcessor):
     """Tilts a reference policy by a guide: ``model.generate(..., logits_processor=[GuidedLogits(guide, eta=0.1)])``.
 
@@ -64,12 +76,7 @@ class GuidedLogits(LogitsProcessor):
         eos_token_id: int | Iterable[int] | None = None,
     ) -> None:
         require(isinstance(guide, ValueGuide), "guide", f"must be a ValueGuide, got {type(guide).__name__}")
-        require_number("eta", eta, positive=True)
-        whole = isinstance(top_k, int) and not isinstance(top_k, bool)
-        require(whole and top_k >= 1, "top_k", f"must be at least 1, got {top_k!r}")
-        require(others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {others!r}")
-        require(offset in OFFSETS, "offset", f"must be one of {', '.join(OFFSETS)}; got {offset!r}")
-        require_number("temperature", temperature, positive=True)
+        check_guidance(eta, top_k=top_k, others=others, offset=offset, temperature=temperature)
         self.guide, self.eta, self.top_k, self.others, self.offset = guide, eta, top_k, others, offset
         self.temperature = temperature
         self._ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])

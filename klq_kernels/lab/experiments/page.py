@@ -16,6 +16,7 @@ from ..display import markdown_table
 from ..tasks.star_graph import DEGREE, LENGTH, NODES
 from .analysis import MEASURED, Results
 from .plots import name_of
+from .spec import label
 from .statistics import Interval
 
 HEAD = """# Experiments
@@ -48,7 +49,7 @@ def section(name: str, found: Results, pictures: str) -> str:
     image = f"![{found['title']}]({pictures}/{name}.png)"
     settings = stated(found["settings"])
     seeds = "" if found["kind"] in MEASURED else f" Seeds: {found['seeds']}."
-    parts = (f"## {found['title']}", found["question"], words, image, prose(f"Settings: {settings}.{seeds}"))
+    parts = (f"## {found['title']}", prose(found["question"]), words, image, prose(f"Settings: {settings}.{seeds}"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -270,9 +271,10 @@ def noise(found: Results) -> str:
 
 def against_base(found: Results, which: str = "sampled less dense") -> str:
     """The pairs' differences, and where each variant ended; ``which`` says what is less what."""
-    rows = [[name_of(pair["variant"]), *differences(pair)] for pair in found["pairs"]]
+    bases = {label(pair["base"]) for pair in found["pairs"]}
+    rows = [[compared(pair, bases), *differences(pair)] for pair in found["pairs"]]
     clear = [
-        f"{name_of(pair['variant'])}: {' and '.join(said)}"
+        f"{compared(pair, bases)}: {' and '.join(said)}"
         for pair in found["pairs"]
         if (said := [f"{name} {'higher' if sign > 0 else 'lower'}" for name, sign in signs_of(pair).items() if sign])
     ]
@@ -283,6 +285,12 @@ def against_base(found: Results, which: str = "sampled less dense") -> str:
     )
     columns = (which, "reward", "KL", "objective")
     return "\n\n".join([prose(verdict), markdown_table(columns, rows), finals(found, first="")])
+
+
+def compared(pair: Results, bases: set[str]) -> str:
+    """The variant of a pair, and what it is compared with where the pairs have several bases."""
+    variant = name_of(pair["variant"])
+    return variant if len(bases) == 1 else f"{variant}; less {name_of(pair['base'])}"
 
 
 def learning(found: Results) -> str:
@@ -362,6 +370,27 @@ def replay(found: Results) -> str:
     return f"{words}\n\n{against_base(found, 'replay less none')}"
 
 
+def groups(found: Results) -> str:
+    settings = found["settings"]
+    cycle = settings["per_device_train_batch_size"] * settings["num_mini_batches"]
+    words = prose(
+        f"""A cycle has {cycle} completions: of as many prompts, or 4 or 8 for each of fewer prompts. Where there are
+        several, the policy's errors have a baseline more, the mean of what the others earned beyond V of the prompt
+        (docs/trainer.md). Each is compared with one completion for a prompt."""
+    )
+    return f"{words}\n\n{against_base(found, 'groups less single')}"
+
+
+def normalisation(found: Results) -> str:
+    words = prose(
+        """`scaled` says whether scores are divided by their running standard deviation, which makes a nat cheaper
+        where it is below 1: τ prices the result. `spread` is `advantage_spread`: where the root mean square of λ-errors
+        is above it, α is made as much smaller. Rewards and objectives here are of scores as they are. Each variant is
+        compared with that without scaling, and with that without a bound."""
+    )
+    return f"{words}\n\n{against_base(found, 'normalised less not')}"
+
+
 def star_graph(found: Results) -> str:
     guess = 1 / DEGREE
     before = of(found["variants"][0]["before"])
@@ -409,6 +438,7 @@ WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
     "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
     "staleness-summarize": staleness, "staleness-arithmetic": staleness,
-    "replay": replay, "star-graph": star_graph,
+    "replay": replay, "groups-summarize": groups, "groups-arithmetic": groups,
+    "normalisation-summarize": normalisation, "normalisation-arithmetic": normalisation, "star-graph": star_graph,
     "qsharp-arithmetic": pareto,
 }  # fmt: skip

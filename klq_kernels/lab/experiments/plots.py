@@ -17,6 +17,7 @@ from .statistics import Interval
 COLOURS = (BLUE, ORANGE, GREEN, RED)
 METHOD_COLOURS = (BLUE, GREEN, ORANGE, RED, GREY)
 ALGORITHMS = {"klq": BLUE, "ppo": ORANGE}
+LINES = ("samples", "staleness", "replay_cycles", "num_generations", "scale_rewards")  # settings that are compared
 AXES = {"reward": ("Reward", "mean score"), "kl": ("KL to the reference", "nats per completion")}
 
 
@@ -26,12 +27,8 @@ def draw(name: str, results: Results, path: Path) -> None:
         draw_errors(results, path)
     elif results["kind"] == "noise":
         draw_noise(results, path)
-    elif "samples" in results["variants"][0]["variant"]:
-        draw_grid(results, path, lines="samples")
-    elif "staleness" in results["variants"][0]["variant"]:
-        draw_grid(results, path, lines="staleness")
-    elif "replay_cycles" in results["variants"][0]["variant"]:
-        draw_grid(results, path, lines="replay_cycles")
+    elif lines := next((name for name in LINES if name in results["variants"][0]["variant"]), None):
+        draw_grid(results, path, lines=lines)
     elif results["kind"] == "methods":
         draw_methods(results, path)
     elif "pairs" in results:
@@ -43,12 +40,12 @@ def draw(name: str, results: Results, path: Path) -> None:
 def name_of(variant: dict[str, Any]) -> str:
     names = {"lam": "λ", "tau": "τ", "samples": "K", "staleness": "staleness"}
     names |= {"num_update_epochs": "passes", "replay_cycles": "cycles replayed"}
+    names |= {"num_generations": "completions", "scale_rewards": "scaled", "advantage_spread": "spread"}
     values = {"klq": "KLQ", "ppo": "PPO", "reinforce": "REINFORCE", "cd": "CD", "none": "uncorrected"}
     values |= {"retrace": "Retrace", "bernoulli": "Q♯ (bernoulli)", "categorical": "Q♯ (categorical)"}
-    return ", ".join(
-        f"{names[n]} = {value}" if n in names and value != "dense" else values.get(value, str(value))
-        for n, value in variant.items()
-    )
+    values |= {"True": "yes", "False": "no", "None": "any"}
+    said = {n: values.get(str(value), str(value)) for n, value in variant.items()}
+    return ", ".join(f"{names[n]} = {text}" if n in names and text != "dense" else text for n, text in said.items())
 
 
 def band(axes: Axes, curves: Results, name: str, **style: Any) -> None:
