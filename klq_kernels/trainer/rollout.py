@@ -101,6 +101,7 @@ def ask_ahead(
 
     It comes from the rollout function's method ``begin``, which has the parameters of the function and does all that
     needs the trainer: it draws seeds, makes token ids, gives weights. What it returns is called without arguments.
+    ``trainer.cycle`` is still the cycle that begins, and the completions are for the next one.
 
     Raises:
         ValueError: where ``begin`` asks for a column that the dataset lacks; and what it returned, where that does not

@@ -91,6 +91,22 @@ def test_without_updates_it_falls_behind(tmp_path: Path, monkeypatch: pytest.Mon
     run.rollout_func.stop()
 
 
+def test_it_samples_ahead(tmp_path: Path) -> None:
+    """By the weights of one cycle ago; and a run that goes on from a checkpoint is the same."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "async_rollouts": True, "off_policy": "retrace"}
+    run = build(tmp_path / "whole", VLLMProcess(**SIZES), **saving)
+    run.train()
+    run.rollout_func.stop()
+    ages = [logs["rollout/staleness"] for logs in run.state.log_history if "rollout/staleness" in logs]
+    assert ages == [0.0, 1.0, 1.0, 1.0]
+    assert drift(run)[0] < 1e-6
+    assert min(drift(run)[1:]) > 1e-3
+    resumed = build(tmp_path / "resumed", VLLMProcess(**SIZES), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert tiny.losses(resumed) == pytest.approx(tiny.losses(run), rel=1e-3)
+    resumed.rollout_func.stop()
+
+
 def test_seeds_and_stop_tokens(tmp_path: Path) -> None:
     run = build(tmp_path, VLLMProcess(**SIZES), temperature=2.0)
     run.evaluate(tiny.prompts(2))

@@ -98,7 +98,7 @@ def build(
     torch.set_num_threads(1)
     args = tiny.arguments(
         folder, async_rollouts=async_rollouts, max_steps=6, num_update_epochs=2, logging_steps=1, learning_rate=3e-2,
-        save_strategy="steps", save_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+        save_strategy="steps", save_steps=3, per_device_train_batch_size=4, max_completion_length=4,
     )  # fmt: skip
     rank = args.process_index
     folder.mkdir(exist_ok=True)
