@@ -10,9 +10,9 @@ Whatever is not known raises ``Unsupported``. What a program must not do is repo
     lanes of one warp that talk through shared memory without any synchronisation,
     stores of different values to one cell by one instruction, divergent barriers and shuffles.
 
-What was never written is no fault by itself: PTX leaves its value open. Lanes without a value travel through arithmetic,
-comparisons, selections of them and shuffles, as Triton's reductions between warps have them: a few lanes load, all lanes
-shuffle, and the lane that stores has its sum from those few.
+What was never written is no fault by itself: PTX leaves its value open. Lanes without a value travel through
+arithmetic, comparisons, selections and shuffles. Triton's reductions between warps have such lanes: a few lanes load,
+all lanes shuffle, and the lane that stores has its sum from those few.
 
 Control flow: while all threads agree there is one pc; where a branch diverges, the threads with the smallest pc run
 until everybody is at the same pc again. A barrier blocks until all threads have arrived.
