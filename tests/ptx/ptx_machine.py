@@ -49,7 +49,7 @@ class Unsupported(Exception):
 @dataclass
 class Options:
     races: bool = True
-    stats: bool = False
+    stats: bool = False  # count sectors and wavefronts: ``Memory.traffic``, ``Program.waves``
     worst_approx: int | None = None  # a seed: approximate instructions err as much as the ISA document allows
     contract: bool = False  # fuse mul and add/sub without rounding modifier, as ptxas may
     limit: int = 2_000_000  # instructions per CTA
@@ -75,9 +75,6 @@ class Segment:
         self.granule, self.storage = granule, storage
         self.shadow_shift = (pointer - storage[0]) // granule
         self.poison: np.ndarray | None = None  # bool per byte: never written
-        self.written: np.ndarray | None = None  # bool per byte
-        self.read_bytes = np.zeros(nbytes, bool)
-        self.write_bytes = np.zeros(nbytes, bool)
 
 
 class Shadow:
@@ -98,7 +95,7 @@ class Memory:
         self.options = options
         self.epoch = 0
         self.benign = 0
-        self.traffic: dict[int, list[float]] = {}  # pc -> [warp accesses, sectors, least sectors]
+        self.traffic: dict[str, list[int]] = {}  # of each argument: [warps' accesses, sectors, least sectors]
 
     def add(self, name: str, pointer: int, nbytes: int, granule: int, storage: tuple[int, int]) -> Segment:
         key = len(self.segments) + 1
@@ -173,14 +170,15 @@ class Memory:
                 bit = u32(1) << u32(w)
                 mask[cells[bits == bit]] |= bit
 
-    def account(self, pc: int, a: np.ndarray, size: int, warps: np.ndarray) -> None:
-        entry = self.traffic.setdefault(pc, [0, 0, 0])
-        sectors = a >> u64(5)
+    def account(self, segment: Segment, off: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """Counts the sectors, of 32 bytes, that each warp touches, and how many its bytes would fill."""
+        entry = self.traffic.setdefault(segment.name, [0, 0, 0])
+        a = off + segment.base
         for w in np.unique(warps):
-            mine = warps == w
+            mine = np.unique(a[warps == w])
             entry[0] += 1
-            entry[1] += np.unique(sectors[mine]).size
-            entry[2] += -(-np.unique(a[mine]).size * size // 32)
+            entry[1] += np.unique(mine >> 5).size
+            entry[2] += -(-mine.size * size // 32)
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
@@ -321,6 +319,7 @@ class Program:
         self.hazards: Counter = Counter()
         self._parse(ptx)
         self.counts = np.zeros(len(self.code))
+        self.waves = [0, 0]  # wavefronts of shared accesses, and the least for their words
 
     # -- parsing
 
@@ -996,9 +995,7 @@ class Program:
             if self.options.races:
                 mem.races(segment, off, size, mine, self.cta, None)
             if self.options.stats:
-                segment.read_bytes[off[:, None] + np.arange(size)] = True
-        if self.options.stats:
-            mem.account(pc, a, size, warps)
+                mem.account(segment, off, size, mine)
         return data, None
 
     def _store_global(self, pc, a, width, vector, data, m):
@@ -1019,12 +1016,10 @@ class Program:
             if view is None:
                 raise Fault(f"{segment.name} is not aligned to {width} bytes")
             view[(off // width)[:, None] + np.arange(vector)] = values
-            cells = off[:, None] + np.arange(size)
             if segment.poison is not None:
-                segment.poison[cells] = False
-            segment.write_bytes[cells] = True
-        if self.options.stats:
-            mem.account(pc, a, size, warps)
+                segment.poison[off[:, None] + np.arange(size)] = False
+            if self.options.stats:
+                mem.account(segment, off, size, mine)
 
     @staticmethod
     def _same_instruction(a: np.ndarray, data: np.ndarray) -> None:
@@ -1192,8 +1187,6 @@ class Program:
         self.sh_w, self.sh_r = np.zeros(n, u32), np.zeros(n, u32)
         self.sh_thread, self.sh_sync = np.full(n, -1, i32), np.zeros(n, i32)
         self.warp_sync = np.zeros(T // WARP, i32)
-        if not hasattr(self, "waves"):
-            self.waves = [0, 0]
         self.memory.epoch += 1
         code, R, U, counts = self.code, self.R, self.U, [0.0] * len(self.code)
         pc, m, pcs, blocked = 0, None, None, None  # m: who runs (None: all); pcs: where everyone is, while they diverge
