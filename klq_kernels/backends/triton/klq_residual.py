@@ -59,7 +59,7 @@ def klq_residual_kernel(
     n, tau, alpha, huber_delta, value_clip, log_ratio_clip,
     LOSS_TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.max_contiguous(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1)
     inside = i < n
     v = tl.zeros([BLOCK], tl.float32)
     d = tl.zeros([BLOCK], tl.float32)
