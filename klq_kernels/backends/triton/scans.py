@@ -63,6 +63,19 @@ def _inflow(pairs_a, pairs_b, tile, tiles, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _next(x, TILE: tl.constexpr):
+    """x[i + 1] for each i but the last. A thread has four neighbours in its registers (``_load``), so that only the
+    first of each four goes to another thread.
+    """
+    fours: tl.constexpr = TILE // 4
+    even, odd = tl.split(tl.reshape(x, (fours, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    fifth = tl.gather(first, tl.minimum(tl.arange(0, fours) + 1, fours - 1), 0)
+    return tl.reshape(tl.join(tl.join(second, fourth), tl.join(third, fifth)), (TILE,))
+
+
+@triton.jit
 def _bisect(position, low, high, width, cu_seqlens):
     """The largest b in low .. high (width = high - low, at the most) with cu_seqlens[b] <= position."""
     while width > 0:
@@ -230,8 +243,7 @@ def lambda_errors_kernel(
         elif carry is not None:
             inflow = tl.load(carry)
         s = tl.where(b == 0, a, tl.fma(b, inflow, a))
-        following = tl.gather(s, tl.minimum(lane + 1, TILE - 1), 0)
-        following = tl.where(lane == TILE - 1, inflow, following)
+        following = tl.where(lane == TILE - 1, inflow, _next(s, TILE))
         following = tl.where(ends, beyond, following)
         advantage = tl.where(keep, u + following, 0.0)
         _store(out, i, advantage, (tile + 1) * TILE, n)
