@@ -7,8 +7,9 @@
 Each kernel is compiled for sm_90 as it ships and run on a few shapes. Global memory moves in sectors of 32 bytes, so an
 access of a warp costs the sectors that it touches, and the least for its bytes is their number over 32, rounded up: a
 remainder of a few elements cannot fill a sector, and is not held against a kernel. ``used`` is the least over what was
-touched, of all accesses. Every argument that uses less than 0.95 of its own sectors is named with its fraction, and
-``REASONS`` says why that stays. A cache may still serve a half-used sector twice: this counts requests.
+touched, of all accesses, and ``below`` names the arguments that use less than 0.95 of their own sectors. ``REASONS``
+says of each kernel whose ``used`` is less why that is so. A sector that two instructions ask for counts twice, though
+a cache may have it for the second.
 
 Shared memory has 32 banks of 4 bytes. ``wavefronts`` is the least number of rounds for the words of all accesses, over
 the rounds that their conflicts make of it.
@@ -21,6 +22,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -51,8 +53,30 @@ from klq_kernels.vocabulary.sampling import Entries, Sampling
 RECORD = Path(__file__).parent / "results" / "coalescing.json"
 MACHINE = Path(__file__).parents[1] / "tests" / "ptx"
 ENOUGH = 0.95
+SLACK = 0.005  # of random masks and choices
+Table = dict[str, dict[str, dict[str, Any]]]
 SHAPE = LossShape(0.3, 0.8, "double_clipped", 1.0, 0.2, 0.2)
 HEAD = {"scale": 1.0, "softcap": None}
+ACTIONS = torch.tensor([1, 100])
+PAIR = Pair(1.0, None, 1.0, None, False)
+TWICE = (
+    "a thread writes 8 neighbours of 16 bits at once, and so reads 8 of fp32 by two accesses of 16 bytes; each touches "
+    "half of a sector, whose other half the next one asks for"
+)
+UNALIGNED = "where the width is no multiple of 16, rows of the matrix begin inside a sector and accesses are narrow"
+REASONS = {
+    "row_grad, narrower: V=40000": TWICE,
+    "scale: n=100000 float32": TWICE,
+    **{
+        f"{name}: H={width} bfloat16": UNALIGNED
+        for name in ("weighted_sums", "selected_logits")
+        for width in (1500, 1501)
+    },
+    **dict.fromkeys(
+        ("klq_metrics: n=3001", "klq_metrics: n=100"),
+        "a thread takes 4 neighbours, one by one where n is no multiple of 16; a call reads a few numbers per token",
+    ),
+}
 Launch = Callable[[], object]
 
 
@@ -72,55 +96,51 @@ def columns(count: int, n: int) -> list[Tensor]:
 
 def of_rows() -> Iterator[tuple[str, str, Launch]]:
     """Launches of the kernels over rows of logits."""
-    actions = torch.tensor([1, 100])
     for vocab, dtype in ((40_000, torch.bfloat16), (40_000, torch.float32), (131, torch.bfloat16)):
-        shape, logits = f"V={vocab} {str(dtype)[6:]}", rows(dtype, vocab)
-        ref, pair = rows(dtype, vocab), Pair(1.0, None, 1.0, None, False)
-        statistics, pull = Statistics(*columns(4, 2)), Pull(*columns(4, 2))
-        yield "row_stats", shape, lambda z=logits, s=statistics: module("row_stats").row_stats(z, actions, s, **HEAD)
-        yield "row_grad", shape, lambda z=logits, p=pull: module("row_grad").row_grad(z, actions, p, z, **HEAD)
-        yield (
-            "row_kl",
-            shape,
-            lambda z=logits, r=ref: module("row_kl").row_kl(
-                z, r, Divergence(*columns(5, 2)), pair=Pair(1.0, None, 1.0, None, False)
-            ),
-        )
-        yield (
-            "row_kl_grad",
-            shape,
-            lambda z=logits, r=ref: module("row_kl").row_kl_grad(
-                z, r, Divergence(*columns(5, 2)), torch.ones(2), z, pair=pair
-            ),
-        )
+        shape, logits, ref = f"V={vocab} {str(dtype)[6:]}", rows(dtype, vocab), rows(dtype, vocab)
+        yield "row_stats", shape, partial(stats, logits)
+        yield "row_grad", shape, partial(grad, logits, logits)
+        yield "row_kl", shape, partial(divergence, logits, ref)
+        yield "row_kl_grad", shape, partial(divergence_grad, logits, ref)
     wide = rows(torch.float32, 40_000)
-    narrow = wide.view(torch.bfloat16)[:, :40_000]
-    yield (
-        "row_grad, narrower",
-        "V=40000",
-        lambda: module("row_grad").row_grad(wide, actions, Pull(*columns(4, 2)), narrow, **HEAD),
-    )
-    yield "row_update", "V=40000 bfloat16", lambda: update(rows(torch.bfloat16, 40_000), actions)
-    yield "row_select", "V=60000 bfloat16", lambda: select(rows(torch.bfloat16, 60_000), actions)
+    yield "row_grad, narrower", "V=40000", partial(grad, wide, wide.view(torch.bfloat16)[:, :40_000])
+    yield "row_update", "V=40000 bfloat16", partial(update, rows(torch.bfloat16, 40_000))
+    yield "row_select", "V=60000 bfloat16", partial(select, rows(torch.bfloat16, 60_000))
     for width in (1536, 1500, 1501):
-        yield "weighted_sums", f"H={width} bfloat16", lambda width=width: sums(width)
-        yield "selected_logits", f"H={width} bfloat16", lambda width=width: dots(width)
+        yield "weighted_sums", f"H={width} bfloat16", partial(sums, width)
+        yield "selected_logits", f"H={width} bfloat16", partial(dots, width)
 
 
-def update(logits: Tensor, actions: Tensor) -> None:
+def stats(logits: Tensor) -> None:
+    module("row_stats").row_stats(logits, ACTIONS, Statistics(*columns(4, 2)), **HEAD)
+
+
+def grad(logits: Tensor, out: Tensor) -> None:
+    module("row_grad").row_grad(logits, ACTIONS, Pull(*columns(4, 2)), out, **HEAD)
+
+
+def divergence(logits: Tensor, ref: Tensor) -> None:
+    module("row_kl").row_kl(logits, ref, Divergence(*columns(5, 2)), pair=PAIR)
+
+
+def divergence_grad(logits: Tensor, ref: Tensor) -> None:
+    module("row_kl").row_kl_grad(logits, ref, Divergence(*columns(5, 2)), torch.ones(2), logits, pair=PAIR)
+
+
+def update(logits: Tensor) -> None:
     top, log_total, logp, values, old_logp, old_values, advantages, weights, *out = columns(11, 2)
     module("row_update").row_update(
-        logits, actions, Terms(logp, values, old_logp, old_values, advantages, weights),
+        logits, ACTIONS, Terms(logp, values, old_logp, old_values, advantages, weights),
         Statistics(top, log_total, logp, None), Residuals(*out), grad_scale=torch.tensor(1.0), shape=SHAPE, scale=1.0,
     )  # fmt: skip
 
 
-def select(logits: Tensor, actions: Tensor) -> None:
+def select(logits: Tensor) -> None:
     n, vocab = logits.shape
     pull = Pull(logits.float().amax(1), torch.full((n,), 8.0), torch.ones(n), -torch.ones(n))
     entries = Entries(n, vocab, Sampling(32, torch.tensor(1)))
     pull, selection = entries.selection(slice(0, n), pull, torch.full((n,), -8.0), 1.0)
-    module("row_select").row_select(logits, actions, pull, selection, **HEAD)
+    module("row_select").row_select(logits, ACTIONS, pull, selection, **HEAD)
 
 
 def sums(width: int) -> None:
@@ -143,36 +163,21 @@ def dots(width: int) -> None:
 def of_tokens() -> Iterator[tuple[str, str, Launch]]:
     """Launches of the kernels over tokens: whole blocks, and ends of blocks of a multiple of 16 and of none."""
     for n in (4096, 3008, 3001, 100):
-        yield (
-            "klq_residual",
-            f"n={n}",
-            lambda n=n: module("klq_residual").klq_residual(
-                Terms(*columns(6, n)), Residuals(*columns(3, n)), grad_scale=torch.tensor(1.0), shape=SHAPE
-            ),
-        )
-        yield "klq_metrics", f"n={n}", lambda n=n: metrics(n)
-        ends = torch.tensor([0, n // 3, n], dtype=torch.int32)
+        yield "klq_residual", f"n={n}", partial(residual, n)
+        yield "klq_metrics", f"n={n}", partial(metrics, n)
         for dtype in (torch.float32, torch.bfloat16):
             for masked in (False, True):
                 shape = f"n={n} {str(dtype)[6:]}{' mask' if masked else ''}"
-                mask = torch.rand(n) < 0.8 if masked else None
-                a, b = (x.to(dtype) for x in columns(2, n))
-                yield (
-                    "reverse_scan",
-                    shape,
-                    lambda a=a, b=b, mask=mask, ends=ends, n=n: module("scans").reverse_scan(
-                        a, b, mask, ends, torch.empty(n)
-                    ),
-                )
-                yield "lambda_errors", shape, lambda a=a, mask=mask, ends=ends, n=n: errors(n, a, mask, ends)
-    for n, dtype in ((100_000, torch.float32), (100_000, torch.bfloat16)):
-        yield (
-            "scale",
-            f"n={n} {str(dtype)[6:]}",
-            lambda n=n, dtype=dtype: module("scale").scale(
-                torch.randn(n).to(dtype), torch.tensor(0.5), torch.empty(n, dtype=torch.bfloat16)
-            ),
-        )
+                yield "reverse_scan", shape, partial(scan, n, dtype, masked)
+                yield "lambda_errors", shape, partial(errors, n, dtype, masked)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "scale", f"n=100000 {str(dtype)[6:]}", partial(scale, 100_000, dtype)
+
+
+def residual(n: int) -> None:
+    module("klq_residual").klq_residual(
+        Terms(*columns(6, n)), Residuals(*columns(3, n)), grad_scale=torch.tensor(1.0), shape=SHAPE
+    )
 
 
 def metrics(n: int) -> None:
@@ -184,58 +189,110 @@ def metrics(n: int) -> None:
     )  # fmt: skip
 
 
-def errors(n: int, logp: Tensor, mask: Tensor | None, ends: Tensor) -> None:
+def sequences(n: int, masked: bool) -> tuple[Tensor | None, Tensor]:
+    """(mask, where sequences begin and end)."""
+    return torch.rand(n) < 0.8 if masked else None, torch.tensor([0, n // 3, n], dtype=torch.int32)
+
+
+def scan(n: int, dtype: torch.dtype, masked: bool) -> None:
+    delta, decay = (x.to(dtype) for x in columns(2, n))
+    module("scans").reverse_scan(delta, decay, *sequences(n, masked), torch.empty(n))
+
+
+def errors(n: int, dtype: torch.dtype, masked: bool) -> None:
     """As a trainer calls it: log-probabilities and values of the given dtype, rewards in fp32."""
-    terms = ScanTerms(logp, logp.clone(), logp.clone(), torch.randn(n), None)
-    module("scans").lambda_errors(terms, torch.zeros(2), mask, ends, torch.empty(n), tau=0.1, gamma=0.9, lam=0.9)
+    logp, ref_logp, values = (x.to(dtype) for x in columns(3, n))
+    terms = ScanTerms(logp, ref_logp, values, torch.randn(n), None)
+    module("scans").lambda_errors(
+        terms, torch.zeros(2), *sequences(n, masked), torch.empty(n), tau=0.1, gamma=0.9, lam=0.9
+    )
 
 
-def fraction(least: int, touched: int) -> float:
+def scale(n: int, dtype: torch.dtype) -> None:
+    module("scale").scale(torch.randn(n).to(dtype), torch.tensor(0.5), torch.empty(n, dtype=torch.bfloat16))
+
+
+class Counts:
+    """What the launches since its making asked for: by argument sectors and the least, and wavefronts and the least."""
+
+    def __init__(self) -> None:
+        self.sectors: dict[str, tuple[int, int]] = {}
+        self.wavefronts = (0, 0)
+
+    def note(self, meta: Any, program: Any, memory: Any, used: Any, grid: Any) -> None:
+        """The machine calls it after each launch."""
+        for name, (_, touched, least) in memory.traffic.items():
+            before = self.sectors.get(name, (0, 0))
+            self.sectors[name] = (before[0] + touched, before[1] + least)
+        self.wavefronts = (self.wavefronts[0] + program.waves[0], self.wavefronts[1] + program.waves[1])
+
+    def row(self, reason: str | None) -> dict[str, Any]:
+        touched, least = (sum(column) for column in zip(*self.sectors.values(), strict=True))
+        each = {name: fraction(*counts) for name, counts in self.sectors.items()}
+        out = {
+            "used": fraction(touched, least),
+            "sectors": touched,
+            "below": {name: used for name, used in each.items() if used < ENOUGH},
+            "wavefronts": fraction(*self.wavefronts),
+        }
+        return out if reason is None else {**out, "reason": reason}
+
+
+def fraction(touched: int, least: int) -> float:
     return round(least / touched, 3) if touched else 1.0
 
 
-def measure(only: str = "") -> dict[str, dict[str, dict[str, Any]]]:
+def measure(only: str = "") -> Table:
     """By kernel and shape: what its warps use of the sectors and wavefronts that they ask for."""
     sys.path.insert(0, str(MACHINE))
     device: Any = import_module("device")
     machine: Any = import_module("ptx_machine")
     device.install(90, machine.Options(stats=True))
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    out: dict[str, dict[str, dict[str, Any]]] = {}
-    for make in (of_rows, of_tokens):
-        for kernel, shape, start in make():
-            if only not in kernel:
-                continue
-            traffic: dict[str, list[int]] = {}
-            waves = [0, 0]
-
-            def note(meta: Any, program: Any, memory: Any, used: Any, grid: Any, traffic=traffic, waves=waves) -> None:
-                for name, counts in memory.traffic.items():
-                    so_far = traffic.setdefault(name, [0, 0, 0])
-                    so_far[:] = [x + y for x, y in zip(so_far, counts, strict=True)]
-                waves[:] = [x + y for x, y in zip(waves, program.waves, strict=True)]
-
-            device.STATE["log"] = note
+    out: Table = {}
+    for kernel, shape, start in (*of_rows(), *of_tokens()):
+        if only in kernel:
+            counts = Counts()
+            device.STATE["log"] = counts.note
+            torch.manual_seed(0)
             start()
-            _, touched, least = (sum(column) for column in zip(*traffic.values(), strict=True))
-            by_argument = {name: fraction(most, all_) for name, (_, all_, most) in traffic.items()}
-            out.setdefault(kernel, {})[shape] = {
-                "used": fraction(least, touched),
-                "sectors": touched,
-                "below": {name: used for name, used in by_argument.items() if used < ENOUGH},
-                "wavefronts": fraction(waves[1], waves[0]),
-            }
+            out.setdefault(kernel, {})[shape] = counts.row(REASONS.get(f"{kernel}: {shape}"))
     return out
+
+
+def complaints(table: Table, recorded: Table) -> list[str]:
+    """What uses less than is enough without a reason, and what got worse than the record."""
+    out = []
+    for kernel, shapes in table.items():
+        for shape, row in shapes.items():
+            name = f"{kernel}: {shape}"
+            if row["used"] < ENOUGH and name not in REASONS:
+                out.append(f"{name} uses {row['used']} of its sectors: {row['below']}")
+            if row["used"] >= ENOUGH and name in REASONS:
+                out.append(f"{name} uses {row['used']} of its sectors and needs no reason")
+            if row["wavefronts"] < ENOUGH:
+                out.append(f"{name} has bank conflicts: {row['wavefronts']} of its wavefronts are needed")
+            then = recorded.get(kernel, {}).get(shape)
+            if then is None:
+                out.append(f"{name} is not in the record; run python -m bench.coalescing --write")
+            elif row["used"] < then["used"] - SLACK:
+                out.append(f"{name}: used fell from {then['used']} to {row['used']}")
+    return out
+
+
+def is_current(record: dict[str, Any]) -> bool:
+    """Whether the record was made from these sources by this compiler, which gives the same counts again."""
+    return bool(record["sources"] == sources() and record["triton"] == triton.__version__)
 
 
 def sources() -> str:
     """A digest of what the record depends on beside the compiler: the kernels, the machine, and this file."""
-    files = [*sorted(Path(launch.__file__).parent.glob("*.py")), *sorted(MACHINE.glob("*e.py")), Path(__file__)]
+    machine = [MACHINE / "device.py", MACHINE / "ptx_machine.py"]
+    files = [*sorted(Path(launch.__file__).parent.glob("*.py")), *machine, Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def show(table: dict[str, dict[str, dict[str, Any]]]) -> None:
+def show(table: Table) -> None:
     print(f"{'kernel':20}{'shape':26}{'used':>8}{'wavefronts':>12}  below {ENOUGH}")
     for kernel, shapes in table.items():
         for shape, row in shapes.items():
@@ -254,6 +311,10 @@ def main() -> int:
     if arguments.write:
         record = {"triton": triton.__version__, "sources": sources(), "kernels": table}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.check:
+        found = complaints(table, json.loads(RECORD.read_text())["kernels"])
+        print("\n".join([*found, f"{sum(map(len, table.values()))} launches, {len(found)} complaints"]))
+        return len(found) > 0
     return 0
 
 
