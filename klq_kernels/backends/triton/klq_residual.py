@@ -2,6 +2,9 @@
 
 Restates ``reference.klq_residual_loss`` with its gradient worked out: d_logp = tau de and d_V = de, for e^2 with
 de = 2 e and for Huber with de = clip(e). Where a clipped square is the larger one, what was clipped passes no gradient.
+
+Neighbouring threads take neighbouring tokens, so that a warp uses whole sectors whatever n is and wherever a chunk
+begins. With several neighbours to a thread it would not, where the last of them cannot be loaded as one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ and b_t = gamma lambda c_t (``portable.lambda_errors``); beyond the end of seque
 
 Loads ascend and the scan itself runs in reverse, so that they stay 16 bytes wide. The combine's first operand is then
 the later stretch. Triton's reduce assumes a commutative combine, so tiles are summarised by a scan as well.
+
+A thread takes four neighbours at a time, whatever the dtypes: 16 bytes of fp32. Left alone, Triton would give it as
+many as make 16 bytes of the narrowest array, the mask of bytes; then two accesses would each touch every sector of
+fp32 and use half of it. In the last tile, too, fours that lie inside are loaded as such, and what remains one by one.
 """
 
 from __future__ import annotations
@@ -113,7 +117,7 @@ def _whole(i, n):
 
 @triton.jit
 def _load(pointer, i, n, MASKED: tl.constexpr):
-    """x[i], or 0 from n on."""
+    """x[i], or 0 from n on where MASKED; i ascends from a multiple of 4."""
     place = tl.max_contiguous(pointer + i, 4)
     if MASKED:
         whole = _whole(i, n)
