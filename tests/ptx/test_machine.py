@@ -273,3 +273,39 @@ def test_contracted_sums_let_lanes_without_a_value_through():
     _, program = run(FEW + body + STORE, options=options)
     assert program.contracted == 1
     faults(FEW + body + EVERYONE, "%r5, which holds no value", options=options)
+
+
+# A warp reads 32 numbers that lie this many elements apart.
+APART = "	mul.lo.s32 	%r2, %r1, {apart};\n	mad.wide.u32 	%rd3, %r2, 4, %rd1;\n	ld.global.b32 	{{ %r5 }}, [ %rd3 + 0 ];\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "sectors", "least"),
+    [
+        (APART.format(apart=1), 4, 4),
+        (APART.format(apart=2), 8, 4),
+        (APART.format(apart=8), 32, 4),
+        (APART.format(apart=0), 1, 1),  # one number for all
+        ("	ld.global.b32 	{ %r5 }, [ %rd2 + 4 ];\n", 5, 4),  # from the middle of a sector on
+        ("	setp.lt.u32 	%p1, %r1, 3;\n	@%p1 st.global.b32 	[ %rd2 + 0 ], { %r1 };\n", 1, 1),  # a remainder
+        ("	shl.b32 	%r2, %r1, 4;\n	cvt.u64.u32 	%rd4, %r2;\n	add.s64 	%rd3, %rd1, %rd4;\n"
+         "	ld.global.v4.b32 	{ %r5, %r6, %r7, %r8 }, [ %rd3 + 0 ];\n", 16, 16),
+    ],
+)  # fmt: skip
+def test_sectors_are_counted(body: str, sectors: int, least: int):
+    options = Options(stats=True)
+    out = torch.zeros(512, dtype=torch.int32)
+    program = Program(kernel(body, threads=32), 4096, 32, options)
+    memory = Memory(options)
+    pointer = out.data_ptr()
+    assert pointer % 32 == 0
+    segment = memory.add("out", pointer, 2048, 4, (pointer, 2048))
+    program.run((1, 1, 1), [segment.base], memory)
+    assert memory.traffic == {"out": [1, sectors, least]}
+
+
+@pytest.mark.parametrize(("apart", "rounds"), [(1, 1), (2, 2), (4, 4), (3, 1), (0, 1)])
+def test_bank_conflicts_are_counted(apart: int, rounds: int):
+    body = f"	mul.lo.s32 	%r2, %r1, {4 * apart};\n	st.shared.b32 	[%r2], {1 if apart == 0 else '%r1'};\n"
+    _, program = run(body, n=32, threads=32, options=Options(stats=True))
+    assert program.waves == [rounds, 1]
