@@ -146,9 +146,9 @@ def _coalescing(content: dict[str, Any]) -> str:
     lines = [
         "## Use of sectors and banks",
         "",
-        f"`python -m bench.coalescing` with triton {content['triton']}, for sm_90, counted by the PTX machine of tests/ptx:",
-        "the least number of 32-byte sectors for the bytes of each warp's accesses, over those that it touches, and the",
-        "least number of rounds at the banks of shared memory, over those that conflicts make of it.",
+        f"`python -m bench.coalescing` with triton {content['triton']}, for sm_90, counted by the PTX machine of",
+        "tests/ptx: the least number of 32-byte sectors for the bytes of each warp's accesses, over those that it touches,",
+        "and the least number of rounds at the banks of shared memory, over those that conflicts make of it.",
         "",
         "| kernel | shape | sectors used | rounds needed | arguments below 0.95 |",
         "|---|---|---:|---:|---|",
