@@ -10,7 +10,6 @@ room it works in, is poisoned: to read it before, or to leave some of it unwritt
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,8 +36,6 @@ from klq_kernels.vocabulary.chunks import (
 from klq_kernels.vocabulary.metrics import klq_metrics
 from klq_kernels.vocabulary.sampling import Entries, Sampling
 
-if "KLQ_PTX" not in os.environ:
-    pytest.skip("runs on the PTX machine (kernels/test_ptx.py starts it)", allow_module_level=True)
 device: Any = importlib.import_module("device")
 
 LAYOUTS = ("one", "short", "ones", "mixed")
