@@ -44,8 +44,11 @@ test: $(READY)  ## run the tests but for a few slow ones (ARGS="-k scan" picks s
 test-slow: $(READY)  ## the slow ones: the oldest Triton, a rehearsal of make gpu, an isolated build … (minutes)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
-test-ptx: $(READY)  ## run the compiled kernels of other GPUs too on the PTX machine, in all cases (minutes)
+test-ptx: $(READY)  ## run the compiled kernels of other GPUs and of the oldest Triton too on the PTX machine, in all cases (minutes)
 	@for arch in 80 90 100; do echo "sm_$$arch"; KLQ_PTX=$$arch KLQ_PTX_CASES=all $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS) || exit 1; done
+	@if [ -d $(VENV)/oldest-triton ]; then \
+		echo "$(OLDEST_TRITON)"; KLQ_PTX_OLDEST=1 KLQ_PTX_CASES=all $(BIN)/python -m pytest -n $(JOBS) tests/kernels/test_ptx.py $(ARGS); \
+	else echo "without $(OLDEST_TRITON), which is not in $(VENV)/oldest-triton"; fi
 
 test-hosts: $(HOSTS_VENV)/.ready  ## test the drop-ins against TRL, verl and SkyRL, in a venv of their own (gigabytes, the first time)
 	@$(HOSTS_VENV)/bin/python -m pytest tests/integrations tests/bench/test_hosts.py $(ARGS)

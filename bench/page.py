@@ -1,7 +1,7 @@
 """docs/benchmarks.md, written from what is committed in bench/results: ``python -m bench.page`` (``--check`` compares).
 
 No number on that page is typed by hand. Every document there that ``report`` or ``gpu_suite`` wrote gets a section, and
-so do the bars of the CPU backend and the table of the static gate.
+so do the bars of the CPU backend, the table of the static gate and that of coalescing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ def page(results: Path) -> str:
     gate = results / "static_gate.json"
     if gate.exists():
         sections.append(_static_gate(json.loads(gate.read_text())))
+    coalescing = results / "coalescing.json"
+    if coalescing.exists():
+        sections.append(_coalescing(json.loads(coalescing.read_text())))
     return "\n".join(sections)
 
 
@@ -136,6 +139,28 @@ def _static_gate(content: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _coalescing(content: dict[str, Any]) -> str:
+    """What warps use of the memory that they touch."""
+    lines = [
+        "## Use of sectors and banks",
+        "",
+        f"`python -m bench.coalescing` with triton {content['triton']}, for sm_90, counted by the PTX machine of",
+        "tests/ptx: the least number of 32-byte sectors for the bytes of each warp's accesses, over those that it",
+        "touches, and the least number of rounds at the banks of shared memory, over those that conflicts make of it.",
+        "",
+        "| kernel | shape | sectors used | rounds needed | arguments below 0.95 |",
+        "|---|---|---:|---:|---|",
+    ]
+    reasons: dict[str, None] = {}
+    for kernel, shapes in content["kernels"].items():
+        for shape, row in shapes.items():
+            below = ", ".join(f"{name} {used:g}" for name, used in row["below"].items())
+            lines.append(f"| {kernel} | {shape} | {row['used']:.3f} | {row['wavefronts']:.3f} | {below} |")
+            if "reason" in row:
+                reasons[f"{kernel}: {row['reason']}."] = None
+    return "\n".join([*lines, "", "Where less than 0.95 is used:", "", *(f"- {reason}" for reason in reasons), ""])
 
 
 def _cell(value: float | None) -> str:

@@ -223,15 +223,18 @@ def variants() -> Iterator[Variant]:
             for masked in (False, True):
                 marks = f"{dtype}+{stage}{'+mask' if masked else ''}"
                 absent = no_pairs + ([] if masked else ["mask"])
+                wide = dtype == "fp32" or not summarise  # 8 bytes are four neighbours of 16 bits (``scans``)
                 yield Variant(
                     f"reverse_scan[{marks}]", "scans", "reverse_scan_kernel",
                     common | {"delta": f"*{dtype}", "decay": "*fp32"},
                     dict.fromkeys(absent) | {"ONE_DECAY": True, "SUMMARISE": summarise}, launch.SCAN,
+                    wide=wide,
                 )  # fmt: skip
                 yield Variant(
                     f"lambda_errors[{marks}]", "scans", "lambda_errors_kernel",
                     errors | dict.fromkeys(lambdas, f"*{dtype}"),
                     dict.fromkeys([*absent, "rewards", "trace"]) | {"SUMMARISE": summarise}, launch.SCAN,
+                    wide=wide,
                 )  # fmt: skip
     for dtype, stage in [("bf16", "scan"), ("fp16", "scan"), *(("fp32", stage) for stage in STAGES)]:
         marks = f"{dtype}+{stage}+full"

@@ -33,6 +33,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # Without a GPU the kernels run interpreted, in a process of their own (kernels/test_interpreter.py).
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 collect_ignore = [] if torch.cuda.is_available() or INTERPRETED else ["kernels/test_kernels.py"]
+if "KLQ_PTX" not in os.environ:  # kernels/test_ptx.py starts it
+    collect_ignore.append("ptx/test_matrix.py")
 LEFT_OUT = pytest.StashKey[int]()
 
 

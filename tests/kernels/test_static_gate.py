@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import oldest_triton
 import pytest
 
 pytest.importorskip("triton")
@@ -18,7 +18,6 @@ from bench import static_gate
 from bench.static_gate import Report
 
 ROOT = Path(__file__).parents[2]
-OLDEST_TRITON = ROOT / ".venv" / "oldest-triton"
 RECORD = json.loads(static_gate.RECORD.read_text())
 # What these sources and this compiler gave, they give again: then make test compiles a sample.
 slow_where_on_record = pytest.mark.slow if static_gate.is_current(RECORD) else lambda test: test
@@ -50,17 +49,15 @@ def test_a_variant_of_each_kernel_compiles_within_its_record() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(not OLDEST_TRITON.exists(), reason="the Makefile installs the oldest Triton in .venv/oldest-triton")
+@oldest_triton.needed
 def test_every_kernel_compiles_on_the_oldest_triton() -> None:
     """The lowest version that pyproject.toml declares, by the rules that hold whatever is on record."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(OLDEST_TRITON)
+    environment["PYTHONPATH"] = str(oldest_triton.FOLDER)
     command = [sys.executable, "-m", "bench.static_gate", "--check", "--targets", "sm_90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lowest = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
-    assert lowest is not None
-    assert f"this is {lowest.group(1)}" in done.stdout
+    assert f"this is {oldest_triton.version()}" in done.stdout
 
 
 def test_the_record_covers_every_variant() -> None:

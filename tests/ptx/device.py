@@ -106,8 +106,16 @@ def segment(memory: Memory, name: str, tensor: torch.Tensor, granule: int):
         n = tensor.shape[0] * tensor.stride(0) * item
     left = storage.data_ptr() + storage.nbytes() - tensor.data_ptr()
     out = memory.add(name, tensor.data_ptr(), min(n, left), granule, (storage.data_ptr(), storage.nbytes()))
-    out.poison = STATE["poison"].get((tensor.data_ptr(), out.nbytes))
+    out.poison = poison_of(tensor.data_ptr(), out.nbytes)
     return out
+
+
+def poison_of(pointer: int, nbytes: int) -> np.ndarray | None:
+    """The part of a poisoned tensor's marks that is about these bytes."""
+    for (start, length), marks in STATE["poison"].items():
+        if start <= pointer and pointer + nbytes <= start + length:
+            return marks[pointer - start : pointer - start + nbytes]
+    return None
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

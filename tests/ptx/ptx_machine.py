@@ -5,10 +5,14 @@ result, or with ``Options.worst_approx`` one that is off by the documented relat
 Whatever is not known raises ``Unsupported``. What a program must not do is reported as ``Fault``:
 
     out-of-bounds / misaligned global or shared accesses, reads of poisoned global bytes,
-    use of a register (or of a shared cell) that was never written,
+    a store, an address, a guard or a vote that depends on a register or a shared cell that was never written,
     data races: in shared and in global memory between warps without a barrier, in global memory between CTAs,
     lanes of one warp that talk through shared memory without any synchronisation,
     stores of different values to one cell by one instruction, divergent barriers and shuffles.
+
+What was never written is no fault by itself: PTX leaves its value open. Lanes without a value travel through
+arithmetic, comparisons, selections and shuffles. Triton's reductions between warps have such lanes: a few lanes load,
+all lanes shuffle, and the lane that stores has its sum from those few.
 
 Control flow: while all threads agree there is one pc; where a branch diverges, the threads with the smallest pc run
 until everybody is at the same pc again. A barrier blocks until all threads have arrived.
@@ -34,6 +38,10 @@ class Fault(Exception):
     """The program broke a rule of the machine."""
 
 
+class NoValue(Fault):
+    """An operand holds no value in some lane."""
+
+
 class Unsupported(Exception):
     """An instruction or operand this machine does not know."""
 
@@ -41,7 +49,7 @@ class Unsupported(Exception):
 @dataclass
 class Options:
     races: bool = True
-    stats: bool = False
+    stats: bool = False  # count sectors and wavefronts: ``Memory.traffic``, ``Program.waves``
     worst_approx: int | None = None  # a seed: approximate instructions err as much as the ISA document allows
     contract: bool = False  # fuse mul and add/sub without rounding modifier, as ptxas may
     limit: int = 2_000_000  # instructions per CTA
@@ -67,9 +75,6 @@ class Segment:
         self.granule, self.storage = granule, storage
         self.shadow_shift = (pointer - storage[0]) // granule
         self.poison: np.ndarray | None = None  # bool per byte: never written
-        self.written: np.ndarray | None = None  # bool per byte
-        self.read_bytes = np.zeros(nbytes, bool)
-        self.write_bytes = np.zeros(nbytes, bool)
 
 
 class Shadow:
@@ -90,7 +95,7 @@ class Memory:
         self.options = options
         self.epoch = 0
         self.benign = 0
-        self.traffic: dict[int, list[float]] = {}  # pc -> [warp accesses, sectors, least sectors]
+        self.traffic: dict[str, list[int]] = {}  # of each argument: [warps' accesses, sectors, least sectors]
 
     def add(self, name: str, pointer: int, nbytes: int, granule: int, storage: tuple[int, int]) -> Segment:
         key = len(self.segments) + 1
@@ -165,14 +170,15 @@ class Memory:
                 bit = u32(1) << u32(w)
                 mask[cells[bits == bit]] |= bit
 
-    def account(self, pc: int, a: np.ndarray, size: int, warps: np.ndarray) -> None:
-        entry = self.traffic.setdefault(pc, [0, 0, 0])
-        sectors = a >> u64(5)
+    def account(self, segment: Segment, off: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """Counts the sectors, of 32 bytes, that each warp touches, and how many its bytes would fill."""
+        entry = self.traffic.setdefault(segment.name, [0, 0, 0])
+        a = off + segment.base
         for w in np.unique(warps):
-            mine = warps == w
+            mine = np.unique(a[warps == w])
             entry[0] += 1
-            entry[1] += np.unique(sectors[mine]).size
-            entry[2] += -(-np.unique(a[mine]).size * size // 32)
+            entry[1] += np.unique(mine >> 5).size
+            entry[2] += -(-mine.size * size // 32)
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
@@ -304,6 +310,7 @@ class Program:
         self.kinds: list[type] = []
         self.R: list = []
         self.U: dict[int, np.ndarray] = {}  # registers that some lanes have not got a value in
+        self.lenient = False  # while an instruction runs whose lanes without a value are accounted for
         self.lanes = np.arange(threads)
         self.warp_of = self.lanes // WARP
         self.symbols: dict[str, int] = {}
@@ -312,6 +319,7 @@ class Program:
         self.hazards: Counter = Counter()
         self._parse(ptx)
         self.counts = np.zeros(len(self.code))
+        self.waves = [0, 0]  # wavefronts of shared accesses, and the least for their words
 
     # -- parsing
 
@@ -403,7 +411,7 @@ class Program:
                 def read(m):
                     v = R[i]
                     if v is None or (U and i in U):
-                        self._undefined(i, token, m)
+                        v = self._checked(i, token, m)
                     return (~v if negate else v) if same else v.view(t)
 
                 return read
@@ -414,7 +422,7 @@ class Program:
             def narrow(m):
                 v = R[i]
                 if v is None or (U and i in U):
-                    self._undefined(i, token, m)
+                    v = self._checked(i, token, m)
                 return v.astype(unsigned).view(t)
 
             return narrow
@@ -475,29 +483,77 @@ class Program:
         return write
 
     # Registers without a value: U holds, per register, the lanes that have none; of 64-bit registers, per half, because
-    # where packed float32 arithmetic has one number only the compiler fills the other half with anything.
+    # where packed float32 arithmetic has one number only the compiler fills the other half with anything. R has None
+    # for a register that no lane ever wrote.
 
     def _wide(self, i: int, which: np.ndarray) -> np.ndarray:
         return np.repeat(which[:, None], 2, 1) if self.kinds[i] is u64 and which.ndim == 1 else which
 
-    def _undefined(self, i: int, token: str, m) -> None:
-        if self.R[i] is not None:
-            lanes = self.U[i] if self.U[i].ndim == 1 else self.U[i].any(1)
-            if not (lanes if m is None else lanes & m).any():
-                return
-        raise Fault(f"use of {token}, which holds no value")
+    def _checked(self, i: int, token: str, m) -> np.ndarray:
+        """The register's content; a fault where a lane of m has none, unless such lanes are accounted for."""
+        v = self.R[i]
+        if not self.lenient:
+            lanes = None if v is None else self.U[i] if self.U[i].ndim == 1 else self.U[i].any(1)
+            if lanes is None or (lanes if m is None else lanes & m).any():
+                raise NoValue(f"use of {token}, which holds no value")
+        return self._content(token) if v is None else v
+
+    def _travels(self, ins: Instruction, holes) -> None:
+        """Lets lanes without a value through an instruction that only computes: its results have none there.
+
+        ``holes()`` gives those lanes of the results ([T], or [T, 2] by halves). It is asked before anything is written.
+        """
+        strict = ins.run
+
+        def run(m):
+            try:
+                strict(m)
+            except NoValue:
+                self.lenient = True
+                try:
+                    lanes = holes()
+                    strict(m)
+                finally:
+                    self.lenient = False
+                for token in ins.writes:
+                    self.poison_register(token, self._narrowed(token, lanes, m))
+
+        ins.run = run
+
+    def _narrowed(self, token: str, lanes: np.ndarray, m) -> np.ndarray:
+        """Lanes as the register's width has them, by halves or not; of the active ones."""
+        if self.kinds[self._register(token)] is not u64 and lanes.ndim == 2:
+            lanes = lanes.any(1)
+        return lanes if m is None else lanes & (m if lanes.ndim == 1 else m[:, None])
+
+    def _any_hole(self, tokens: list[str], by_halves: bool = False) -> np.ndarray:
+        """Lanes [T], or lanes and halves [T, 2], in which one of these operands has no value."""
+        out = np.zeros((self.T, 2) if by_halves else self.T, bool)
+        for hole in map(self._holes, tokens):
+            if hole is not None:
+                out |= hole if by_halves or hole.ndim == 1 else hole.any(1)
+        return out
 
     def poison_register(self, token: str, which: np.ndarray) -> None:
+        if not which.any():
+            return
         i = self._register(token)
         which = self._wide(i, which)
         self.U[i] = self.U.get(i, np.zeros_like(which)) | which
 
     def _holes(self, token: str) -> np.ndarray | None:
         """Lanes (of 64-bit registers: lanes and halves) in which an operand has no value."""
+        token = token.strip().lstrip("!")
         if not token.startswith("%") or token not in self.registers:
             return None
         i = self.registers[token]
         return self._wide(i, np.ones(self.T, bool)) if self.R[i] is None else self.U.get(i)
+
+    def _content(self, token: str) -> np.ndarray:
+        """A register's bits, 0 where it was never written."""
+        i = self._register(token.strip())
+        v = self.R[i]
+        return np.zeros(self.T, self.kinds[i]) if v is None else v
 
     def _contract(self) -> None:
         """Fuses mul.f32 into the add.f32 or sub.f32 that uses it, where registers have one definition."""
@@ -516,12 +572,16 @@ class Program:
                     x, y, z = g(product[a][0], "f32"), g(product[a][1], "f32"), g(b, "f32")
                     sign = f32(-1 if p[0] == "sub.f32" else 1)
                     ins.run = lambda m, x=x, y=y, z=z, w=w, s=sign: w(fma32(x(m), y(m), z(m) * s), m)
-                    self.contracted += 1
+                    operands = [*product[a], b]
                 elif b in product:
                     x, y, z = g(product[b][0], "f32"), g(product[b][1], "f32"), g(a, "f32")
                     sign = f32(-1 if p[0] == "sub.f32" else 1)
                     ins.run = lambda m, x=x, y=y, z=z, w=w, s=sign: w(fma32(x(m) * s, y(m), z(m)), m)
-                    self.contracted += 1
+                    operands = [*product[b], a]
+                else:
+                    continue
+                self._travels(ins, lambda tokens=operands: self._any_hole(tokens))
+                self.contracted += 1
 
     # -- instructions
 
@@ -588,23 +648,22 @@ class Program:
                     w(combine[extra](value, third(m)) if extra else value, m)
 
             ins.run = setp
+            self._travels(ins, lambda: self._any_hole(args[1:]))
             return
         if head == "selp":
             base = kind.replace("f32", "b32").replace("f64", "b64").replace("f16", "b16")
             p, w = get(args[3], "pred"), self.put(args[0], ins)
-            # operands may hold no value in lanes that do not choose them: check only what is chosen
             a, b = get(args[1], base), get(args[2], base)
-            U = self.U
+            ins.run = lambda m: w(np.where(p(m), a(m), b(m)), m)
 
-            def selp(m):
-                q = p(m)
-                if U:
-                    everyone = np.ones(self.T, bool) if m is None else m
-                    w(np.where(q, a(q & everyone), b(~q & everyone)), m)
-                else:
-                    w(np.where(q, a(m), b(m)), m)
+            pairs = WIDTH[base] == 8
 
-            ins.run = selp
+            def of_the_chosen():
+                q, none = p(None), self._any_hole(args[3:])
+                q, none = (q[:, None], none[:, None]) if pairs else (q, none)
+                return np.where(q, self._any_hole(args[1:2], pairs), self._any_hole(args[2:3], pairs)) | none
+
+            self._travels(ins, of_the_chosen)
             return
         if head == "cvt":
             self._convert(ins, op, args)
@@ -624,29 +683,7 @@ class Program:
         w = self.put(args[0], ins)
         assert len(args) - 1 == len(sources), (args, sources)
         readers = [get(x, s) for x, s in zip(args[1:], sources, strict=False)]
-        if kind == "f32x2":
-            names = [x.strip() for x in args[1:]]
-
-            def packed(m):
-                holes = [h for h in (self._holes(x) for x in names) if h is not None] if self.U else []
-                if not holes:
-                    w(function(*(r(m) for r in readers)), m)
-                    return
-                w(
-                    function(
-                        *(
-                            self.R[self.registers[x]] if x in self.registers else r(m)
-                            for x, r in zip(names, readers, strict=False)
-                        )
-                    ),
-                    m,
-                )
-                which = np.any(holes, axis=0) & (True if m is None else m[:, None])
-                if which.any():
-                    self.poison_register(args[0].strip(), which)
-
-            ins.run = packed
-        elif len(readers) == 1:
+        if len(readers) == 1:
             (a,) = readers
             ins.run = lambda m: w(np.asarray(function(a(m))), m)
         elif len(readers) == 2:
@@ -657,6 +694,7 @@ class Program:
             ins.run = lambda m: w(np.asarray(function(a(m), b(m), c(m))), m)
         else:
             ins.run = lambda m: w(np.asarray(function(*(r(m) for r in readers))), m)
+        self._travels(ins, lambda: self._any_hole(args[1:], by_halves=kind == "f32x2"))
 
     def _move(self, ins: Instruction, kind: str, args: list[str]) -> None:
         kind = "pred" if kind == "pred" else f"b{8 * WIDTH[kind]}"
@@ -667,8 +705,8 @@ class Program:
             t, source = STORAGE[each], TYPES[kind]
 
             def unpack(m):
-                hole = self._holes(args[1]) if self.U else None
-                v = self.R[self.registers[args[1]]] if hole is not None else a(m)
+                hole = self._holes(args[1])
+                v = a(m) if hole is None else self._content(args[1])
                 for k, w in enumerate(writers):
                     w(np.asarray(v >> source(8 * each * k)).astype(t), m)
                     if hole is not None and outs[k] != "_":
@@ -692,8 +730,7 @@ class Program:
                     if holes[k] is None:
                         part = np.asarray(r(m))
                     else:
-                        part = self.R[self.registers[ins_[k]]]
-                        part = np.zeros(self.T, TYPES[f"b{8 * each}"]) if part is None else part
+                        part = self._content(ins_[k])
                     v = v | (part.astype(t) << t(8 * each * k))
                 w(np.asarray(v), m)
                 if any(h is not None for h in holes):
@@ -705,32 +742,15 @@ class Program:
 
             ins.run = pack
         else:
-            w = self.put(args[0], ins)
-            source = args[1].strip()
-            if (source.startswith("%") and source in self.registers) or re.fullmatch(r"%(r|rs|rd|p)\d+", source):
-                # a copy carries "no value" along instead of using it
-                i = self._register(source)
-
-                def copy(m):
-                    v = self.R[i]
-                    if v is None:
-                        raise Fault(f"use of {source}, which holds no value")
-                    hole = self.U.get(i) if self.U else None
-                    w(v, m)
-                    if hole is not None:
-                        mine = hole if m is None else hole & self._wide(i, m)
-                        if mine.any():
-                            self.poison_register(args[0].strip(), mine)
-
-                ins.run = copy
-            else:
-                a = self.get(source, kind)
-                ins.run = lambda m: w(np.asarray(a(m)), m)
+            w, a = self.put(args[0], ins), self.get(args[1], kind)
+            ins.run = lambda m: w(np.asarray(a(m)), m)
+            self._travels(ins, lambda: self._any_hole(args[1:], by_halves=WIDTH[kind] == 8))
 
     def _convert(self, ins: Instruction, op: list[str], args: list[str]) -> None:
         modes = set(op[1:])
         kinds = [x for x in op[1:] if x in TYPES]
         w = self.put(args[0], ins)
+        holes_of_sources = lambda: self._any_hole(args[1:])
         if len(args) == 3:  # packs two
             to, of = kinds
             assert of == "f32"
@@ -740,6 +760,7 @@ class Program:
             half = f32_to_bf16 if to == "bf16x2" else f32_to_f16
             high, low = self.get(args[1], "f32"), self.get(args[2], "f32")
             ins.run = lambda m: w((half(high(m)).astype(u32) << u32(16)) | half(low(m)).astype(u32), m)
+            self._travels(ins, holes_of_sources)
             return
         to, of = kinds
         a = self.get(args[1], of)
@@ -779,6 +800,7 @@ class Program:
             w(r.view({1: u8, 2: u16, 4: u32, 8: u64}[r.dtype.itemsize]), m)
 
         ins.run = convert
+        self._travels(ins, holes_of_sources)
 
     def _lane_exchange(self, m, members) -> None:
         """Raises where a lane of the member mask is not here."""
@@ -826,8 +848,11 @@ class Program:
         def shuffle(m):
             self._lane_exchange(m, members(m))
             j, ok = sources(m) if fixed is None else fixed
-            value = np.asarray(a(m))
+            hole = self._holes(args[1])
+            value = np.asarray(a(m) if hole is None else self._content(args[1]))
             w(value[j] if value.shape else value, m)
+            if hole is not None:  # each lane has a value where the lane that it read has one
+                self.poison_register(outs[0], self._narrowed(outs[0], hole[j], m))
             if wp is not None:
                 wp(ok, m)
 
@@ -970,9 +995,7 @@ class Program:
             if self.options.races:
                 mem.races(segment, off, size, mine, self.cta, None)
             if self.options.stats:
-                segment.read_bytes[off[:, None] + np.arange(size)] = True
-        if self.options.stats:
-            mem.account(pc, a, size, warps)
+                mem.account(segment, off, size, mine)
         return data, None
 
     def _store_global(self, pc, a, width, vector, data, m):
@@ -993,12 +1016,10 @@ class Program:
             if view is None:
                 raise Fault(f"{segment.name} is not aligned to {width} bytes")
             view[(off // width)[:, None] + np.arange(vector)] = values
-            cells = off[:, None] + np.arange(size)
             if segment.poison is not None:
-                segment.poison[cells] = False
-            segment.write_bytes[cells] = True
-        if self.options.stats:
-            mem.account(pc, a, size, warps)
+                segment.poison[off[:, None] + np.arange(size)] = False
+            if self.options.stats:
+                mem.account(segment, off, size, mine)
 
     @staticmethod
     def _same_instruction(a: np.ndarray, data: np.ndarray) -> None:
@@ -1166,8 +1187,6 @@ class Program:
         self.sh_w, self.sh_r = np.zeros(n, u32), np.zeros(n, u32)
         self.sh_thread, self.sh_sync = np.full(n, -1, i32), np.zeros(n, i32)
         self.warp_sync = np.zeros(T // WARP, i32)
-        if not hasattr(self, "waves"):
-            self.waves = [0, 0]
         self.memory.epoch += 1
         code, R, U, counts = self.code, self.R, self.U, [0.0] * len(self.code)
         pc, m, pcs, blocked = 0, None, None, None  # m: who runs (None: all); pcs: where everyone is, while they diverge
@@ -1206,7 +1225,7 @@ class Program:
                 if ins.guard >= 0:
                     p = R[ins.guard]
                     if p is None or (U and ins.guard in U):
-                        self._undefined(ins.guard, "a guard", m)
+                        p = self._checked(ins.guard, "a guard", m)
                     p = ~p if ins.negate else p
                     if m is not None:
                         p = p & m

@@ -191,3 +191,121 @@ $L__2:
     faults("	setp.lt.u32 	%p1, %r1, 5;\n	@%p1 bra 	$L__9;\n	bar.sync 	0;\n$L__9:\n", "barrier")
     with pytest.raises(M.Unsupported):
         run("	frobnicate.b32 	%r2, %r1;")
+
+
+# Lanes 0 to 3 of each warp have a number in %r4, the others nothing; %p2 is lane 0.
+FEW = """	and.b32 	%r2, %r1, 31;
+	setp.lt.u32 	%p1, %r2, 4;
+	setp.eq.u32 	%p2, %r2, 0;
+	@%p1 add.s32 	%r4, %r1, 1;
+"""
+STORE = "	@%p2 st.global.b32 [ %rd2 + 0 ], { %r5 };"
+ADD = "	shfl.sync.bfly.b32 	%r6, %r4, {distance}, 31, -1;\n	add.s32 	%r4, %r4, %r6;\n"
+EVERYONE = "	st.global.b32 [ %rd2 + 0 ], { %r5 };"
+
+
+def test_a_reduction_may_shuffle_lanes_without_a_value_that_its_result_does_not_depend_on():
+    """As Triton 3.6 adds up warps: the lane that stores has its sum from lanes that have something."""
+    out, _ = run(FEW + ADD.format(distance=2) + ADD.format(distance=1) + "	mov.b32 	%r5, %r4;\n" + STORE)
+    assert out[[0, 32]].tolist() == [1 + 2 + 3 + 4, 33 + 34 + 35 + 36]
+    faults(FEW + ADD.format(distance=4) + "	mov.b32 	%r5, %r4;\n" + STORE, "%r5, which holds no value")
+
+
+@pytest.mark.parametrize(
+    "computes",
+    [
+        "	add.s32 	%r5, %r4, 0;\n",
+        "	mul.wide.u32 	%rd5, %r4, 1;\n	cvt.u32.u64 	%r5, %rd5;\n",
+        "	cvt.rn.f32.u32 	%r5, %r4;\n",
+        "	cvt.rn.bf16x2.f32 	%r5, %r4, 0f00000000;\n",
+        "	mov.b32 	{%rs1, %rs2}, %r4;\n	mov.b32 	%r5, {%rs2, %rs1};\n",
+        "	selp.b32 	%r5, %r4, 7, -1;\n",
+        "	setp.gt.u32 	%p3, %r4, 0;\n	selp.b32 	%r5, 1, 0, %p3;\n",
+        "	setp.gt.u32 	%p3, %r4, 0;\n	not.pred 	%p4, %p3;\n	selp.b32 	%r5, 1, 0, %p4;\n",
+        "	shfl.sync.up.b32 	%r5, %r4, 1, 0, -1;\n",
+        "	fma.rn.f32 	%r5, %r4, %r4, %r4;\n",
+        "	add.s32 	%r4, %r4, 1;\n	mov.b32 	%r5, %r4;\n",
+    ],
+)
+def test_what_was_made_of_nothing_may_lie_about_but_not_be_stored(computes: str):
+    """Lane 0 has something to store; the fault is of the others alone."""
+    run(FEW + computes + STORE)
+    faults(FEW + computes + EVERYONE, "%r5, which holds no value")
+
+
+def test_a_selection_needs_a_value_where_it_takes_one():
+    out, _ = run(FEW + "	selp.b32 	%r5, %r4, 7, %p1;\n" + EVERYONE)
+    assert out.tolist() == ([1, 2, 3, 4] + [7] * 28 + [33, 34, 35, 36] + [7] * 28)
+    faults(FEW + "	selp.b32 	%r5, 7, %r4, %p1;\n" + EVERYONE, "%r5, which holds no value")
+    faults(
+        FEW + "	setp.lt.u32 	%p3, %r4, 9;\n	selp.b32 	%r5, 7, 8, %p3;\n" + EVERYONE,
+        "%r5, which holds no value",
+    )
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        "	add.s32 	%r5, %r4, 0;\n	st.shared.b32 	[global_smem], %r5;\n",
+        "	and.b32 	%r5, %r4, 60;\n	st.shared.b32 	[%r5], %r1;\n",
+        "	and.b32 	%r5, %r4, 60;\n	ld.shared.b32 	%r6, [%r5];\n",
+        "	mad.wide.u32 	%rd3, %r4, 0, %rd1;\n	ld.global.b32 	{ %r6 }, [ %rd3 + 0 ];\n",
+        "	setp.eq.u32 	%p3, %r4, 1;\n	@%p3 mov.b32 	%r6, 1;\n",
+        "	setp.eq.u32 	%p3, %r4, 1;\n	@%p3 bra 	$L__8;\n$L__8:\n",
+        "	setp.eq.u32 	%p3, %r4, 1;\n	vote.sync.any.pred 	%p4, %p3, -1;\n",
+        "	shfl.sync.idx.b32 	%r6, %r1, %r4, 31, -1;\n",
+        "	redux.sync.add.s32 	%r6, %r4, -1;\n",
+    ],
+)
+def test_addresses_guards_and_votes_need_values(uses: str):
+    faults(FEW + uses, "which holds no value")
+
+
+def test_a_register_that_nobody_wrote_travels_too():
+    nobody = "	add.f32 	%r8, %r77, %r77;\n	mov.b32 	%r5, %r8;\n"
+    run(nobody)
+    faults(nobody + EVERYONE, "%r5, which holds no value")
+
+
+def test_contracted_sums_let_lanes_without_a_value_through():
+    body = "	mul.f32 	%r8, %r4, %r4;\n	add.f32 	%r5, %r8, %r4;\n"
+    options = Options(contract=True)
+    _, program = run(FEW + body + STORE, options=options)
+    assert program.contracted == 1
+    faults(FEW + body + EVERYONE, "%r5, which holds no value", options=options)
+
+
+# A warp reads 32 numbers that lie this many elements apart.
+APART = "	mul.lo.s32 	%r2, %r1, {apart};\n	mad.wide.u32 	%rd3, %r2, 4, %rd1;\n	ld.global.b32 	{{ %r5 }}, [ %rd3 + 0 ];\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "sectors", "least"),
+    [
+        (APART.format(apart=1), 4, 4),
+        (APART.format(apart=2), 8, 4),
+        (APART.format(apart=8), 32, 4),
+        (APART.format(apart=0), 1, 1),  # one number for all
+        ("	ld.global.b32 	{ %r5 }, [ %rd2 + 4 ];\n", 5, 4),  # from the middle of a sector on
+        ("	setp.lt.u32 	%p1, %r1, 3;\n	@%p1 st.global.b32 	[ %rd2 + 0 ], { %r1 };\n", 1, 1),  # a remainder
+        ("	shl.b32 	%r2, %r1, 4;\n	cvt.u64.u32 	%rd4, %r2;\n	add.s64 	%rd3, %rd1, %rd4;\n"
+         "	ld.global.v4.b32 	{ %r5, %r6, %r7, %r8 }, [ %rd3 + 0 ];\n", 16, 16),
+    ],
+)  # fmt: skip
+def test_sectors_are_counted(body: str, sectors: int, least: int):
+    options = Options(stats=True)
+    out = torch.zeros(512, dtype=torch.int32)
+    program = Program(kernel(body, threads=32), 4096, 32, options)
+    memory = Memory(options)
+    pointer = out.data_ptr()
+    assert pointer % 32 == 0
+    segment = memory.add("out", pointer, 2048, 4, (pointer, 2048))
+    program.run((1, 1, 1), [segment.base], memory)
+    assert memory.traffic == {"out": [1, sectors, least]}
+
+
+@pytest.mark.parametrize(("apart", "rounds"), [(1, 1), (2, 2), (4, 4), (3, 1), (0, 1)])
+def test_bank_conflicts_are_counted(apart: int, rounds: int):
+    body = f"	mul.lo.s32 	%r2, %r1, {4 * apart};\n	st.shared.b32 	[%r2], {1 if apart == 0 else '%r1'};\n"
+    _, program = run(body, n=32, threads=32, options=Options(stats=True))
+    assert program.waves == [rounds, 1]

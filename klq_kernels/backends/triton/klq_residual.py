@@ -2,6 +2,9 @@
 
 Restates ``reference.klq_residual_loss`` with its gradient worked out: d_logp = tau de and d_V = de, for e^2 with
 de = 2 e and for Huber with de = clip(e). Where a clipped square is the larger one, what was clipped passes no gradient.
+
+Neighbouring threads take neighbouring tokens, so that a warp uses whole sectors whatever n is and wherever a chunk
+begins. With several neighbours to a thread it would not, where the last of them cannot be loaded as one.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def klq_residual_kernel(
     n, tau, alpha, huber_delta, value_clip, log_ratio_clip,
     LOSS_TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.max_contiguous(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 1)
     inside = i < n
     v = tl.zeros([BLOCK], tl.float32)
     d = tl.zeros([BLOCK], tl.float32)

@@ -16,6 +16,10 @@ and b_t = gamma lambda c_t (``portable.lambda_errors``); beyond the end of seque
 
 Loads ascend and the scan itself runs in reverse, so that they stay 16 bytes wide. The combine's first operand is then
 the later stretch. Triton's reduce assumes a commutative combine, so tiles are summarised by a scan as well.
+
+A thread takes four neighbours at a time, whatever the dtypes: 16 bytes of fp32. Left alone, Triton would give it as
+many as make 16 bytes of the narrowest array, the mask of bytes; then two accesses would each touch every sector of
+fp32 and use half of it. In the last tile, too, fours that lie inside are loaded as such, and what remains one by one.
 """
 
 from __future__ import annotations
@@ -63,6 +67,19 @@ def _inflow(pairs_a, pairs_b, tile, tiles, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _next(x, TILE: tl.constexpr):
+    """x[i + 1] for each i but the last. A thread has four neighbours in its registers (``_load``), so that only the
+    first of each four goes to another thread.
+    """
+    fours: tl.constexpr = TILE // 4
+    even, odd = tl.split(tl.reshape(x, (fours, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    fifth = tl.gather(first, tl.minimum(tl.arange(0, fours) + 1, fours - 1), 0)
+    return tl.reshape(tl.join(tl.join(second, fourth), tl.join(third, fifth)), (TILE,))
+
+
+@triton.jit
 def _bisect(position, low, high, width, cu_seqlens):
     """The largest b in low .. high (width = high - low, at the most) with cu_seqlens[b] <= position."""
     while width > 0:
@@ -93,52 +110,70 @@ def _sequence_of(first, n, lane, cu_seqlens, batch, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, i, inside, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer + i, mask=inside, other=0).to(tl.float32)
-    else:
-        return tl.load(pointer + i).to(tl.float32)
+def _whole(i, n):
+    """Whether an element and the three with which it makes 16 bytes of fp32 are all inside the array."""
+    return i // 4 * 4 + 3 < n
 
 
 @triton.jit
-def _kept(mask, i, inside, MASKED: tl.constexpr):
+def _load(pointer, i, n, MASKED: tl.constexpr):
+    """x[i], or 0 from n on where MASKED; i ascends from a multiple of 4."""
+    place = tl.max_contiguous(pointer + i, 4)
+    if MASKED:
+        whole = _whole(i, n)
+        x = tl.load(place, mask=whole, other=0)
+        return tl.where(whole, x, tl.load(place, mask=(i < n) & ~whole, other=0))
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+def _store(pointer, i, x, end, n):
+    """Stores x[i], i ascending to ``end``, where i < n."""
+    if end <= n:
+        tl.store(pointer + i, x)
+    else:
+        whole = _whole(i, n)
+        tl.store(pointer + i, x, mask=whole)
+        tl.store(pointer + i, x, mask=(i < n) & ~whole)
+
+
+@triton.jit
+def _kept(mask, i, n, MASKED: tl.constexpr):
     """Whether an element is a valid token: inside the array, and not masked out."""
-    keep = inside
+    keep = i < n
     if mask is not None:
-        if MASKED:
-            keep = keep & (tl.load(mask + i, mask=inside, other=0) != 0)
-        else:
-            keep = keep & (tl.load(mask + i) != 0)
+        keep = keep & (_load(mask, i, n, MASKED) != 0)
     return keep
 
 
 @triton.jit
-def _scan_pairs(delta, decay, mask, i, inside, ends, ONE_DECAY: tl.constexpr, MASKED: tl.constexpr):
+def _scan_pairs(delta, decay, mask, i, n, ends, ONE_DECAY: tl.constexpr, MASKED: tl.constexpr):
     """(a, b, keep) of ``reverse_scan``."""
-    a = _load(delta, i, inside, MASKED)
+    a = _load(delta, i, n, MASKED).to(tl.float32)
     if ONE_DECAY:
         b = tl.zeros_like(a) + tl.load(decay).to(tl.float32)
     else:
-        b = _load(decay, i, inside, MASKED)
-    keep = _kept(mask, i, inside, MASKED)
+        b = _load(decay, i, n, MASKED).to(tl.float32)
+    keep = _kept(mask, i, n, MASKED)
     return tl.where(keep, a, 0.0), tl.where(ends, 0.0, tl.where(keep, b, 1.0)), keep
 
 
 @triton.jit
 def _lambda_pairs(
-    logp, ref_logp, values, rewards, trace, mask, i, inside, ends, beyond, tau, gamma, lam, MASKED: tl.constexpr
+    logp, ref_logp, values, rewards, trace, mask, i, n, ends, beyond, tau, gamma, lam, MASKED: tl.constexpr
 ):
     """(a, b, u, keep) of ``lambda_errors``; ``beyond`` is the tail at sequence ends."""
-    v = _load(values, i, inside, MASKED)
+    v = _load(values, i, n, MASKED).to(tl.float32)
     u = -v
     if rewards is not None:
-        u = _load(rewards, i, inside, MASKED) - v
+        u = _load(rewards, i, n, MASKED).to(tl.float32) - v
     if logp is not None:
-        u -= tau * (_load(logp, i, inside, MASKED) - _load(ref_logp, i, inside, MASKED))
+        u -= tau * (_load(logp, i, n, MASKED).to(tl.float32) - _load(ref_logp, i, n, MASKED).to(tl.float32))
     b = tl.zeros_like(v) + gamma * lam
     if trace is not None:
-        b *= _load(trace, i, inside, MASKED)
-    keep = _kept(mask, i, inside, MASKED)
+        b *= _load(trace, i, n, MASKED).to(tl.float32)
+    keep = _kept(mask, i, n, MASKED)
     a = tl.where(keep, tl.fma(v, gamma, b * u), 0.0)
     b = tl.where(keep, b, 1.0)
     a = tl.where(ends, tl.fma(b, beyond, a), a)
@@ -153,12 +188,11 @@ def reverse_scan_kernel(
     tile = tl.program_id(0)
     lane = tl.arange(0, TILE)
     i = tile * TILE + lane
-    inside = i < n
     _, ends = _sequence_of(tile * TILE, n, lane, cu_seqlens, batch, TILE)
     if (tile + 1) * TILE <= n:
-        a, b, keep = _scan_pairs(delta, decay, mask, i, inside, ends, ONE_DECAY, False)
+        a, b, keep = _scan_pairs(delta, decay, mask, i, n, ends, ONE_DECAY, False)
     else:
-        a, b, keep = _scan_pairs(delta, decay, mask, i, inside, ends, ONE_DECAY, True)
+        a, b, keep = _scan_pairs(delta, decay, mask, i, n, ends, ONE_DECAY, True)
     a, b = tl.associative_scan((a, b), 0, compose, reverse=True)
     if SUMMARISE:
         tl.store(pairs_a + tile, _first(a, lane == 0))
@@ -172,10 +206,7 @@ def reverse_scan_kernel(
             inflow = _inflow(pairs_a, pairs_b, tile, tl.num_programs(0), SLOTS)
         s = tl.where(b == 0, a, tl.fma(b, inflow, a))
         s = tl.where(keep, s, 0.0)
-        if (tile + 1) * TILE <= n:
-            tl.store(out + i, s)
-        else:
-            tl.store(out + i, s, mask=inside)
+        _store(out, i, s, (tile + 1) * TILE, n)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -187,16 +218,15 @@ def lambda_errors_kernel(
     tile = tl.program_id(0)
     lane = tl.arange(0, TILE)
     i = tile * TILE + lane
-    inside = i < n
     sequence, ends = _sequence_of(first_row + tile * TILE, first_row + n, lane, cu_seqlens, batch, TILE)
     beyond = tl.load(tail + sequence, mask=ends, other=0.0)
     if (tile + 1) * TILE <= n:
         a, b, u, keep = _lambda_pairs(
-            logp, ref_logp, values, rewards, trace, mask, i, inside, ends, beyond, tau, gamma, lam, False
+            logp, ref_logp, values, rewards, trace, mask, i, n, ends, beyond, tau, gamma, lam, False
         )
     else:
         a, b, u, keep = _lambda_pairs(
-            logp, ref_logp, values, rewards, trace, mask, i, inside, ends, beyond, tau, gamma, lam, True
+            logp, ref_logp, values, rewards, trace, mask, i, n, ends, beyond, tau, gamma, lam, True
         )
     a, b = tl.associative_scan((a, b), 0, compose, reverse=True)
     if SUMMARISE:
@@ -217,14 +247,10 @@ def lambda_errors_kernel(
         elif carry is not None:
             inflow = tl.load(carry)
         s = tl.where(b == 0, a, tl.fma(b, inflow, a))
-        following = tl.gather(s, tl.minimum(lane + 1, TILE - 1), 0)
-        following = tl.where(lane == TILE - 1, inflow, following)
+        following = tl.where(lane == TILE - 1, inflow, _next(s, TILE))
         following = tl.where(ends, beyond, following)
         advantage = tl.where(keep, u + following, 0.0)
-        if (tile + 1) * TILE <= n:
-            tl.store(out + i, advantage)
-        else:
-            tl.store(out + i, advantage, mask=inside)
+        _store(out, i, advantage, (tile + 1) * TILE, n)
         if carry is not None:
             tl.debug_barrier()  # every thread has read the old carry
             if tile == 0:
