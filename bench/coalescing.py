@@ -72,10 +72,6 @@ REASONS = {
         for name in ("weighted_sums", "selected_logits")
         for width in (1500, 1501)
     },
-    **dict.fromkeys(
-        ("klq_metrics: n=3001", "klq_metrics: n=100"),
-        "a thread takes 4 neighbours, one by one where n is no multiple of 16; a call reads a few numbers per token",
-    ),
 }
 Launch = Callable[[], object]
 

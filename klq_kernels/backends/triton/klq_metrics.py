@@ -2,6 +2,7 @@
 
 One program reads the rows twice: for the sums, and then, with the means known, for the variances. A call has a few
 numbers per row, so this takes microseconds where launching forty operators takes as many as the host needs.
+Neighbouring threads take neighbouring rows, as in ``klq_residual``.
 
 Each metric is stored at the place that ``metric_names`` gives it; ``ABSENT`` marks those that the call does not have.
 """
@@ -63,7 +64,7 @@ def klq_metrics_kernel(
     ratio_clips = zeros
     entropy_sum = zeros
     for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+        i = tl.max_contiguous(start + tl.arange(0, BLOCK), 1)
         inside = i < n
         v = tl.load(values + i, mask=inside, other=0.0)
         a = tl.load(advantages + i, mask=inside, other=0.0)
@@ -102,7 +103,7 @@ def klq_metrics_kernel(
     spread_sum = zeros
     left_sum = zeros
     for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+        i = tl.max_contiguous(start + tl.arange(0, BLOCK), 1)
         inside = i < n
         v = tl.load(values + i, mask=inside, other=0.0)
         a = tl.load(advantages + i, mask=inside, other=0.0)

@@ -41,9 +41,15 @@ def train_method(settings: Settings, warm: Path) -> dict[str, Any]:
         return trained(task, reference, settings, folder)
 
 
+def own(settings: Settings) -> Settings:
+    """What this method alone has of options."""
+    found: Settings = settings.get("own", {}).get(settings["method"], {})
+    return found
+
+
 def guided(task: Task, reference: Any, settings: Settings, folder: str) -> dict[str, Any]:
     """A guide, measured at each eta."""
-    options = settings["guide"]
+    options = {**settings["guide"], **own(settings)}
     args = QSharpConfig(
         folder, law=LAWS[settings["method"]], seed=settings["seed"], eta=settings["etas"][-1],
         max_completion_length=task.max_completion_length, eval_strategy="steps", eval_on_start=True, **options, **QUIET,
@@ -78,7 +84,7 @@ def trained(task: Task, reference: Any, settings: Settings, folder: str) -> dict
     before: dict[str, float] = {}
     curves: dict[str, Any] = {}
     for tau in settings["taus"]:
-        options = {**settings["policy"], **POLICIES[settings["method"]]}
+        options = {**settings["policy"], **POLICIES[settings["method"]], **own(settings)}
         args = KLQConfig(
             folder, tau=tau, seed=settings["seed"], max_completion_length=task.max_completion_length,
             watch_failures=False, **options, **QUIET,
