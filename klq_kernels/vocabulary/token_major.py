@@ -50,13 +50,13 @@ class Logits:
         """``chunk_rows``: where they are decided elsewhere already."""
         self._backend, self._states, self._head = backend, states, head
         n = states.n
-        (vocab, width), dtype = head.weight.shape, head.logits_dtype
-        room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype) if needs.weight else 0
+        (vocab, width), dtype, device = head.weight.shape, head.logits_dtype, head.weight.device
+        room = chunking.rows_for_accumulator(width, dtype, head.gradient_dtype, device) if needs.weight else 0
         # Padding helps kernels that load 16 bytes at a time. Where nothing needs it there must be none: with AMX, the
         # GEMM of a CPU multiplies the memory behind a row of its left operand by 0, and a NaN there stays a NaN.
         stride = self._stride(vocab)
         # (Kernels made for a GPU run on a CPU in tests: there the padding is 0.)
-        padded_on_cpu = stride != vocab and head.weight.device.type == "cpu"
+        padded_on_cpu = stride != vocab and device.type == "cpu"
         inside = 0
         if memory is not None and not padded_on_cpu:
             inside = head.rows_for_all(
@@ -70,7 +70,7 @@ class Logits:
         else:
             make = head.weight.new_zeros if padded_on_cpu else head.weight.new_empty
             self.chunk_rows = chunk_rows or head.rows_for_all(
-                lambda vocab: chunking.chunk_rows(n, vocab, dtype, head.weight.device, workspace_bytes, room=room)
+                lambda vocab: chunking.chunk_rows(n, vocab, dtype, device, workspace_bytes, room=room)
             )
             self._buffer = make(self.chunk_rows, stride, dtype=dtype)[:, :vocab]
         self._needs = needs

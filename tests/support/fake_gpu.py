@@ -1,0 +1,150 @@
+"""The launches that a call would make on a GPU, seen without one: fake CUDA tensors run the real code, no kernel runs.
+
+Inside ``launches`` a tensor on "cuda" has a shape and a dtype but no memory, so that a call of any size takes no time.
+Every product, every Triton kernel and every other operator that reads or writes memory is noted, with the tensors that
+it is passed. Autograd knows no such device: so operators run as if gradients were wanted, and ``FakeCalls.backward``
+runs their backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from watch import OPERATORS
+
+from klq_kernels import loss as losses
+from klq_kernels.ops import gradients
+from klq_kernels.ops.operator import Operator
+
+PRODUCTS = ("mm", "addmm")
+# H100 SXM
+DEVICE = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
+
+
+class Launch(NamedTuple):
+    """One launch: the operator's or kernel's name, and the tensors that it reads or writes."""
+
+    name: str
+    tensors: list[Tensor]
+    beta: float = 0.0  # of a product: whether it reads its output
+
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors, each once; a broadcast dimension is read once."""
+        return sum(size_of(t) for t in {id(t): t for t in self.tensors}.values())
+
+
+def size_of(tensor: Tensor) -> int:
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, launches: list[Launch]) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in OPERATORS:  # step inside: to the dispatcher they are opaque
+            with self:
+                return OPERATORS[func]._init_fn(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if kwargs.get("out") is not None:
+            out = kwargs["out"]
+        elif name == "copy_":
+            out = args[0]
+        elif name == "mm" and func._overloadname == "dtype":  # a product in another dtype than its operands', which is not made up
+            out = args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
+        else:
+            out = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "prim::"))):
+            self.launches.append(Launch(name, tensors, kwargs.get("beta", 1.0 if name == "addmm" else 0.0)))
+        return out
+
+
+class FakeCalls:
+    """What ran: the launches in order, and the last operator called with its results."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self._last: Any = None
+
+    def operator(self, operator: Operator, *given: Any) -> tuple[Tensor, ...]:
+        """In place of a call of the operator, which would go through autograd."""
+        parts = operator._parts
+        arguments = parts.arguments(*given)
+        results = parts.forward(arguments)
+        self._last = parts, arguments, results
+        return tuple(results)
+
+    def backward(self, *by: Tensor) -> None:
+        """The backward of the last operator, with these gradients by its first results."""
+        parts, arguments, results = self._last
+        context = SimpleNamespace(mark_non_differentiable=_nothing, set_materialize_grads=_nothing)
+        context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+        parts.setup(context, arguments, results)
+        rest = [None] * (len(results) - len(by))
+        parts.backward(context, parts.results(*by, *rest), dict.fromkeys(arguments._fields, True))
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _item(tensor: Tensor, index: Any) -> Tensor:
+    """tensor[index]: Python's brackets ask PyTorch for the device, which has none here."""
+    for dimension, part in enumerate(index if isinstance(index, tuple) else (index,)):
+        if isinstance(part, slice):
+            tensor = torch.ops.aten.slice(tensor, dimension, part.start, part.stop)
+        elif isinstance(part, int):
+            tensor = torch.ops.aten.select(tensor, dimension, part)
+        else:
+            tensor = torch.ops.aten.index(tensor, [part])
+    return tensor
+
+
+def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
+    part = _item(tensor, index)
+    torch.ops.aten.copy_(part, value) if isinstance(value, Tensor) else torch.ops.aten.fill_(part, value)
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeCalls]:
+    """Tensors made inside are on the fake GPU where they ask for "cuda"."""
+    calls = FakeCalls()
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        calls.launches.append(Launch(kernel.fn.__name__, [a for a in args if isinstance(a, Tensor)]))
+
+    with ExitStack() as stack:
+        for target, name, change in (
+            (triton.runtime.jit.JITFunction, "run", run),
+            (torch.cuda, "device", lambda _: nullcontext()),
+            (torch.cuda, "get_device_properties", lambda _: DEVICE),
+            (Tensor, "__getitem__", _item),
+            (Tensor, "__setitem__", _set_item),
+            (Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata),
+            (Operator, "__call__", lambda *given: calls.operator(*given)),
+            (losses, "needs_gradient", lambda _: True),
+            (gradients, "_graph_is_kept", lambda: False),
+            (gradients, "Tensor", FakeTensor),  # so that they are not taken for a compiler's
+        ):
+            stack.enter_context(mock.patch.object(target, name, change))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(Recorder(calls.launches))
+        yield calls
