@@ -8,7 +8,7 @@ runs their backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,22 +26,23 @@ from klq_kernels import loss as losses
 from klq_kernels.ops import gradients
 from klq_kernels.ops.operator import Operator
 
-PRODUCTS = ("mm", "addmm")
 # H100 SXM
 DEVICE = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
 
 
 class Launch(NamedTuple):
-    """One launch: the operator's or kernel's name, and the tensors that it reads or writes."""
+    """One launch: the operator's or kernel's name, and the tensors that it reads or writes, the output last."""
 
     name: str
     tensors: list[Tensor]
-    beta: float = 0.0  # of a product: whether it reads its output
+    flop: int = 0
+    adds: bool = False  # a product to its output
 
     @property
     def bytes(self) -> int:
-        """Of all its tensors, each once; a broadcast dimension is read once."""
-        return sum(size_of(t) for t in {id(t): t for t in self.tensors}.values())
+        """Of all its matrices, each once; what is added to is read as well."""
+        matrices = {id(t): t for t in self.tensors if t.dim() > 1}.values()
+        return sum(map(size_of, matrices)) + self.adds * size_of(self.tensors[-1])
 
 
 def size_of(tensor: Tensor) -> int:
@@ -66,14 +67,25 @@ class Recorder(TorchDispatchMode):
             out = kwargs["out"]
         elif name == "copy_":
             out = args[0]
-        elif name == "mm" and func._overloadname == "dtype":  # a product in another dtype than its operands', which is not made up
+        elif (
+            name == "mm" and func._overloadname == "dtype"
+        ):  # a product in another dtype than its operands', which is not made up
             out = args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
         else:
             out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "prim::"))):
-            self.launches.append(Launch(name, tensors, kwargs.get("beta", 1.0 if name == "addmm" else 0.0)))
+            self.launches.append(Launch(name, tensors, *_product(name, args, kwargs)))
         return out
+
+
+def _product(name: str, args: Any, kwargs: Any) -> tuple[int, bool]:
+    """(FLOP, whether it adds to a matrix) of a matrix product."""
+    if name not in ("mm", "addmm"):
+        return 0, False
+    left, right = args[:2] if name == "mm" else args[1:3]
+    adds = name == "addmm" and args[0].dim() > 1 and kwargs.get("beta", 1) != 0
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1], adds
 
 
 class FakeCalls:
@@ -81,6 +93,7 @@ class FakeCalls:
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
+        self.learns: Callable[[Tensor], bool] = lambda _: True  # whether a tensor needs a gradient
         self._last: Any = None
 
     def operator(self, operator: Operator, *given: Any) -> tuple[Tensor, ...]:
@@ -98,7 +111,8 @@ class FakeCalls:
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
         parts.setup(context, arguments, results)
         rest = [None] * (len(results) - len(by))
-        parts.backward(context, parts.results(*by, *rest), dict.fromkeys(arguments._fields, True))
+        needs = {name: isinstance(value, Tensor) for name, value in arguments._asdict().items()}
+        parts.backward(context, parts.results(*by, *rest), needs)
 
 
 def _nothing(*_: Any) -> None:
@@ -137,9 +151,10 @@ def fake_gpu() -> Iterator[FakeCalls]:
             (torch.cuda, "get_device_properties", lambda _: DEVICE),
             (Tensor, "__getitem__", _item),
             (Tensor, "__setitem__", _set_item),
+            (Tensor, "copy_", lambda tensor, source: torch.ops.aten.copy_(tensor, source)),
             (Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata),
             (Operator, "__call__", lambda *given: calls.operator(*given)),
-            (losses, "needs_gradient", lambda _: True),
+            (losses, "needs_gradient", lambda tensor: calls.learns(tensor)),
             (gradients, "_graph_is_kept", lambda: False),
             (gradients, "Tensor", FakeTensor),  # so that they are not taken for a compiler's
         ):
