@@ -270,6 +270,30 @@ def test_row_kl_grad(device: str, logits_dtype: torch.dtype, dtype: torch.dtype,
     torch.testing.assert_close(out.double(), raw.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("cap", [10.0, 30.0, 1000.0])
+def test_soft_cap_keeps_its_digits_for_both_signs(device: str, cap: float) -> None:
+    """Value and slope, relative to themselves: from where the slope is 1 to where it is 1e-14."""
+    y = torch.logspace(-4, 1.2, 40, dtype=torch.float64)
+    x = (cap * torch.cat((y, -y))).float().to(device)
+    chosen = Chosen(States(torch.ones(1, 1, device=device), None), torch.arange(80, device=device)[None], 1)
+    found, slope = torch.empty(2, 1, 80, device=device).unbind()
+    kernel_module("selected_logits").selected_logits(chosen, x[:, None], None, found, slope, scale=1.0, softcap=cap)
+    exact = x.double() / cap
+    torch.testing.assert_close(found[0].double(), cap * exact.tanh(), rtol=4e-7, atol=0)
+    # an argument of exp2 is rounded, which is as much of its result as the argument is large
+    worst = ((slope[0].double() * exact.cosh() ** 2 - 1).abs() / (1 + exact.abs())).max()
+    assert worst < 4e-7
+    extreme = torch.tensor([1e5, float("inf")], device=device) * cap
+    found, slope = torch.empty(2, 1, 4, device=device).unbind()
+    chosen = chosen._replace(ids=torch.arange(4, device=device)[None])
+    extreme = torch.cat((extreme, -extreme))
+    kernel_module("selected_logits").selected_logits(
+        chosen, extreme[:, None], None, found, slope, scale=1.0, softcap=cap
+    )
+    assert found[0].tolist() == [cap, cap, -cap, -cap]
+    assert slope.eq(0).all()
+
+
 SAMPLING_SEED = 11
 
 
