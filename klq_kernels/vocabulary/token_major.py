@@ -27,6 +27,7 @@ from .chunks import (
     VocabularyForm,
     as_dtype,
     empty_gradients,
+    rows_of,
 )
 
 
@@ -87,7 +88,7 @@ class Logits:
         """GEMM 1: raw logits of these rows (before softcap and temperature), valid until the next call."""
         self._hidden = self._states.take(chunk)
         self._logits = products.project(
-            self._hidden, self._head.weight, self._head.bias, self._buffer[: self._hidden.shape[0]]
+            self._hidden, self._head.weight, self._head.bias, rows_of(self._buffer, slice(0, self._hidden.shape[0]))
         )
         return self._logits
 
@@ -131,7 +132,7 @@ class TokenMajor(Logits, VocabularyForm):
     def statistics(self, chunk: slice, out: Statistics) -> None:
         self.project(chunk)
         self._backend.row_stats(
-            self._logits, self._actions[chunk], out, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, rows_of(self._actions, chunk), out, scale=self._head.scale, softcap=self._head.softcap
         )
 
     def gradients(self, chunk: slice, pull: Pull) -> None:
@@ -139,7 +140,7 @@ class TokenMajor(Logits, VocabularyForm):
             self.project(chunk)
         dlogits = self.gradient
         self._backend.row_grad(
-            self._logits, self._actions[chunk], pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, rows_of(self._actions, chunk), pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
         )
         self.multiply(chunk, dlogits)
 
@@ -147,7 +148,7 @@ class TokenMajor(Logits, VocabularyForm):
         if not self._keep:
             self.project(chunk)
         self._backend.row_select(
-            self._logits, self._actions[chunk], pull, selection, scale=self._head.scale, softcap=self._head.softcap
+            self._logits, rows_of(self._actions, chunk), pull, selection, scale=self._head.scale, softcap=self._head.softcap
         )
 
     def update(
@@ -165,7 +166,7 @@ class TokenMajor(Logits, VocabularyForm):
             return False
         self.project(chunk)
         self._backend.row_update(
-            self._logits, self._actions[chunk], terms, found, residuals, grad_scale=grad_scale, shape=shape,
+            self._logits, rows_of(self._actions, chunk), terms, found, residuals, grad_scale=grad_scale, shape=shape,
             scale=self._head.scale,
         )  # fmt: skip
         self.multiply(chunk, self._logits)
