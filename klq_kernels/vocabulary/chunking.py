@@ -102,9 +102,7 @@ def rows_inside(n: int, row_bytes: int, memory_bytes: int) -> int:
     return 0 if fit < ROWS_OF_A_PRODUCT else min(_round_up(math.ceil(n / math.ceil(n / fit)), 16), n)
 
 
-def rows_for_accumulator(
-    width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, device: torch.device
-) -> int:
+def rows_for_accumulator(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, device: torch.device) -> int:
     """How many rows of logits take the memory of an fp32 accumulator [V, width].
 
     On a CPU none where the gradient is fp32 itself, so that several chunks need no accumulator beside it. On a GPU it

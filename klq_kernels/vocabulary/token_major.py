@@ -140,7 +140,12 @@ class TokenMajor(Logits, VocabularyForm):
             self.project(chunk)
         dlogits = self.gradient
         self._backend.row_grad(
-            self._logits, rows_of(self._actions, chunk), pull, dlogits, scale=self._head.scale, softcap=self._head.softcap
+            self._logits,
+            rows_of(self._actions, chunk),
+            pull,
+            dlogits,
+            scale=self._head.scale,
+            softcap=self._head.softcap,
         )
         self.multiply(chunk, dlogits)
 
@@ -148,7 +153,12 @@ class TokenMajor(Logits, VocabularyForm):
         if not self._keep:
             self.project(chunk)
         self._backend.row_select(
-            self._logits, rows_of(self._actions, chunk), pull, selection, scale=self._head.scale, softcap=self._head.softcap
+            self._logits,
+            rows_of(self._actions, chunk),
+            pull,
+            selection,
+            scale=self._head.scale,
+            softcap=self._head.softcap,
         )
 
     def update(
