@@ -103,12 +103,12 @@ class Operator:
 
 
 def _is_watched(given: tuple[Any, ...]) -> bool:
-    """Whether anything but autograd has to see the operator itself."""
+    """Whether anything but autograd has to see the operator itself, or its fake kernel has to stand in for it."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(value, Tensor) and type(value) not in (Tensor, Parameter) for value in given)
+        or any(isinstance(v, Tensor) and (type(v) not in (Tensor, Parameter) or v.is_meta) for v in given)
     )
 
 
