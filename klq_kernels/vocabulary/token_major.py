@@ -3,13 +3,19 @@
 One buffer holds the logits of a chunk. GEMM 1 fills it, ``row_stats`` reads it, ``row_grad`` turns it into its own
 gradient in place, and GEMM 2 and 3 read that. Logits in fp32 become gradients in the 16 bits of the products, in the
 first half of each row.
+
+A GEMM adds a bias for nothing where PyTorch gives it to cuBLAS with the product: to logits of the operands' dtype, in
+a buffer without padding. Elsewhere PyTorch would write the bias over the whole buffer first, and the GEMM read it back.
+There a backend with ``ADDS_BIAS`` adds it to each logit that its row operations read.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunking, products
@@ -80,6 +86,7 @@ class Logits:
         apart = needs._replace(hidden=needs.hidden and not one_chunk)
         self.hidden, self.weight, self.bias = empty_gradients(states, head, apart)
         self._first = True
+        self._bias = head.bias  # that the product adds
 
     def _stride(self, vocab: int) -> int:
         return chunking.row_stride(vocab) if self._backend.PADS_ROWS else vocab
@@ -88,7 +95,7 @@ class Logits:
         """GEMM 1: raw logits of these rows (before softcap and temperature), valid until the next call."""
         self._hidden = self._states.take(chunk)
         self._logits = products.project(
-            self._hidden, self._head.weight, self._head.bias, rows_of(self._buffer, slice(0, self._hidden.shape[0]))
+            self._hidden, self._head.weight, self._bias, rows_of(self._buffer, slice(0, self._hidden.shape[0]))
         )
         return self._logits
 
@@ -128,12 +135,16 @@ class TokenMajor(Logits, VocabularyForm):
     ) -> None:
         super().__init__(backend, rows.states, head, needs, workspace_bytes=workspace_bytes, memory=memory)
         self._actions, self._keep = rows.actions, keep
+        self._head_options: dict[str, Any] = {"scale": head.scale, "softcap": head.softcap}
+        stride = self._buffer.stride(0)
+        product_adds = head.logits_dtype == head.weight.dtype and stride == head.weight.shape[0]
+        if head.bias is not None and backend.ADDS_BIAS and not product_adds:
+            self._bias = None
+            self._head_options["bias"] = F.pad(head.bias, (0, stride - head.bias.numel()))
 
     def statistics(self, chunk: slice, out: Statistics) -> None:
         self.project(chunk)
-        self._backend.row_stats(
-            self._logits, rows_of(self._actions, chunk), out, scale=self._head.scale, softcap=self._head.softcap
-        )
+        self._backend.row_stats(self._logits, rows_of(self._actions, chunk), out, **self._head_options)
 
     def gradients(self, chunk: slice, pull: Pull) -> None:
         if not self._keep:
@@ -172,7 +183,11 @@ class TokenMajor(Logits, VocabularyForm):
         shape: LossShape,
     ) -> bool:
         updates = getattr(self._backend, "updates", None)  # only the Triton backend has this, and row_update
-        if updates is None or not updates(self._buffer, softcap=self._head.softcap, entropy=found.entropy is not None):
+        if (
+            updates is None
+            or "bias" in self._head_options
+            or not updates(self._buffer, softcap=self._head.softcap, entropy=found.entropy is not None)
+        ):
             return False
         self.project(chunk)
         self._backend.row_update(
