@@ -47,9 +47,12 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
 
 @triton.jit
 def biased(x, bias, cols, inside):
-    """The logits x of these columns, with the bias that their product did not add, where there is one."""
+    """The logits x of these columns, with the bias that their product did not add, where there is one. ``inside``: or None for all."""
     if bias is not None:
-        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+        if inside is None:
+            x += tl.load(bias + cols).to(tl.float32)
+        else:
+            x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
     return x
 
 
