@@ -53,6 +53,7 @@ class Call(NamedTuple):
     vocab: int
     fp32_logits: bool = False
     fp32_weight: bool = False
+    bias: bool = False  # bf16, and learnt with the weight
     entropy: bool = False
     workspace_bytes: int | None = None
 
@@ -68,10 +69,15 @@ class Call(NamedTuple):
         return chunking.chunk_rows(self.tokens, self.vocab, logits, GPU, self.workspace_bytes, room=room)
 
     @property
+    def product_adds(self) -> bool:
+        """Whether the first product adds the bias; else the row kernels do (``token_major``)."""
+        return self.bias and not self.fp32_logits and chunking.row_stride(self.vocab) == self.vocab
+
+    @property
     def updates(self) -> bool:
         """Whether one kernel does all that lies between the first product and the others (``row_update``)."""
         fits = chunking.row_stride(self.vocab) * 2 * MULTIPROCESSORS <= CACHE
-        plain = not (self.fp32_logits or self.entropy)
+        plain = not (self.fp32_logits or self.entropy or (self.bias and not self.product_adds))
         return self.path in ("from targets", "head frozen") and plain and fits
 
     @property
@@ -114,15 +120,25 @@ def apart(*paths: str) -> Callable[[Call], bool]:
     return lambda call: call.path in paths and not call.updates
 
 
+def adds(call: Call) -> bool:
+    """Whether the first product goes through ``addmm``: with an output in another dtype, or with the bias."""
+    return call.fp32_logits or call.product_adds
+
+
+def late(call: Call) -> bool:
+    """Whether the row kernels add the bias."""
+    return call.bias and not call.product_adds
+
+
 GRADIENTS = ("from targets", "on-policy", "head frozen", "log-probs, backward")
 STEPS = (
     Step("weight rounded for the products", "_to_copy", lambda call: call.fp32_weight, "1", "6 V H"),
+    Step("product 1: logits", "mm", lambda call: not adds(call), "c", "2 n H + 2 c V H + e n V", "2 n V H"),
     Step(
-        "product 1: logits", "mm", lambda call: not call.fp32_logits, "c", "2 n H + 2 c V H + e n V", "2 n V H",
+        "product 1: fp32 logits, or with a bias", "addmm", adds, "c", "2 n H + 2 c V H + e n V",
+        "2 n V H",
     ),
-    Step(
-        "product 1: fp32 logits", "addmm", lambda call: call.fp32_logits, "c", "2 n H + 2 c V H + e n V", "2 n V H",
-    ),
+    Step("a bias for the row kernels, in their dtype", "small", late, "1 + (e // 4)"),
     Step("statistics, loss and gradient of a row", "row_update", lambda call: call.updates, "c", "4 n V"),
     Step("statistics of a row", "row_stats", apart(*LOSSES, "log-probs"), "c", "e n V"),
     Step("lambda-errors", "lambda_errors", on("on-policy"), "t c"),
@@ -135,12 +151,17 @@ STEPS = (
         "product 3: gradient of the weight", "addmm", lambda call: call.learns_weight, "c", "2 n V + 2 n H", "2 n V H",
         "2 c s V H - s V H",
     ),
+    Step("gradient of the bias", "sum", lambda call: call.bias and call.learns_weight, "c", "2 n V"),
+    Step("gradient of the bias, added up", "small", lambda call: call.bias and call.learns_weight, "1 + c"),
     Step("denominator, sum and mean of the loss", "small", on(*LOSSES), "7"),
     Step("ends of sequences", "small", on("on-policy"), "7"),
     Step("metrics", "klq_metrics", on(*LOSSES), "1"),
     Step("normaliser, or its gradient", "small", on("log-probs", "log-probs, backward"), "1"),
     Step("backward: the incoming scalar", "small", on("from targets", "on-policy", "head frozen"), "1"),
     Step("backward: hidden states and values by 1", "scale", on("from targets", "on-policy", "head frozen"), "2"),
+    Step(
+        "backward: bias by 1", "scale", lambda call: call.bias and call.path in ("from targets", "on-policy"), "1",
+    ),
     Step("backward: weight by 1", "scale", on("from targets", "on-policy"), "1", "rounded (s V H + g V H)"),
     Step(
         "gradient of the weight rounded", "_to_copy",
@@ -249,7 +270,9 @@ rates.
 
 {verdict}
 
-An fp32 weight is rounded for the products in every call and has fp32 sums; fp32 logits are twice the bytes:
+An fp32 weight is rounded for the products in every call and has fp32 sums; fp32 logits are twice the bytes. A bias is
+added by the first product where that costs nothing (16-bit logits, a vocabulary that is a multiple of 64), else by the
+row kernels; its gradient is a sum that reads the gradient by the logits once more:
 
 {variants}
 """
@@ -260,6 +283,7 @@ COLUMNS = (
 
 
 VARIANTS: dict[str, dict[str, bool]] = {
+    "bias": {"bias": True},
     "": {},
     "fp32 weight": {"fp32_weight": True},
     "fp32 logits": {"fp32_logits": True},

@@ -41,6 +41,8 @@ def made(call: Call) -> list[Launch]:
         actions, ends = on_gpu(call.tokens, dtype=torch.int64), on_gpu(9, dtype=torch.int32)
         head: dict[str, Any] = {"cu_seqlens": ends, "workspace_bytes": call.workspace_bytes}
         head |= {"logits_dtype": torch.float32 if call.fp32_logits else None, "return_entropy": call.entropy}
+        if call.bias:
+            head["bias"] = on_gpu(call.vocab, dtype=torch.bfloat16)
         by = on_gpu(call.tokens) if call.path.startswith("log-probs") else on_gpu()
         per_token = [on_gpu(call.tokens) for _ in range(5)]
         scores = on_gpu(8)
@@ -113,6 +115,8 @@ CALLS = [
     *(Call(path, 16_384, 2048, 248_320, fp32_weight=True) for path in ("from targets", "log-probs, backward")),
     *(Call(path, 8192, 4096, 50_257, workspace_bytes=2**28) for path in PATHS),
     *(Call(path, 8192, 4096, 128_256, entropy=True) for path in LOSSES),
+    *(Call(path, 8192, 4096, v, bias=True) for path in ("from targets", "on-policy") for v in (128_256, 50_257)),
+    *(Call(path, 8192, 4096, 128_256, bias=True, fp32_logits=True) for path in ("from targets", "on-policy")),
     *(Call(path, 777, 64, 1000, workspace_bytes=200_000) for path in PATHS),
 ]
 
