@@ -150,27 +150,13 @@ class TokenMajor(Logits, VocabularyForm):
         if not self._keep:
             self.project(chunk)
         dlogits = self.gradient
-        self._backend.row_grad(
-            self._logits,
-            rows_of(self._actions, chunk),
-            pull,
-            dlogits,
-            scale=self._head.scale,
-            softcap=self._head.softcap,
-        )
+        self._backend.row_grad(self._logits, rows_of(self._actions, chunk), pull, dlogits, **self._head_options)
         self.multiply(chunk, dlogits)
 
     def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
         if not self._keep:
             self.project(chunk)
-        self._backend.row_select(
-            self._logits,
-            rows_of(self._actions, chunk),
-            pull,
-            selection,
-            scale=self._head.scale,
-            softcap=self._head.softcap,
-        )
+        self._backend.row_select(self._logits, rows_of(self._actions, chunk), pull, selection, **self._head_options)
 
     def update(
         self,
