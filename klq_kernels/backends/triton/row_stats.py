@@ -47,7 +47,9 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
 
 @triton.jit
 def biased(x, bias, cols, inside):
-    """The logits x of these columns, with the bias that their product did not add, where there is one. ``inside``: or None for all."""
+    """The logits x of these columns, and the bias that their product did not add, where there is one. All columns are
+    in the row where ``inside`` is None.
+    """
     if bias is not None:
         if inside is None:
             x += tl.load(bias + cols).to(tl.float32)
