@@ -20,6 +20,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ STEPS = (
         "product 1: fp32 logits, or with a bias", "addmm", adds, "c", "2 n H + 2 c V H + e n V",
         "2 n V H",
     ),
-    Step("a bias for the row kernels, in their dtype", "small", late, "1 + (e // 4)"),
+    Step("a bias padded for the row kernels, cast where logits are fp32", "small", late, "1 + (e // 4)"),
     Step("statistics, loss and gradient of a row", "row_update", lambda call: call.updates, "c", "4 n V"),
     Step("statistics of a row", "row_stats", apart(*LOSSES, "log-probs"), "c", "e n V"),
     Step("lambda-errors", "lambda_errors", on("on-policy"), "t c"),
@@ -153,6 +154,7 @@ STEPS = (
     ),
     Step("gradient of the bias", "sum", lambda call: call.bias and call.learns_weight, "c", "2 n V"),
     Step("gradient of the bias, added up", "small", lambda call: call.bias and call.learns_weight, "1 + c"),
+    Step("gradient of the bias rounded", "small", lambda call: call.bias and call.path == "log-probs, backward", "1"),
     Step("denominator, sum and mean of the loss", "small", on(*LOSSES), "7"),
     Step("ends of sequences", "small", on("on-policy"), "7"),
     Step("metrics", "klq_metrics", on(*LOSSES), "1"),
@@ -180,8 +182,8 @@ SCANS = {
 
 def evaluated(formula: str, symbols: dict[str, int]) -> int:
     """What a formula comes to; factors that stand side by side are multiplied."""
-    product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
-    return int(eval(product, {"__builtins__": {}}, symbols)) if formula else 0
+    code = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
+    return int(eval(code, {"__builtins__": {}}, symbols)) if formula else 0
 
 
 def value(formula: str, call: Call) -> int:
@@ -305,7 +307,10 @@ def step_rows() -> list[list[str]]:
 
 def places(step: Step) -> str:
     """The paths that have the step, in some call."""
-    calls = [Call(path, *shape, **change) for path in PATHS for shape in BARS for change in VARIANTS.values()]
+    forms = [
+        dict(zip(("fp32_logits", "fp32_weight", "bias"), form, strict=True)) for form in product(*[(False, True)] * 3)
+    ]
+    calls = (Call(path, *shape, **form) for path in PATHS for shape in BARS for form in forms)
     found = dict.fromkeys(call.path for call in calls if step.where(call))
     return "all" if len(found) == len(PATHS) else "; ".join(found)
 

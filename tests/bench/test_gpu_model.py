@@ -72,7 +72,8 @@ def run_loss(
     given: dict[str, Any] = {"targets": KLQTargets(*targets)}
     if call.path == "on-policy":
         given = {"ref_logprobs": ref, "rewards": scores}
-    frozen = {"head frozen": [weight.shape], "no gradient": [t.shape for t in (hidden, weight, values)]}
+    head_shapes = [weight.shape, weight.shape[:1]]  # and of a bias
+    frozen = {"head frozen": head_shapes, "no gradient": [hidden.shape, values.shape, *head_shapes]}
     calls.learns = lambda tensor: tensor.shape not in frozen.get(call.path, [])
     fused_klq_loss(hidden, weight, actions, values, **given, **head)
     if call.path != "no gradient":
@@ -115,8 +116,8 @@ CALLS = [
     *(Call(path, 16_384, 2048, 248_320, fp32_weight=True) for path in ("from targets", "log-probs, backward")),
     *(Call(path, 8192, 4096, 50_257, workspace_bytes=2**28) for path in PATHS),
     *(Call(path, 8192, 4096, 128_256, entropy=True) for path in LOSSES),
-    *(Call(path, 8192, 4096, v, bias=True) for path in ("from targets", "on-policy") for v in (128_256, 50_257)),
-    *(Call(path, 8192, 4096, 128_256, bias=True, fp32_logits=True) for path in ("from targets", "on-policy")),
+    *(Call(path, 8192, 4096, vocab, bias=True) for path in PATHS for vocab in (128_256, 50_257)),
+    *(Call(path, 8192, 4096, 128_256, bias=True, fp32_logits=True) for path in PATHS),
     *(Call(path, 777, 64, 1000, workspace_bytes=200_000) for path in PATHS),
 ]
 
