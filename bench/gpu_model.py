@@ -71,14 +71,14 @@ class Call(NamedTuple):
 
     @property
     def product_adds(self) -> bool:
-        """Whether the first product adds the bias; else the row kernels do (``token_major``)."""
-        return self.bias and not self.fp32_logits and chunking.row_stride(self.vocab) == self.vocab
+        """Whether the first product adds the bias; to fp32 logits the row kernels do (``token_major``)."""
+        return self.bias and not self.fp32_logits
 
     @property
     def updates(self) -> bool:
         """Whether one kernel does all that lies between the first product and the others (``row_update``)."""
         fits = chunking.row_stride(self.vocab) * 2 * MULTIPROCESSORS <= CACHE
-        plain = not (self.fp32_logits or self.entropy or (self.bias and not self.product_adds))
+        plain = not (self.fp32_logits or self.entropy)
         return self.path in ("from targets", "head frozen") and plain and fits
 
     @property
@@ -273,8 +273,9 @@ rates.
 {verdict}
 
 An fp32 weight is rounded for the products in every call and has fp32 sums; fp32 logits are twice the bytes. A bias is
-added by the first product where that costs nothing (16-bit logits, a vocabulary that is a multiple of 64), else by the
-row kernels; its gradient is a sum that reads the gradient by the logits once more:
+added to 16-bit logits by the first product, which costs nothing where the vocabulary is a multiple of 16 (elsewhere
+PyTorch writes the bias first and the product reads it back, which is not counted here), and to fp32 logits by the row
+kernels; its gradient is a sum that reads the gradient by the logits once more:
 
 {variants}
 """

@@ -5,8 +5,9 @@ gradient in place, and GEMM 2 and 3 read that. Logits in fp32 become gradients i
 first half of each row.
 
 A GEMM adds a bias for nothing where PyTorch gives it to cuBLAS with the product: to logits of the operands' dtype, in
-a buffer without padding. Elsewhere PyTorch would write the bias over the whole buffer first, and the GEMM read it back.
-There a backend with ``ADDS_BIAS`` adds it to each logit that its row operations read.
+a buffer without padding. Elsewhere PyTorch writes the bias over the whole buffer first, and the GEMM reads it back. So
+rows are not padded under a bias where they begin at 16 bytes anyway; and to fp32 logits a backend with ``ADDS_BIAS``
+adds it as its row operations read them. (16-bit logits without their bias would be rounded where the sum is not.)
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Logits:
         self._bias = head.bias  # that the product adds
 
     def _stride(self, vocab: int) -> int:
-        return chunking.row_stride(vocab) if self._backend.PADS_ROWS else vocab
+        as_it_is = self._head.bias is not None and vocab % 16 == 0
+        return chunking.row_stride(vocab) if self._backend.PADS_ROWS and not as_it_is else vocab
 
     def project(self, chunk: slice) -> Tensor:
         """GEMM 1: raw logits of these rows (before softcap and temperature), valid until the next call."""
@@ -138,7 +140,7 @@ class TokenMajor(Logits, VocabularyForm):
         self._head_options: dict[str, Any] = {"scale": head.scale, "softcap": head.softcap}
         stride = self._buffer.stride(0)
         product_adds = head.logits_dtype == head.weight.dtype and stride == head.weight.shape[0]
-        if head.bias is not None and backend.ADDS_BIAS and not product_adds:
+        if head.bias is not None and backend.ADDS_BIAS and head.logits_dtype == torch.float32 and not product_adds:
             self._bias = None
             self._head_options["bias"] = F.pad(head.bias, (0, stride - head.bias.numel()))
 

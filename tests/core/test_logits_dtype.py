@@ -51,7 +51,7 @@ def test_log_probabilities_are_those_of_unrounded_logits(
 
     assert worst(torch.float32) < 1e-4
     assert worst(torch.float32, rows=7) < 1e-4
-    assert worst(None) > 5e-4, "the logits of this case would be exact in 16 bits, so that the test shows nothing"
+    assert worst(None) > 1e-3, "the logits of this case would be exact in 16 bits, so that the test shows nothing"
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
