@@ -25,6 +25,7 @@ from fake_gpu import FakeCalls, Launch, fake_gpu, size_of
 from bench import gpu_model
 from bench.gpu_model import BARS, LOSSES, PATHS, Call
 from klq_kernels import KLQTargets, fused_klq_loss, gae, klq_targets, linear_logprobs, reverse_scan
+from klq_kernels.commands import loss_memory
 
 TESTS = Path(__file__).parents[1]
 
@@ -218,3 +219,20 @@ def test_bars(shape: tuple[int, int, int], bar: float, path: str) -> None:
     found, floor = gpu_model.totals(call), gpu_model.three_products(call)
     assert 1 < round(found.hidden_seconds / floor, 2) <= bar
     assert found.full_seconds / floor < (bar if call.symbols["c"] == 1 else 1.2)
+
+
+@pytest.mark.parametrize("tokens", [512, 8192, 16_384, 31_782])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_the_planner_knows_the_peak_of_the_code(tokens: int, weight_dtype: torch.dtype) -> None:
+    """Forward and backward, over the inputs: what the planner says of a GPU, without one."""
+    with fake_gpu() as calls:
+        calls.keeps_launches = False
+        hidden, weight = on_gpu(tokens, 4096, dtype=torch.bfloat16), on_gpu(128_256, 4096, dtype=weight_dtype)
+        actions, ends = on_gpu(tokens, dtype=torch.int64), on_gpu(9, dtype=torch.int32)
+        values, *targets = (on_gpu(tokens) for _ in range(4))
+        by = on_gpu()
+        before = calls.allocated([])
+        fused_klq_loss(hidden, weight, actions, values, targets=KLQTargets(*targets), cu_seqlens=ends)
+        calls.backward(by)
+    problem = loss_memory.Problem(tokens, 4096, 128_256, torch.bfloat16, gpu_model.GPU, weight_dtype=weight_dtype)
+    assert calls.peak - before == pytest.approx(loss_memory.fused_memory(problem).peak, rel=1e-3)

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from watch import OPERATORS
@@ -53,9 +54,9 @@ def size_of(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    def __init__(self, launches: list[Launch]) -> None:
+    def __init__(self, calls: FakeCalls) -> None:
         super().__init__()
-        self.launches = launches
+        self.calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,7 +76,8 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "prim::"))):
-            self.launches.append(Launch(name, tensors, *_product(name, args, kwargs)))
+            self.calls.note(Launch(name, tensors, *_product(name, args, kwargs)))
+        self.calls.allocated([t for t in tree_leaves(out) if isinstance(t, Tensor)])
         return out
 
 
@@ -93,8 +95,24 @@ class FakeCalls:
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
+        self.keeps_launches = True  # with their tensors; else ``peak`` is that of a call, nothing being kept alive
+        self.peak = 0  # bytes of all tensors at a time
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.learns: Callable[[Tensor], bool] = lambda _: True  # whether a tensor needs a gradient
         self._last: Any = None
+
+    def note(self, launch: Launch) -> None:
+        if self.keeps_launches:
+            self.launches.append(launch)
+
+    def allocated(self, tensors: list[Tensor]) -> int:
+        """Takes note of what an operator returned, and of the peak; the bytes of all tensors that are alive."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: (ref, size) for key, (ref, size) in self._live.items() if not ref.expired()}
+        total = sum(size for _, size in self._live.values())
+        self.peak = max(self.peak, total)
+        return total
 
     def operator(self, operator: Operator, *given: Any) -> tuple[Tensor, ...]:
         """In place of a call of the operator, which would go through autograd."""
@@ -142,7 +160,7 @@ def fake_gpu() -> Iterator[FakeCalls]:
     calls = FakeCalls()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        calls.launches.append(Launch(kernel.fn.__name__, [a for a in args if isinstance(a, Tensor)]))
+        calls.note(Launch(kernel.fn.__name__, [a for a in args if isinstance(a, Tensor)]))
 
     with ExitStack() as stack:
         for target, name, change in (
@@ -161,5 +179,5 @@ def fake_gpu() -> Iterator[FakeCalls]:
             stack.enter_context(mock.patch.object(target, name, change))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(Recorder(calls.launches))
+        stack.enter_context(Recorder(calls))
         yield calls
