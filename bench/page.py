@@ -42,6 +42,9 @@ def page(results: Path) -> str:
     bars = results / "native_bars.json"
     if bars.exists():
         sections.append(_native_bars(json.loads(bars.read_text())["sections"]))
+    host = results / "host_profile.json"
+    if host.exists():
+        sections.append(_host(json.loads(host.read_text())))
     gate = results / "static_gate.json"
     if gate.exists():
         sections.append(_static_gate(json.loads(gate.read_text())))
@@ -113,6 +116,26 @@ def _native_bars(sections: dict[str, Any]) -> str:
             verdict = {True: "met", False: "missed", None: ""}[bar["met"]]
             lines.append(f"| {bar['name']} | {bar['value']:.3g} {bar['unit']} | {limit} | {verdict} |")
         lines.append("")
+    return "\n".join(lines)
+
+
+def _host(content: dict[str, Any]) -> str:
+    """The host's part of a call on the GPU path."""
+    environment = content["environment"]
+    lines = [
+        "## The host's part of a call on a GPU",
+        "",
+        f"`{environment['command']}` on {environment['device']}, one thread, torch {environment['torch']}, commit "
+        f"{environment['commit']}: a CPU in the GPU's place (bench/host_profile.py). *Work* are the operators of "
+        "PyTorch that a GPU would launch something for, or that check on a CPU what a GPU leaves unchecked; the others "
+        f"hand out memory or views. The bars for the on-policy forward are {content['most_operators']} operators that "
+        f"work and {content['most_ms']:.2f} ms, a third of what it took before its metrics were one kernel.",
+        "",
+        "| call | operators | of them work | median ms |",
+        "|---|---:|---:|---:|",
+        *(f"| {row['call']} | {row['operators']} | {row['working']} | {row['ms']:.2f} |" for row in content["calls"]),
+        "",
+    ]
     return "\n".join(lines)
 
 

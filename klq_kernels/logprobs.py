@@ -68,7 +68,8 @@ def linear_logprobs(
         seed: an int, or an int64 tensor of one number: the same seed gives the same entries. None draws one from
             torch's generator on the device.
         workspace_bytes: memory for one chunk of logits; by default up to 256 MiB on a CPU, where the native backend
-            holds a strip of the vocabulary and seldom more than 16 MiB, and up to 1 GiB on a GPU.
+            holds a strip of the vocabulary and seldom more than 16 MiB, and on a GPU up to 1 GiB, or in backward up to
+            4 V H bytes where that is more.
         process_group: a torch.distributed group, or a DeviceMesh of one dimension, whose ranks share the head (tensor
             parallelism): ``weight`` and ``bias`` are this rank's rows, in rank order, as many as it has, and V is that
             of all. Every rank passes the same hidden states and tokens and gets the same results; the gradient by the

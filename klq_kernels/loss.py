@@ -99,10 +99,10 @@ def fused_klq_loss(
         bias, temperature, softcap, logits_dtype: of the head, as in ``linear_logprobs``.
         return_entropy: also the mean entropy in the metrics.
         gradient, samples, seed: of the head, as in ``linear_logprobs``; also ``gradient_entries`` in the metrics.
-        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU and up to 1 GiB on a GPU. In
-            bf16 the logits of up to 2H tokens make one chunk, in place of the fp32 accumulator of the weight's
-            gradient that several chunks would need. The native CPU backend needs no memory for up to H tokens, whose
-            logits lie where the weight's gradient is going to be.
+        workspace_bytes: memory for one chunk of logits; by default 256 MiB on a CPU, and on a GPU up to 1 GiB or 4 V H
+            bytes, whichever is more. In bf16 the logits of up to 2H tokens make one chunk, in place of the fp32
+            accumulator of the weight's gradient that several chunks would need. The native CPU backend needs no memory
+            for up to H tokens, whose logits lie where the weight's gradient is going to be.
         process_group: of the processes that share the head, as in ``linear_logprobs``. All pass the same tokens, values
             and targets, and get the same loss and metrics.
         sharding: what moves where each rank has tokens of its own, as in ``linear_logprobs``; loss and metrics are

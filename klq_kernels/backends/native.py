@@ -25,6 +25,7 @@ from .portable import scale as scale
 
 NAME = "native"
 VOCABULARY_MAJOR = True
+ADDS_BIAS = False
 PADS_ROWS = False  # of logits stored token by token, which ``row_kl`` reads
 ISAS = ("portable", "avx2", "avx512")  # in the order of csrc/ops.cpp
 OPERATIONS = (  # of the library, all that this file calls

@@ -2,7 +2,8 @@
 
 A backend is a module with the functions below; ``triton`` holds the same as kernels, and ``native`` has functions on
 strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the rows of a
-buffer of logits begin at multiples of 64 elements (``chunking.row_stride``). Per-row vectors are contiguous fp32, all
+buffer of logits begin at multiples of 64 elements (``chunking.row_stride``), ``ADDS_BIAS`` whether the first three take
+a bias which the product left out (``token_major``). Per-row vectors are contiguous fp32, all
 arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
@@ -35,6 +36,7 @@ from ..vocabulary.chunks import (
 NAME = "torch"
 VOCABULARY_MAJOR = False
 PADS_ROWS = False
+ADDS_BIAS = False
 SCRATCH_ELEMENTS = 2**18  # fp32 elements of a block: 1 MiB
 
 

@@ -279,7 +279,9 @@ def take_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
 def fp32_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
     """The valid rows of a flat per-token tensor, contiguous fp32."""
     taken = take_rows(tensor, rows)
-    return None if taken is None else taken.detach().float().contiguous()
+    if taken is None or (taken.dtype == torch.float32 and taken.is_contiguous() and not taken.requires_grad):
+        return taken
+    return taken.detach().float().contiguous()
 
 
 def put_rows(values: Tensor, rows: Tensor | None, positions: int) -> Tensor:

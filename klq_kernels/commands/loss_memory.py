@@ -76,11 +76,11 @@ class Problem(NamedTuple):
             return self._rows_inside
         if not self.vocabulary_major:
             return chunking.chunk_rows(
-                self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, room=self._room
+                self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, room=self.room
             )
         return chunking.strip_chunk_rows(
             self.tokens, self.vocab, self.dtypes.logits, self.device, self.workspace_bytes, keep=self.keeps_logits,
-            room=self._room,
+            room=self.room,
         )  # fmt: skip
 
     @property
@@ -93,11 +93,14 @@ class Problem(NamedTuple):
         return chunking.strip_entries(self.rows, self.vocab, computed, self.workspace_bytes)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Rows that may make one chunk whatever the default workspace (``chunking``)."""
         if not self.weight_gradient or self.sampled:
             return 0
         if not self.vocabulary_major:
-            return chunking.rows_for_accumulator(self.hidden, self.dtypes.logits, self.weight_gradient_dtype)
+            return chunking.rows_for_accumulator(
+                self.hidden, self.dtypes.logits, self.weight_gradient_dtype, self.device
+            )
         return chunking.rows_in_one_chunk(
             self.hidden, self.dtypes.logits, self.weight_gradient_dtype, self.workspace_bytes
         )
@@ -287,12 +290,14 @@ def why_chunks(p: Problem) -> str:
         return f"all {size}, in the memory that becomes the weight's gradient: no workspace, one chunk"
     if p.chunks <= 1:
         if p.rows * row_bytes > chunking.GPU_WORKSPACE and p.workspace_bytes is None:
-            return f"all {size}: no more than the fp32 accumulator that several chunks need, so there is one chunk"
+            return f"all {size}: no more than fp32 sums of the weight's gradient, so there is one chunk"
         return f"all {size}: they fit the workspace, so there is one chunk and no chunking overhead"
     if p.workspace_bytes is not None:
         limit = f"the {p.workspace_bytes / chunking.MIB:,.0f} MiB of workspace_bytes"
     elif p.device.type == "cpu":
         limit = f"the {chunking.CPU_WORKSPACE // chunking.MIB} MiB that a CPU gets by default"
+    elif (sums := p.room * row_bytes) > chunking.GPU_WORKSPACE and p.room <= chunking.ROWS_WORTHWHILE:
+        limit = f"the {sums / chunking.MIB:,.0f} MiB that fp32 sums of the weight's gradient take"
     elif p.rows * row_bytes > chunking.GPU_WORKSPACE * 0.5:
         limit = f"the {chunking.GPU_WORKSPACE // chunking.MIB} MiB that a GPU gets by default"
     else:

@@ -2,7 +2,8 @@
 
 Every chunk of rows costs one pass over the fp32 weight-gradient accumulator (8 V H bytes moved), against 6 rows V H
 FLOP of matrix products. Few large chunks win; a chunk larger than ``ROWS_WORTHWHILE`` saves less than about 1% more and
-only costs memory, so that is where a GPU stops, or at 1 GiB. On a CPU the default is 256 MiB.
+only costs memory, so that is where a GPU stops. It also stops at 1 GiB, or at the memory of the accumulator where that
+is more. On a CPU the default is 256 MiB.
 
 One chunk needs no fp32 accumulator beside a 16-bit gradient: its product is rounded once, as it is written. So where
 all rows of logits take no more memory than that accumulator would (up to 2 H rows of 16 bits), they make one chunk.
@@ -59,7 +60,8 @@ def chunk_rows(
         dtype: of the logits.
         device: decides the default workspace.
         workspace_bytes: the caller's limit for one chunk of logits, or None for the default.
-        room: up to so many rows make one chunk by default (``rows_for_accumulator``).
+        room: up to so many rows make one chunk by default, and on a GPU a chunk may have so many
+            (``rows_for_accumulator``).
 
     Raises:
         ValueError: where the workspace cannot hold a single row.
@@ -75,7 +77,7 @@ def chunk_rows(
     elif device.type == "cpu":
         most = max(CPU_WORKSPACE // row_bytes, 1)
     else:
-        most = max(min(GPU_WORKSPACE // row_bytes, ROWS_WORTHWHILE), 1)
+        most = max(min(max(GPU_WORKSPACE // row_bytes, room), ROWS_WORTHWHILE), 1)
     # Chunks begin at multiples of 16 rows, so that slices of per-row fp32 vectors stay 16-byte aligned, and large ones,
     # where that costs little of the workspace, at multiples of 256, so that no GEMM tile is left half empty.
     multiple = 256 if most >= 2048 else 16 if most >= 16 else 1
@@ -100,11 +102,13 @@ def rows_inside(n: int, row_bytes: int, memory_bytes: int) -> int:
     return 0 if fit < ROWS_OF_A_PRODUCT else min(_round_up(math.ceil(n / math.ceil(n / fit)), 16), n)
 
 
-def rows_for_accumulator(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype) -> int:
-    """How many rows of logits take the memory of an fp32 accumulator [V, width]; none where the gradient is fp32
-    itself, so that several chunks need no accumulator beside it.
+def rows_for_accumulator(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of logits take the memory of an fp32 accumulator [V, width].
+
+    On a CPU none where the gradient is fp32 itself, so that several chunks need no accumulator beside it. On a GPU it
+    is the time of adding to it that counts.
     """
-    return 0 if gradient_dtype == torch.float32 else 4 * width // dtype.itemsize
+    return 0 if gradient_dtype == torch.float32 and device.type == "cpu" else 4 * width // dtype.itemsize
 
 
 def rows_in_one_chunk(width: int, dtype: torch.dtype, gradient_dtype: torch.dtype, workspace_bytes: int | None) -> int:
@@ -114,7 +118,7 @@ def rows_in_one_chunk(width: int, dtype: torch.dtype, gradient_dtype: torch.dtyp
     accumulator that it spares, where the caller has set no limit.
     """
     room = rows_in_gradient(width, dtype, gradient_dtype)
-    return room if workspace_bytes is not None else max(room, rows_for_accumulator(width, dtype, gradient_dtype))
+    return room if workspace_bytes is not None else max(room, 4 * width // dtype.itemsize)
 
 
 def strip_chunk_rows(
@@ -208,7 +212,7 @@ def weight_gradient_dtype(
         room = rows_in_one_chunk(width, dtype, dtype, workspace_bytes)
         rows = strip_chunk_rows(positions, vocab, dtype, device, workspace_bytes, keep=keep, room=room)
     else:
-        room = rows_for_accumulator(width, dtypes.logits, dtype)
+        room = rows_for_accumulator(width, dtypes.logits, dtype, device)
         rows = chunk_rows(positions, vocab, dtypes.logits, device, workspace_bytes, room=room)
     return dtype if rows >= positions else torch.float32
 

@@ -127,7 +127,12 @@ def each(bundle: Bundle, change: Callable[[Tensor], Tensor]) -> Bundle:
 
 def part(bundle: Bundle, chunk: slice) -> Bundle:
     """These rows of each vector in the bundle."""
-    return each(bundle, lambda vector: vector[chunk])
+    return each(bundle, lambda vector: rows_of(vector, chunk))
+
+
+def rows_of(tensor: Tensor, chunk: slice) -> Tensor:
+    """These rows of a tensor: itself where they are all, since a view takes the host a microsecond."""
+    return tensor if chunk.start == 0 and chunk.stop == tensor.shape[0] else tensor[chunk]
 
 
 class Shard(NamedTuple):
@@ -184,7 +189,7 @@ class States(NamedTuple):
     def take(self, chunk: slice) -> Tensor:
         """The hidden states of these rows, contiguous."""
         if self.positions is None:
-            return self.hidden[chunk].contiguous()
+            return rows_of(self.hidden, chunk).contiguous()
         return self.hidden.index_select(0, self.positions[chunk])
 
     def put(self, total: Tensor, chunk: slice, values: Tensor) -> None:

@@ -179,13 +179,13 @@ def klq_pass(
         work.statistics(chunk, rows_found)
         if scan is not None:
             backend.lambda_errors(
-                part(scan.terms, chunk), scan.tail, None, scan.cu_seqlens, terms.advantages[chunk],
+                part(scan.terms, chunk), scan.tail, None, scan.cu_seqlens, rows_terms.advantages,
                 tau=shape.tau, gamma=scan.gamma, lam=scan.lam, first_row=chunk.start, carry=carry,
             )  # fmt: skip
         backend.klq_residual(rows_terms, rows_loss, grad_scale=grad_scale, shape=shape)
         if any(needs):
-            d_logp = residuals.d_logp[chunk]
-            work.gradients(chunk, Pull(found.top[chunk], found.log_total[chunk], d_logp, -d_logp))
+            d_logp = rows_loss.d_logp
+            work.gradients(chunk, Pull(rows_found.top, rows_found.log_total, d_logp, -d_logp))
     work.finish()
     return PassResult(
         found.entropy, residuals.losses, residuals.d_values, work.hidden, work.weight, work.bias, work.entries_per_token

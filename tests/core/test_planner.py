@@ -42,6 +42,17 @@ def test_over_chunking_is_avoided_where_everything_fits() -> None:
     assert chunking.chunk_rows(1024, 50_304, torch.bfloat16, GPU, None) == 1024
 
 
+def test_a_gpu_cuts_into_chunks_as_large_as_the_sums_of_the_gradient() -> None:
+    """Each chunk more reads and writes V x H fp32 numbers once more: few chunks, in no more memory than those take."""
+    many = loss_memory.Problem(16_384, 2048, 248_320, torch.bfloat16, GPU)
+    assert (many.rows, many.chunks) == (4096, 4)
+    assert many.rows * many.row_bytes == 4 * 248_320 * 2048 > chunking.GPU_WORKSPACE
+    assert "1,940 MiB" in loss_memory.why_chunks(many)
+    assert many._replace(weight_gradient=False).chunks == 8, "nothing is added up where the head is frozen"
+    fp32_weight = many._replace(tokens=8192, hidden=4096, vocab=128_256, weight_dtype=torch.float32)
+    assert fp32_weight.chunks == 1
+
+
 def test_a_workspace_too_small_for_a_row_is_named() -> None:
     with pytest.raises(ValueError, match="workspace_bytes"):
         chunking.chunk_rows(8, 1000, torch.float32, CPU, 100)

@@ -22,8 +22,10 @@ from .weighted_sums import weighted_sums
 NAME = "triton"
 VOCABULARY_MAJOR = False
 PADS_ROWS = True
+ADDS_BIAS = True
 
 __all__ = [
+    "ADDS_BIAS",
     "NAME",
     "PADS_ROWS",
     "VOCABULARY_MAJOR",

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...vocabulary.chunks import Pull
 from .launch import ROW_GRAD, on_device
 from .math import LN2, LOG2E, soft_cap
+from .row_stats import biased
 
 
 @triton.jit
@@ -45,8 +46,8 @@ def gradient(
 
 @triton.jit
 def row_grad_kernel(
-    logits, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, stride, out_stride, scale, softcap,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, stride, out_stride, scale,
+    softcap, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
@@ -63,7 +64,7 @@ def row_grad_kernel(
     for start in range(first, last, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < stride  # up to the end of the row's padding, so that the whole access stays 16 bytes wide
-        x = tl.load(logits + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
+        x = biased(tl.load(logits + row * stride + cols, mask=inside, other=0.0).to(tl.float32), bias, cols, inside)
         d = gradient(
             x, start, cols, action, highest, rest, by_action, by_softmax, by_entropy, spread, scale, softcap, BLOCK
         )
@@ -72,12 +73,21 @@ def row_grad_kernel(
         tl.store(out + row * out_stride + cols, d.to(out.dtype.element_ty), mask=inside)
 
 
-def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None) -> None:
-    """See ``portable.row_grad``."""
+def row_grad(
+    logits: Tensor,
+    actions: Tensor,
+    pull: Pull,
+    out: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
+) -> None:
+    """See ``portable.row_grad``, and ``row_stats`` for ``bias``."""
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype
     with on_device(logits):
         row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, actions, *pull, out, logits.stride(0), out.stride(0), scale, softcap, NARROW=narrow,
+            logits, bias, actions, *pull, out, logits.stride(0), out.stride(0), scale, softcap, NARROW=narrow,
             **ROW_GRAD.sizes, **ROW_GRAD.options,
         )  # fmt: skip

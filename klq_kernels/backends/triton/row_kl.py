@@ -57,9 +57,9 @@ def row_kl_kernel(
     row = tl.program_id(0).to(tl.int64)
     base, ref_base = logits + row * stride, ref_logits + row * ref_stride
     # of no entry in particular: its log-probability is not used
-    highest, rest, _logp, _entropy = statistics(base, 0, stride, vocab, scale, softcap, False, GROUPS, LANES)
+    highest, rest, _logp, _entropy = statistics(base, None, 0, stride, vocab, scale, softcap, False, GROUPS, LANES)
     ref_highest, ref_rest, _logp, _entropy = statistics(
-        ref_base, 0, ref_stride, vocab, ref_scale, ref_softcap, False, GROUPS, LANES
+        ref_base, None, 0, ref_stride, vocab, ref_scale, ref_softcap, False, GROUPS, LANES
     )
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):

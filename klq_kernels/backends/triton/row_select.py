@@ -21,14 +21,15 @@ from torch import Tensor
 from ...vocabulary.chunks import Pull, Selection
 from .launch import ROW_SELECT, on_device
 from .row_grad import gradient
+from .row_stats import biased
 
 
 @triton.jit
-def _shares(base, cols, action, highest, rest, rate, stride, vocab, scale, softcap):
+def _shares(base, bias, cols, action, highest, rest, rate, stride, vocab, scale, softcap):
     """Of these columns the share of the threshold, in 2^-32 where it counts, else 0; and whether it keeps the entry, as
     that of the action does whatever it is.
     """
-    x = tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32)
+    x = biased(tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32), bias, cols, cols < stride)
     share = gradient(x, 0, cols, -1, highest, rest, 0.0, rate, None, None, scale, softcap, 1)
     share = tl.where(cols < vocab, share, 0.0)
     share = tl.where(cols == action, 1.0, share)
@@ -38,7 +39,7 @@ def _shares(base, cols, action, highest, rest, rate, stride, vocab, scale, softc
 
 @triton.jit
 def row_select_kernel(
-    logits, actions, top, log_total, d_action, d_softmax, threshold, fractions, offsets, columns, values, counts,
+    logits, bias, actions, top, log_total, d_action, d_softmax, threshold, fractions, offsets, columns, values, counts,
     sums, stride, vocab, segments, scale, softcap,
     GROUPS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, HITS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +56,7 @@ def row_select_kernel(
     for first in range(0, segments, GROUPS):
         segment = first + tl.arange(0, GROUPS)
         cols = segment[:, None] * SEGMENT + lane
-        _, steps, large = _shares(base, cols, action, highest, rest, rate, stride, vocab, scale, softcap)
+        _, steps, large = _shares(base, bias, cols, action, highest, rest, rate, stride, vocab, scale, softcap)
         found = tl.sum((large.to(tl.uint64) << 32) + steps.to(tl.uint64), 1)
         tl.store(sums + segment, found.to(tl.int64, bitcast=True), mask=segment < segments)
 
@@ -82,7 +83,7 @@ def row_select_kernel(
 
     kept = (total >> 32).to(tl.int32)
     tl.store(counts + row, tl.minimum(kept, room))
-    x = tl.load(base + action).to(tl.float32)
+    x = biased(tl.load(base + action).to(tl.float32), bias, action, None)
     d = gradient(x, action, action, action, highest, rest, by_action, by_softmax, None, None, scale, softcap, 1)
     signed = tl.where(by_softmax < 0, -least, least)
     if kept > room:  # never a plausible wrong number
@@ -99,7 +100,7 @@ def row_select_kernel(
         start = tl.load(bits + rank, mask=there, other=0)
         tl.debug_barrier()
         cols = segment[:, None] * SEGMENT + lane
-        share, steps, large = _shares(base, cols, action, highest, rest, rate, stride, vocab, scale, softcap)
+        share, steps, large = _shares(base, bias, cols, action, highest, rest, rate, stride, vocab, scale, softcap)
         here = ((tl.cumsum(steps, 1) + start[:, None] < steps) | large).to(tl.int32)
         of_segment = tl.sum(here, 1)
         of_batch = tl.sum(of_segment, 0)
@@ -113,14 +114,21 @@ def row_select_kernel(
 
 
 def row_select(
-    logits: Tensor, actions: Tensor, pull: Pull, selection: Selection, *, scale: float, softcap: float | None
+    logits: Tensor,
+    actions: Tensor,
+    pull: Pull,
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> None:
-    """See ``portable.row_select``."""
+    """See ``portable.row_select``, and ``row_stats`` for ``bias``."""
     n, vocab = logits.shape
     segments = triton.cdiv(vocab, ROW_SELECT.sizes["SEGMENT"])
     sums = torch.empty(n, segments, dtype=torch.int64, device=logits.device)
     with on_device(logits):
         row_select_kernel[(n,)](
-            logits, actions, *pull[:4], *selection, sums, logits.stride(0), vocab, segments, scale, softcap,
+            logits, bias, actions, *pull[:4], *selection, sums, logits.stride(0), vocab, segments, scale, softcap,
             **ROW_SELECT.sizes, **ROW_SELECT.options,
         )  # fmt: skip

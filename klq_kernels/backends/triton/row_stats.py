@@ -46,8 +46,21 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def biased(x, bias, cols, inside):
+    """The logits x of these columns, and the bias that their product did not add, where there is one. All columns are
+    in the row where ``inside`` is None.
+    """
+    if bias is not None:
+        if inside is None:
+            x += tl.load(bias + cols).to(tl.float32)
+        else:
+            x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def statistics(
-    base, action, stride, vocab, scale, softcap, ENTROPY: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr
+    base, bias, action, stride, vocab, scale, softcap, ENTROPY: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr
 ):
     """(top, log_total, logp of the action, entropy or 0) of the row that begins at ``base``."""
     TILE: tl.constexpr = GROUPS * LANES
@@ -58,11 +71,11 @@ def statistics(
     t = tl.zeros([LANES], tl.float32)
     whole = vocab // TILE * TILE
     for start in range(0, whole, TILE):
-        x = tl.load(base + start + tile).to(tl.float32)
+        x = biased(tl.load(base + start + tile).to(tl.float32), bias, start + tile, None)
         m, s, t = _absorb(x, m, s, t, k, softcap, ENTROPY)
     if whole < vocab:  # the last tile also loads the row's padding, and ignores it
         cols = whole + tile
-        x = tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32)
+        x = biased(tl.load(base + cols, mask=cols < stride, other=0.0).to(tl.float32), bias, cols, cols < stride)
         x = tl.where(cols < vocab, x, float("-inf"))
         if softcap is not None:
             x, _ = soft_cap(x, softcap)
@@ -75,7 +88,7 @@ def statistics(
     total = tl.sum(s * shrink, axis=0)
     log2_total = tl.log2(total)
     known = (action >= 0) & (action < vocab)
-    taken = tl.load(base + action, mask=known, other=float("nan")).to(tl.float32)
+    taken = biased(tl.load(base + action, mask=known, other=float("nan")).to(tl.float32), bias, action, known)
     if softcap is not None:
         taken, _ = soft_cap(taken, softcap)
     logp = tl.fma(taken - highest, k, -log2_total) * LN2
@@ -88,13 +101,14 @@ def statistics(
 
 @triton.jit
 def row_stats_kernel(
-    logits, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
+    logits, bias, actions, top, log_total, logp, entropy, stride, vocab, scale, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     highest, rest, taken, spread = statistics(
-        logits + row * stride, tl.load(actions + row), stride, vocab, scale, softcap, entropy is not None, GROUPS, LANES
-    )
+        logits + row * stride, bias, tl.load(actions + row), stride, vocab, scale, softcap, entropy is not None,
+        GROUPS, LANES,
+    )  # fmt: skip
     tl.store(top + row, highest)
     tl.store(log_total + row, rest)
     tl.store(logp + row, taken)
@@ -102,12 +116,20 @@ def row_stats_kernel(
         tl.store(entropy + row, spread)
 
 
-def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float, softcap: float | None) -> None:
-    """See ``portable.row_stats``."""
+def row_stats(
+    logits: Tensor,
+    actions: Tensor,
+    out: Statistics,
+    *,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
+) -> None:
+    """See ``portable.row_stats``. ``bias``, [stride] in any floating dtype, is added to each row of logits."""
     n, vocab = logits.shape
     config = ROW_STATS[logits.element_size()]
     with on_device(logits):
         row_stats_kernel[(n,)](
-            logits, actions, *out, logits.stride(0), vocab, scale, softcap,
+            logits, bias, actions, *out, logits.stride(0), vocab, scale, softcap,
             **config.sizes, **config.options,
         )  # fmt: skip

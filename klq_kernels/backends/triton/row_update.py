@@ -31,7 +31,7 @@ def row_update_kernel(
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     action = tl.load(actions + row)
-    highest, rest, taken, _ = statistics(base, action, stride, vocab, scale, None, False, GROUPS, LANES)
+    highest, rest, taken, _ = statistics(base, None, action, stride, vocab, scale, None, False, GROUPS, LANES)
     loss, by_logp, by_value = loss_and_slopes(
         taken - tl.load(old_logp + row), tl.load(values + row) - tl.load(old_values + row), tl.load(advantages + row),
         tau, alpha, huber_delta, value_clip, log_ratio_clip, LOSS_TYPE,
