@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import klq_kernels
 from klq_kernels.ops import fused_loss, klq_loss, linear_kl, linear_logprobs, linear_select
 from klq_kernels.ops.operator import Operator, Parts
 
@@ -88,3 +91,63 @@ def test_an_argument_in_the_middle_moves_nothing(name: str) -> None:
         assert torch.equal(a, b)
     checks = torch.library.opcheck(with_dummy.definition, with_dummy.packed(*again.arguments(**known, dummy=0.5)))
     assert set(checks.values()) == {"SUCCESS"}
+
+
+def gradients(op: Any, given: list[Any], names: list[str], learnt: list[str]) -> dict[str, Tensor | None]:
+    """Results, and the gradients by the arguments in ``learnt`` alone."""
+    leaves = {n: v.detach().requires_grad_(n in learnt) for n, v in zip(names, given, strict=True) if floats(v)}
+    results = op(*(leaves.get(n, v) for n, v in zip(names, given, strict=True)))
+    found: dict[str, Tensor | None] = {f"result {i}": result.detach() for i, result in enumerate(results)}
+    if learnt:
+        total = sum(result.square().sum() for result in results if result.requires_grad)
+        assert isinstance(total, Tensor)
+        found |= dict(
+            zip(learnt, torch.autograd.grad(total, [leaves[n] for n in learnt], allow_unused=True), strict=True)
+        )
+    return found
+
+
+def floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_that_nothing_watches_gives_the_bits_of_the_registered_operator(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients by all arguments, by each alone, and by none; forwards under no_grad too."""
+    op, parts = OPERATORS[name]
+    hints = typing.get_type_hints(parts.arguments)
+    names, given = list(hints), [some(each, hint) for each, hint in hints.items()]
+    differentiable = [] if name.endswith("backward") else [n for n, v in zip(names, given, strict=True) if floats(v)]
+    for learnt in ([], differentiable, *([each] for each in differentiable)):
+        with torch.set_grad_enabled(bool(learnt) or not differentiable):
+            found = gradients(op, given, names, learnt)
+            with monkeypatch.context() as patched:
+                patched.setattr("klq_kernels.ops.operator._is_watched", lambda arguments: True)
+                wanted = gradients(op, given, names, learnt)
+        assert found.keys() == wanted.keys()
+        for each, value in wanted.items():
+            assert (value is None) == (found[each] is None), (learnt, each)
+            assert value is None or torch.equal(value, found[each]), (learnt, each)  # type: ignore[arg-type]
+
+
+def test_what_watches_sees_the_registered_operator() -> None:
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Watch, Look):
+        seen.clear()
+        with mode():
+            klq_kernels.linear_logprobs(torch.randn(1, N, H), torch.randn(V, H), torch.arange(N)[None])
+        assert any("klq_kernels.linear_logprobs" in name for name in seen), (mode, seen)
+        assert not any("mm" in name for name in seen), (mode, seen)
