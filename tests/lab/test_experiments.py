@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ from klq_kernels.lab.experiments.stale import StaleEngine
 from klq_kernels.lab.experiments.statistics import Interval, interval, paired, t_975, win_share
 from klq_kernels.trainer import Completions, KLQTrainer
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = str(Path(__file__).parents[2])
+DOCS = Path(ROOT) / "docs"
 
 
 # Statistics
@@ -116,6 +122,44 @@ def test_a_job_that_fails_says_why(tmp_path: Path):
     job = spec.Job("bad", "train", {"task": "chess", "eval_size": 1})
     with pytest.raises(RuntimeError, match=r"job bad failed: ValueError: task: must be one of"):
         pool.run_all([job], tmp_path, tmp_path, 1, lambda: None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_job_ends_with_a_program_that_is_killed(tmp_path: Path):
+    """SIGKILL leaves no job behind: nothing has the job's log open any more."""
+    program = f"""
+from pathlib import Path
+from klq_kernels.lab.experiments import pool, spec
+if __name__ == "__main__":
+    settings = {{**spec.load("lambda", quick=True).settings, "total_episodes": 10**6, "seed": 0}}
+    pool.run_all([spec.Job("long", "train", settings)], Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), 1, print)
+"""
+    (tmp_path / "program.py").write_text(program)
+    log = tmp_path / "long.log"
+
+    def holders() -> list[str]:
+        return [link.parts[2] for link in Path("/proc").glob("[0-9]*/fd/*") if leads_to(link) == str(log)]
+
+    started = subprocess.Popen([sys.executable, str(tmp_path / "program.py")], env={**os.environ, "PYTHONPATH": ROOT})
+    wait_for(lambda: bool(holders()))
+    started.kill()
+    started.wait()
+    wait_for(lambda: not holders())
+    assert not (tmp_path / "long.json").exists()
+
+
+def leads_to(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 # Stale samples

@@ -402,7 +402,8 @@ def star_graph(found: Results) -> str:
         f"""Graphs with {DEGREE} paths of {LENGTH} nodes, {NODES} names of nodes. The reference has learnt from right
         paths by the next token. It is right on {before.mean:.3f} of {found["settings"]["eval_size"]} held-out graphs,
         where guessing the first step and copying the rest is right on {guess:.3f}. A guide learns from paths that it
-        samples, and tilts it at η = {found["settings"]["etas"][-1]}; the policies start from it and learn from the
+        samples, at a rate that was chosen by trial on these seeds, and tilts it at η =
+        {found["settings"]["etas"][-1]}; the policies start from it and learn from the
         rewards of their own paths, at τ = {found["settings"]["taus"][-1]}. Right on held-out graphs, at the end, and
         the divergence from the reference in nats per path (ln {DEGREE} = {math.log(DEGREE):.2f} is what it takes to be
         sure of the first step): {"; ".join(ends)}."""

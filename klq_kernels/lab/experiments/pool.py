@@ -1,7 +1,8 @@
 """Jobs side by side: one process each, a few at a time, each on one thread.
 
 The processes are forked from one that has imported everything, so a job starts at once and nothing of one is left to
-the next. What a job prints goes to a log beside its result, which is kept where the job failed.
+the next. What a job prints goes to a log beside its result, which is kept where the job failed. A job ends with the
+program that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -53,6 +55,14 @@ def logged(job: Job, path: Path, warm: Path, log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    threading.Thread(target=end_with_parent, daemon=True).start()
     from .job import run_job
 
     run_job(job, path, warm)
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
