@@ -18,6 +18,7 @@ random state. It is a daemon: a program that ends does not wait for it.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from .batches import Sequence
 from .processes import together
 from .rollout import Completions, Rollout
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("truncated", "sampler_logprobs", "staleness")
 
 
@@ -77,10 +79,11 @@ class Ahead:
                 if upcoming is not None and upcoming.rollout is None:
                     assert upcoming.outcome is not None
                     upcoming.rollout = self._check(upcoming.outcome.result(), upcoming.prompts)
-        except Exception as error:
+        except BaseException as error:
             self._upcoming = None
             if not isinstance(error, WeightsLost):
                 raise
+            logger.warning("async_rollouts: %s; the cycle is sampled as it begins", error)
 
     def take(self, prompts: list[list[int]], cycle: int) -> Rollout | None:
         """The completions for these prompts, sampled a cycle ago; None where there are none.

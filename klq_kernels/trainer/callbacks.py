@@ -147,7 +147,8 @@ FAILURES = {
     ),
     "stale samples": Failure(
         stale_sampler,
-        "Give the engine the policy's weights more often, or set off_policy='retrace'",
+        "Set off_policy='retrace', lower the learning rate or num_update_epochs, or give the engine the policy's "
+        "weights more often (with async_rollouts it is a cycle behind)",
         True,
     ),
     "KL explosion": Failure(kl_explosion, "Lower the learning rate or num_update_epochs, or raise tau"),

@@ -28,7 +28,7 @@ from .ahead import Ahead, aged
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
-from .demonstrations import Demonstrations, without_completion
+from .demonstrations import Demonstrations, naming_them, without_completion
 from .experience import Experience
 from .frozen import Placed, reference_policy
 from .means import Means
@@ -186,7 +186,8 @@ class Cycle:
         assert self.demonstrations is not None
         rows = self.demonstrations.rows(self.cycle, turn)
         rollout = self.demonstrations.rollout(rows)
-        scores = self.reward([without_completion(row) for row in rows], rollout)
+        with naming_them():
+            scores = self.reward([without_completion(row) for row in rows], rollout)
         rollout = rollout.without(~scores.scored)
         scored, ref_logprobs = self.score(rollout)
         assert rollout.sampler_logprobs is not None

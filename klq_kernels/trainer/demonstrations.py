@@ -11,7 +11,9 @@ a checkpoint has nothing to keep of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,38 +31,38 @@ class Demonstrations:
 
     Args:
         dataset: rows with ``prompt``, ``completion`` and what the reward functions read.
-        reader: makes sequences of them.
-        ends: EOS ids; a completion that was cut before it came to one counts as truncated.
+        reader: makes sequences of them. A completion that it cut before its EOS counts as truncated.
         number, passes: this process learns from so many in each of so many passes of a cycle.
         process, processes: this one's number, of how many.
         seed: of their order.
 
     Raises:
-        ValueError: naming what is wrong with the dataset's columns, its first row or the tokenizer.
+        ValueError: naming what is wrong with a row of the dataset or with the tokenizer.
     """
 
     def __init__(
-        self, dataset: Many[dict[str, Any]], reader: Reader, ends: set[int], *, number: int, passes: int,
-        process: int, processes: int, seed: int,
+        self, dataset: Many[dict[str, Any]], reader: Reader, *, number: int, passes: int, process: int, processes: int,
+        seed: int,
     ) -> None:  # fmt: skip
+        for row, content in enumerate(dataset):
+            require(
+                bool(content.get("prompt")) and bool(content.get(COLUMN)),
+                "demonstrations",
+                f"row {row} must have a prompt and a {COLUMN} that are not empty; got {content!r:.120}",
+            )
         require(
-            COLUMN in dataset[0],
-            "demonstrations",
-            f"must have the columns prompt and {COLUMN}, has {', '.join(dataset[0])}",
-        )
-        require(
-            reader.tokenizer.eos_token_id in ends,
+            reader.tokenizer.eos_token_id in reader.ends,
             "demonstrations",
             f"end with the tokenizer's EOS, {reader.tokenizer.eos_token_id}, and completions of the policy with one of "
-            f"{sorted(ends)}; give a tokenizer or a generation_config with the same",
+            f"{sorted(reader.ends)}; give a tokenizer or a generation_config with the same",
         )
         self.number = number
-        self._dataset, self._reader, self._ends = dataset, reader, ends
+        self._dataset, self._reader = dataset, reader
         self._first = process * passes * number
         self._order = CycleSampler(
             len(dataset), per_cycle=processes * passes * number, repeats=1, seed=seed, cycle=lambda: 0
         )
-        self.rollout([dataset[0]])
+        self.rollout(self.rows(0, 0)[:1])
 
     def rows(self, cycle: int, turn: int) -> list[dict[str, Any]]:
         """This process's in a cycle of the run, for the pass ``turn``."""
@@ -69,10 +71,20 @@ class Demonstrations:
 
     def rollout(self, rows: Many[dict[str, Any]]) -> Rollout:
         """Their completions, as if they had been sampled: with certainty, that is with log-probabilities of 0."""
-        sequences = self._reader.sequences(list(rows), COLUMN)
-        truncated = [int(s.completion[-1]) not in self._ends for s in sequences]
+        with naming_them():
+            sequences = self._reader.sequences(list(rows), COLUMN)
+        truncated = [int(s.completion[-1]) not in self._reader.ends for s in sequences]
         certain = torch.zeros(sum(s.rows for s in sequences))
         return Rollout(sequences, torch.tensor(truncated), certain)
+
+
+@contextmanager
+def naming_them() -> Iterator[None]:
+    """Says of a ValueError inside that it is about the demonstrations."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"demonstrations: {error}") from error
 
 
 def without_completion(row: dict[str, Any]) -> dict[str, Any]:

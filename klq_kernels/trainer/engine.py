@@ -111,7 +111,7 @@ class EngineRollout:
     def _follow(self, trainer: RolloutContext) -> None:
         """Gives the engine the policy's weights unless it has them."""
         policy = state_of(trainer)
-        if policy == self._policy:
+        if not anywhere(trainer.accelerator, policy != self._policy):
             return
         self._updates += 1
         self._policy = None  # until the engine has them all
@@ -238,10 +238,22 @@ def served_model(trainer: RolloutContext) -> Model:
     return Model(config, str(dtype).removeprefix("torch."), str(args.device))
 
 
-def state_of(trainer: RolloutContext) -> tuple[int, int, int]:
-    """Differs between any two states of the policy: the step, and how often its weights were written to."""
+def state_of(trainer: RolloutContext) -> tuple[Any, ...]:
+    """Differs between any two states of the policy: the step, how often its weights were written to, and their sums.
+
+    The sums are looked at because fused optimizers write without a trace in PyTorch's counters, and steps are counted
+    anew in each run of a trainer. Of sharded weights they are those of this process's part.
+    """
     parameters = list(trainer.policy.parameters())
-    return trainer.state.global_step, sum(p._version for p in parameters), sum(id(p) for p in parameters)
+    held = [getattr(p, "ds_tensor", p).detach() for p in parameters]  # ZeRO-3 keeps its part there
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in held]
+    written = sum(p._version for p in parameters)
+    return (
+        trainer.state.global_step,
+        written,
+        sum(map(id, parameters)),
+        tuple(float(p.sum(dtype=torch.float64)) for p in parts),
+    )
 
 
 def engine_of(args: KLQConfig) -> EngineRollout | None:

@@ -134,6 +134,7 @@ def tokenizer(given: Any, policy: Any) -> Any:
 def check_dataset(name: str, dataset: Any) -> None:
     """Raises a ValueError unless a dataset, or each of a dict of them, has rows with a prompt."""
     require(dataset is not None, name, "is needed: a dataset with a column 'prompt'")
+    require(not isinstance(dataset, str), name, f"must be a dataset, got the text {dataset!r:.80}; load it first")
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         require(
             hasattr(part, "__len__"),

@@ -104,11 +104,17 @@ def ask_ahead(
     ``trainer.cycle`` is still the cycle that begins, and the completions are for the next one.
 
     Raises:
-        ValueError: where ``begin`` asks for a column that the dataset lacks; and what it returned, where that does not
-            return Completions.
+        ValueError: where ``begin`` asks for a column that the dataset lacks, or returns nothing to call; and what it
+            returned, where that does not return Completions.
     """
     sample = _called(function.begin, rows, number, trainer)
-    return lambda: checked(sample())
+    require(
+        callable(sample),
+        "rollout_func",
+        "its method begin must return a function without arguments, which returns Completions; got "
+        f"{type(sample).__name__}",
+    )
+    return torch.no_grad()(lambda: checked(sample()))
 
 
 def check_ahead(function: Any) -> None:

@@ -219,22 +219,34 @@ class KLQTrainer(Evaluation, Checkpoints):
         require(
             args.algorithm == "klq",
             "demonstrations",
-            f"serve algorithm='klq' alone: the policy loss of {args.algorithm} has to know who chose a token, and how "
-            "likely that was; leave them out",
+            "serve algorithm='klq' alone, whose targets need no probability of the author's tokens; leave them out "
+            f"for {args.algorithm}",
         )
         require(args.replay_cycles > 0, "demonstrations", "are a part of the replayed completions; set replay_cycles")
+        require(not isinstance(dataset, dict), "demonstrations", "must be one dataset, got a dict of them")
         loading.check_dataset("demonstrations", dataset)
         template: Any = args.chat_template_kwargs
         reader = Reader(
             self.tokenizer, self.language_model.vocab_size, max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length, template=template,
+            max_completion_length=args.max_completion_length, template=template, ends=eos_ids(self.generation_config),
         )  # fmt: skip
-        prompts = max(1, round(args.demonstration_share * self._prompts_per_device))  # in each pass
         return Demonstrations(
-            dataset, reader, eos_ids(self.generation_config), number=prompts * args.num_generations,
-            passes=args.replay_passes, process=args.process_index, processes=self.accelerator.num_processes,
-            seed=args.seed,
+            dataset, reader, number=self._demonstrations_per_pass(), passes=args.replay_passes,
+            process=args.process_index, processes=self.accelerator.num_processes, seed=args.seed,
         )  # fmt: skip
+
+    def _demonstrations_per_pass(self) -> int:
+        """Of a process: ``demonstration_share``, to the nearest whole groups of ``num_generations``."""
+        args, prompts = self.args, self._prompts_per_device
+        groups = round(args.demonstration_share * prompts)
+        require(
+            groups >= 1 and (groups < prompts or args.demonstration_share == 1),
+            "demonstration_share",
+            f"{args.demonstration_share:g} of the {args.rollouts_per_device} completions of a process in a pass comes "
+            f"to {'none' if groups == 0 else 'all'} in whole groups of num_generations={args.num_generations}; give a "
+            f"multiple of 1/{prompts}",
+        )
+        return groups * args.num_generations
 
     def _place_reward(self, model: nn.Module) -> Placed:
         return Placed(model, self.args.reward_placement, self.accelerator, "reward_placement")

@@ -83,7 +83,11 @@ def test_the_tree_backup_is_what_its_recursion_says_for_every_sampler() -> None:
 # ---- in the trainer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_generations": 4}, {"replay_epochs": 2, "value_lam": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_generations": 4, "demonstration_share": 0.5}, {"replay_epochs": 2, "value_lam": 0.5}],
+    ids=str,
+)
 def test_their_targets_are_those_of_the_oracle(changes: dict[str, Any], tmp_path: Path) -> None:
     """For the policy of now, with the trace of tree backup, and without a baseline of the others."""
     run = trainer(tmp_path, **changes)
@@ -155,9 +159,7 @@ def test_a_resumed_run_reads_the_same(step: int, tmp_path: Path) -> None:
 def test_processes_and_passes_share_them() -> None:
     """With eight for two processes of two passes of two, each cycle has all, in an order of its own."""
     dataset, reader = written(8), Reader(tiny.tokenizer(), tiny.VOCAB)
-    parts = [
-        Demonstrations(dataset, reader, {tiny.EOS}, number=2, passes=2, process=p, processes=2, seed=0) for p in (0, 1)
-    ]
+    parts = [Demonstrations(dataset, reader, number=2, passes=2, process=p, processes=2, seed=0) for p in (0, 1)]
     cycles = [[row["worth"] for part in parts for turn in (0, 1) for row in part.rows(c, turn)] for c in range(2)]
     assert [sorted(cycle) for cycle in cycles] == [[float(i) for i in range(8)]] * 2
     assert cycles[0] != cycles[1]
@@ -186,19 +188,56 @@ def test_all_of_a_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "changes", "message"),
     [
-        ({"demonstrations": [{"prompt": "a"}]}, {}, "demonstrations: must have the columns prompt and completion"),
+        ({"demonstrations": [{"prompt": "a"}]}, {}, "demonstrations: row 0 must have a prompt and a completion"),
+        ({"demonstrations": [*written(), {"prompt": "a", "completion": ""}]}, {}, "demonstrations: row 6 must have"),
+        ({"demonstrations": {"train": written()}}, {}, "demonstrations: must be one dataset"),
+        ({"demonstrations": "demos.jsonl"}, {}, "demonstrations: must be a dataset, got the text 'demos.jsonl'"),
         ({"demonstrations": []}, {}, "demonstrations: is empty"),
-        ({"demonstrations": [{"prompt": "a", "completion": 3}]}, {}, "completion: must be a text"),
+        ({"demonstrations": [{"prompt": "a", "completion": 3}]}, {}, "demonstrations: completion: must be a text"),
+        (
+            {"demonstrations": [{"prompt": "a", "completion": "b<eos>c"}]},
+            {},
+            "demonstrations: completion: 'b<eos>c' goes",
+        ),
         ({}, {"replay_cycles": 0, "off_policy": "none"}, "demonstrations: are a part of the replayed completions"),
         ({}, {"algorithm": "ppo"}, "demonstrations: serve algorithm='klq' alone"),
         ({}, {"demonstration_share": 0.0}, "demonstration_share: "),
         ({}, {"demonstration_share": 1.5}, "demonstration_share: "),
+        ({}, {"demonstration_share": 0.05}, "demonstration_share: 0.05 of the 8 completions .* comes to none"),
+        ({}, {"num_generations": 4}, "demonstration_share: .* comes to none in whole groups .* multiple of 1/2"),
+        ({}, {"num_generations": 4, "demonstration_share": 0.8}, "demonstration_share: .* comes to all"),
     ],
     ids=str,
 )
 def test_bad_input_is_named(given: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         trainer(tmp_path, given, **changes)
+
+
+def test_a_completion_ends_with_the_first_of_several_ends() -> None:
+    """As the policy's do; white space and ends behind it are the template's, and messages are the assistant's alone."""
+    reader = Reader(tiny.tokenizer(chat=True), tiny.VOCAB, ends={tiny.EOS, 9})
+    letter = reader.tokenizer.decode([9])
+    rows = [{"prompt": "a", "completion": text} for text in (f"b{letter}", f"b{letter} <eos>", "b<eos><eos>", "b")]
+    b = reader.tokenizer("b").input_ids
+    ends = [s.completion.tolist() for s in reader.sequences(rows, "completion")]
+    assert ends == [[*b, 9], [*b, 9], [*b, tiny.EOS], [*b, tiny.EOS]]
+    with pytest.raises(ValueError, match="goes on behind an EOS, with 'c'"):
+        reader.sequences([{"prompt": "a", "completion": f"b{letter}c"}], "completion")
+    asked = [{"role": "user", "content": "a"}]
+    said = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(ValueError, match="must be messages of the assistant alone, has some of user"):
+        reader.sequences([{"prompt": asked, "completion": said}], "completion")
+
+
+def test_a_reward_function_that_fails_on_them_is_named(tmp_path: Path) -> None:
+    def needs_rest(completions: list[str], rest: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": "ab", "rest": "x"}] * 8
+    run = trainer(tmp_path, {"reward_funcs": needs_rest, "train_dataset": rows}, max_steps=2)
+    with pytest.raises(ValueError, match=r"demonstrations: .*rest"):
+        run.train()
 
 
 def test_a_tokenizer_with_another_end(tmp_path: Path) -> None:

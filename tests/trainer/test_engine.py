@@ -70,6 +70,18 @@ def test_an_unchanged_policy_is_not_given_twice(tmp_path: Path) -> None:
     assert len(engine.versions) == 2
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_a_second_run_begins_with_the_weights_of_now(optim: str, tmp_path: Path) -> None:
+    """Steps are counted anew then, and a fused optimizer leaves PyTorch's counters of writes alone."""
+    engine = OwnEngine()
+    run = build(tmp_path, engine, optim=optim, learning_rate=3e-2)
+    run.train()
+    run.train()
+    assert len(drift(run)) == 3
+    assert max(drift(run)) < 1e-9
+    assert len(set(engine.versions)) == 6
+
+
 def test_a_resumed_run_asks_for_the_same_completions(tmp_path: Path) -> None:
     whole, first, second = OwnEngine(), OwnEngine(), OwnEngine()
     expected = build(tmp_path / "whole", whole)
