@@ -361,5 +361,5 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         def begin(self, prompts: list[str], trainer: KLQTrainer, letter: list[str]) -> Any:
             return super().begin(prompts, trainer, letter)()
 
-    with pytest.raises(ValueError, match="^rollout_func: its method begin must return a function without arguments"):
+    with pytest.raises(ValueError, match=r"^rollout_func: its method begin must return a function without arguments"):
         build(tmp_path, NothingToCall(), max_steps=4).train()
