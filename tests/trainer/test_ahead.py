@@ -358,8 +358,11 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         build(tmp_path, Script(answer=1), max_steps=4).train()
 
     class NothingToCall(Script):
-        def begin(self, prompts: list[str], trainer: KLQTrainer, letter: list[str]) -> Any:
+        def __call__(self, prompts: list[str], trainer: KLQTrainer, letter: list[str]) -> Any:
             return super().begin(prompts, trainer, letter)()
+
+        def begin(self, prompts: list[str], trainer: KLQTrainer, letter: list[str]) -> Any:
+            return self(prompts, trainer, letter)
 
     with pytest.raises(ValueError, match=r"^rollout_func: its method begin must return a function without arguments"):
         build(tmp_path, NothingToCall(), max_steps=4).train()
