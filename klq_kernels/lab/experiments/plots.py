@@ -81,7 +81,9 @@ def draw_methods(results: Results, path: Path) -> None:
     start = results["variants"][0]["before"][0]
     for axes in (over_time, ends):
         axes.axhline(start, color=GREY, linewidth=1, linestyle="--")
-    over_time.set(title="Reward", xlabel="optimizer steps", ylabel="mean score")
+    means = [mean for entry in results["variants"] for mean in entry["curves"]["reward"]["mean"]]
+    limits = (min(means) - 0.1, max(means) + 0.1)  # the intervals of a few seeds may be far wider
+    over_time.set(title="Reward", xlabel="optimizer steps", ylabel="mean score", ylim=limits)
     ends.set(title="Reward against KL", xlabel="KL, nats per completion", ylabel="mean score")
     ends.legend(frameon=False)
     finish(figure, path, over_time, ends)
