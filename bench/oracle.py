@@ -103,6 +103,27 @@ def select(inputs: HeadInputs, ids: Tensor) -> Outputs:
     return {"loss": 0.5 * squares / count, "hidden": d_hidden, "weight": d_weight}
 
 
+def divergence(inputs: HeadInputs, ref_hidden: Tensor, ref_weight: Tensor) -> Outputs:
+    """The mean KL(pi || pi_ref), and its gradients by hidden and weight."""
+    d_hidden = torch.zeros_like(inputs.hidden, dtype=torch.float64)
+    d_weight = torch.zeros_like(inputs.weight, dtype=torch.float64)
+    weight, ref_head = inputs.weight.detach().double(), ref_weight.double()
+    total = d_weight.new_zeros(())
+    with torch.no_grad():
+        for index, hidden, _, z, slope in _blocks(inputs):
+            ref = ref_hidden[index].double() @ ref_head.T
+            if inputs.softcap is not None:
+                ref = inputs.softcap * torch.tanh(ref / inputs.softcap)
+            logp = z.log_softmax(1)
+            ratio = logp - ref.log_softmax(1)
+            kl = (logp.exp() * ratio).sum(1, keepdim=True)
+            total += kl.sum()
+            d = logp.exp() * (ratio - kl) * slope / inputs.tokens
+            d_hidden[index] = d @ weight
+            d_weight += d.T @ hidden
+    return {"loss": total / inputs.tokens, "hidden": d_hidden, "weight": d_weight}
+
+
 def some_rows(inputs: HeadInputs, objective: str, count: int = 64) -> tuple[Tensor, Tensor]:
     """(flat positions, float64 d_hidden there) for a few rows out of all.
 

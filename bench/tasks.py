@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import oracle
-from .contenders import Call, Contender, Outputs, ours, peers, plain, scans, select, step
+from .contenders import Call, Contender, Outputs, divergence, ours, peers, plain, scans, select, step
 from .inputs import HeadInputs, ScanInputs, head_inputs, scan_inputs
 from .shapes import HEAD_PRESETS, SCAN_PRESETS
 
@@ -69,6 +69,17 @@ def one_gemm(inputs: HeadInputs) -> Call:
     def call() -> Outputs:
         torch.mm(hidden, weight.T, out=logits)
         return {}
+
+    return call
+
+
+def four_gemms(inputs: HeadInputs) -> Call:
+    """The products of two heads, one with its gradients, where no logits are computed twice."""
+    policy, reference = three_gemms(inputs), one_gemm(inputs)
+
+    def call() -> Outputs:
+        reference()
+        return policy()
 
     return call
 
@@ -145,6 +156,19 @@ TASKS = {
             None,
             fresh_gradient,
             "memory copy",
+        ),
+        Task(
+            "kl",
+            "KL of two heads over the whole vocabulary, and gradients of the policy's hidden states and head weight",
+            HEAD_PRESETS,
+            head_inputs,
+            divergence.KL,
+            lambda inputs, _: oracle.divergence(inputs, *divergence.reference_of(inputs)),
+            lambda inputs, _: divergence.of_rows(divergence.through_logits, inputs)(),
+            _affordable,
+            None,
+            four_gemms,
+            "four GEMMs",
         ),
         Task(
             "targets",

@@ -120,6 +120,15 @@ def test_selections_are_judged(contender: Contender, dtype: torch.dtype) -> None
     assert record.status == ("wrong" if rounds else "ok"), record.note
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("contender", TASKS["kl"].contenders, ids=lambda c: c.name)
+def test_divergences_are_judged(contender: Contender, dtype: torch.dtype) -> None:
+    shape = SMALL._replace(dtype=dtype, softcap=None if contender.name == "Liger JSD" else 10.0)
+    record = judged("kl", contender, shape)
+    rounds = contender.name == "Liger JSD" and dtype == BF16  # its log-probabilities are in the inputs' dtype
+    assert record.status in (("wrong" if rounds else "ok"), "missing"), record.note
+
+
 @pytest.mark.parametrize("task", ["targets", "scan"])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_right_scans_pass(task: str, ragged: bool) -> None:
