@@ -439,7 +439,7 @@ WORDS: dict[str, Callable[[Results], str]] = {
     "constant": constant, "lambda": decay, "klq-vs-ppo": versus, "equivalence": equivalence,
     "sampled-noise": noise, "sampled-learning": learning, "sampled-demo": demo_loop, "sampled-optimizers": optimizers,
     "staleness-summarize": staleness, "staleness-arithmetic": staleness,
-    "replay": replay, "groups-summarize": groups, "groups-arithmetic": groups,
+    "replay-summarize": replay, "replay-arithmetic": replay, "groups-summarize": groups, "groups-arithmetic": groups,
     "normalisation-summarize": normalisation, "normalisation-arithmetic": normalisation, "star-graph": star_graph,
     "qsharp-arithmetic": pareto,
 }  # fmt: skip

@@ -27,14 +27,15 @@ from ...trainer.loading import read_yaml
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = (  # in the order of the page
     "constant", "lambda", "klq-vs-ppo", "equivalence", "sampled-noise", "sampled-learning", "sampled-demo",
-    "sampled-optimizers", "staleness-summarize", "staleness-arithmetic", "replay",
-    "groups-summarize", "groups-arithmetic", "normalisation-summarize", "normalisation-arithmetic", "star-graph",
-    "qsharp-arithmetic",
+    "sampled-optimizers", "staleness-summarize", "staleness-arithmetic",
+    "replay-summarize", "replay-arithmetic", "groups-summarize", "groups-arithmetic",
+    "normalisation-summarize", "normalisation-arithmetic", "star-graph", "qsharp-arithmetic",
 )  # fmt: skip
 GROUPS = {  # names that stand for several
     "all": NAMES,
     "sampled-gradient": ("sampled-noise", "sampled-learning", "sampled-demo", "sampled-optimizers"),
     "staleness": ("staleness-summarize", "staleness-arithmetic"),
+    "replay": ("replay-summarize", "replay-arithmetic"),
     "groups": ("groups-summarize", "groups-arithmetic"),
     "normalisation": ("normalisation-summarize", "normalisation-arithmetic"),
     "qsharp": ("star-graph", "qsharp-arithmetic"),
