@@ -129,8 +129,8 @@ import klq_kernels
 for module in pkgutil.iter_modules(klq_kernels.__path__, "klq_kernels."):
     package = importlib.import_module(module.name)
     for inner in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{module.name}."):
-        # _native is no Python module, and vllm_worker is imported by vLLM alone
-        if inner.name.rpartition(".")[2] not in ("triton", "_native", "vllm_worker"):
+        # _native is no Python module, and vllm_worker and vllm_requests are imported by vLLM alone
+        if inner.name.rpartition(".")[2] not in ("triton", "_native", "vllm_worker", "vllm_requests"):
             importlib.import_module(inner.name)
 """
     assert python(watch + ON_POLICY_STEP + "print(askers)") == "[]"
