@@ -18,7 +18,9 @@ from .environment import ROOT
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 TITLES = {
+    "cpu_kl": "Divergences of two heads on a CPU",
     "cpu_memory": "Memory of the loss on a CPU",
+    "cpu_select": "Logits of a few ids on a CPU",
     "cpu_time": "Time of the loss on a CPU",
     "gpu_suite": "GPU",
 }
