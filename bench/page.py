@@ -57,7 +57,7 @@ def page(results: Path) -> str:
 
 
 def _section(path: Path, content: dict[str, Any]) -> str:
-    title = TITLES.get(content["preset"], path.stem.replace("_", " "))
+    title = TITLES.get(content["preset"]) or TITLES.get(path.stem, path.stem.replace("_", " "))
     if "parts" in content:
         return f"## {title}\n\n{gpu_suite.summary(content)}"
     environment = content["environment"]
