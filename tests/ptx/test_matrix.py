@@ -1,4 +1,4 @@
-"""Every kernel by every layout, with and without holes, in every dtype, on 1 and 4 warps, contracted further or not.
+"""Every kernel by every layout, with and without holes, in every dtype, on 1 to 8 warps, contracted further or not.
 
 Against ``portable``, which other tests hold against float64. A layout is how rows lie in memory, how many tokens there
 are, or how sequences cut them; holes are forbidden or masked elements, or weights of 0. What a kernel writes, and the
@@ -336,7 +336,7 @@ def set_warps(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize("contract", [False, True])
 def test_cell(
     kernel: str, layout: str, holes: bool, dtype: torch.dtype, warps: int, contract: bool,
