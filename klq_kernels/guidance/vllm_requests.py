@@ -1,6 +1,7 @@
 """Guided decoding in vLLM: a logits processor that tilts the requests that ask for it.
 
-    llm = LLM(model, logits_processors=[PROCESSOR], additional_config={"klq_guide": "folder of the guide"})
+    processor = "klq_kernels.guidance.vllm_requests:GuidedRequests"
+    llm = LLM(model, logits_processors=[processor], additional_config={"klq_guide": "folder of the guide"})
     llm.generate(prompts, SamplingParams(extra_args={"guide_eta": 0.1}))
 
 vLLM batches requests of different lengths, which come and go between steps. So each request has a ``GuidedLogits`` of
@@ -26,7 +27,6 @@ from .guide import ValueGuide
 FOLDER = "klq_guide"  # in additional_config
 PREFIX = "guide_"  # of the arguments of GuidedLogits in a request's extra_args
 ARGUMENTS = ("eta", "top_k", "others", "offset")
-PROCESSOR = f"{__name__}:GuidedRequests"
 
 
 def guidance(params: SamplingParams) -> dict[str, Any] | None:

@@ -43,19 +43,25 @@ def child_of(run: Any) -> Child:
     return run.rollout_func.engine._child
 
 
-def test_a_run_whose_engine_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", EngineRollout(OwnEngine()))  # the same arithmetic, in this process
-    whole.train()
+def doomed(folder: Path, *, async_rollouts: bool = False) -> KLQTrainer:
+    """A run whose engine is killed as its second cycle is scored."""
     scored = 0
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         nonlocal scored
         scored += 1
         if scored == 2:
-            os.kill(child_of(cut).process.pid, signal.SIGKILL)
+            os.kill(child_of(run).process.pid, signal.SIGKILL)
         return tiny.even(completion_ids)
 
-    cut = build(tmp_path / "cut", reward_funcs=reward)
+    run = build(folder, async_rollouts=async_rollouts, reward_funcs=reward)
+    return run
+
+
+def test_a_run_whose_engine_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", EngineRollout(OwnEngine()))  # the same arithmetic, in this process
+    whole.train()
+    cut = doomed(tmp_path / "cut")
     with pytest.raises(EngineError, match=r"(?s)ended by SIGKILL during .*resume_from_checkpoint=True"):
         cut.train()
     assert (tmp_path / "cut" / "checkpoint-4").is_dir()
@@ -75,16 +81,7 @@ def test_an_engine_that_is_killed_while_it_samples_ahead(tmp_path: Path) -> None
     """The run ends with the next checkpoint or cycle, and goes on from the checkpoint before."""
     whole = build(tmp_path / "whole", EngineRollout(OwnEngine()), async_rollouts=True)
     whole.train()
-    scored = 0
-
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        nonlocal scored
-        scored += 1
-        if scored == 2:
-            os.kill(child_of(cut).process.pid, signal.SIGKILL)
-        return tiny.even(completion_ids)
-
-    cut = build(tmp_path / "cut", async_rollouts=True, reward_funcs=reward)
+    cut = doomed(tmp_path / "cut", async_rollouts=True)
     with pytest.raises(EngineError, match=r"(?s)ended by SIGKILL during generate.*resume_from_checkpoint=True"):
         cut.train()
     resumed = build(tmp_path / "cut", async_rollouts=True)
