@@ -123,7 +123,8 @@ def _autograd_function(name: str, parts: Parts) -> Any:
         return tuple(results)
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = dict.fromkeys(parts.arguments._fields, False) | dict.fromkeys(ctx.learnt, True)
+        learnt = zip(ctx.learnt, ctx.needs_input_grad[2:], strict=True)
+        needs = dict.fromkeys(parts.arguments._fields, False) | dict(learnt)
         found = parts.backward(ctx, parts.results(*gradients), needs)
         return None, None, *(found.get(n) for n in ctx.learnt)
 
