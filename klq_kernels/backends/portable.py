@@ -95,7 +95,16 @@ def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float,
     logp.masked_fill_(known != actions, torch.nan)
 
 
-def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None) -> None:
+def row_grad(
+    logits: Tensor,
+    actions: Tensor,
+    pull: Pull,
+    out: Tensor,
+    column_sums: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
     """Writes the gradient by each row of logits over the row itself.
 
     ``out`` is [n, V] in memory of the logits, a row where a row is: ``logits`` itself, or a view in a narrower dtype.
@@ -106,6 +115,8 @@ def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale:
 
     where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
     ``log_total`` are those of ``row_stats``. An action outside 0 .. V-1 has a ``d_action`` of NaN already.
+
+    To ``column_sums``, fp32 [V], the sum of the gradient over the rows is added, before it is rounded or after.
     """
     top, log_total, d_action, d_softmax, d_entropy, entropy = pull
     known = actions.clamp(0, logits.shape[1] - 1)
@@ -127,6 +138,8 @@ def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale:
         if tanh is not None:
             x.mul_(tanh.square_().neg_().add_(1.0))
         out[rows] = x
+    if column_sums is not None:
+        column_sums += out.sum(0, dtype=torch.float32)
 
 
 def row_select(

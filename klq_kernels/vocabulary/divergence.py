@@ -68,6 +68,8 @@ def divergence_backward_pass(
             logits, ref_logits, part(found, chunk), d_kl[chunk], dlogits,
             pair=_pair(policy.head, reference.head, reverse),
         )  # fmt: skip
+        if ours.bias is not None:
+            ours.bias += dlogits.sum(0, dtype=torch.float32)
         ours.multiply(chunk, dlogits)
     return ours
 
