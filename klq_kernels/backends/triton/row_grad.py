@@ -118,21 +118,20 @@ def row_grad(
     """See ``portable.row_grad``, and ``row_stats`` for ``bias``."""
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype
-    if column_sums is not None and not narrow:
-        rows, block = ROW_GRAD_SUMS.sizes.values()
-        groups = triton.cdiv(n, rows)
-        sums = torch.empty(groups, logits.stride(0), dtype=torch.float32, device=logits.device)[:, :vocab]
-        with on_device(logits):
-            row_grad_sums_kernel[(groups, triton.cdiv(vocab, block))](
-                logits, bias, actions, *pull, out, sums, n, logits.stride(0), out.stride(0), scale, softcap,
+    strides = logits.stride(0), out.stride(0)
+    parts = out  # whose rows add up to the sums
+    with on_device(logits):
+        if column_sums is None or narrow:
+            row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
+                logits, bias, actions, *pull, out, *strides, scale, softcap, NARROW=narrow,
+                **ROW_GRAD.sizes, **ROW_GRAD.options,
+            )  # fmt: skip
+        else:
+            groups = triton.cdiv(n, ROW_GRAD_SUMS.sizes["ROWS"])
+            parts = torch.empty(groups, strides[0], dtype=torch.float32, device=logits.device)[:, :vocab]
+            row_grad_sums_kernel[(groups, triton.cdiv(vocab, ROW_GRAD_SUMS.sizes["BLOCK"]))](
+                logits, bias, actions, *pull, out, parts, n, *strides, scale, softcap,
                 **ROW_GRAD_SUMS.sizes, **ROW_GRAD_SUMS.options,
             )  # fmt: skip
-        column_sums += sums.sum(0)
-        return
-    with on_device(logits):
-        row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, bias, actions, *pull, out, logits.stride(0), out.stride(0), scale, softcap, NARROW=narrow,
-            **ROW_GRAD.sizes, **ROW_GRAD.options,
-        )  # fmt: skip
     if column_sums is not None:
-        column_sums += out.sum(0, dtype=torch.float32)
+        column_sums += parts.sum(0, dtype=torch.float32)
