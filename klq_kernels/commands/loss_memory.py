@@ -218,9 +218,10 @@ def _chunk_buffers(p: Problem) -> dict[str, int]:
             * wide,
         }
     strips = p.weight_gradient and p.device.type == "cpu" and products != p.weight_gradient_dtype and not wide
+    apart = p.rows != p.places if p.device.type == "cpu" else p.tokens != p.places  # from where its rows belong
     return {
         "logits_chunk": p.rows * chunking.row_stride(p.vocab) * logits.itemsize,
-        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient * (p.rows != p.places),
+        "hidden_gradient_chunk": p.rows * p.hidden * products.itemsize * p.hidden_gradient * apart,
         "product_strip": min(chunking.STRIP_ROWS, p.vocab) * p.hidden * products.itemsize * strips,
         "widened_strips": 8 * (min(chunking.WIDE_COLUMNS, p.vocab) * (p.rows + p.hidden) + p.rows * p.hidden) * wide,
     }

@@ -32,14 +32,14 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     return out
 
 
-def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dlogits @ weight in ``dtype``, theirs or fp32, in memory of its own: a GEMM may add in another order where its
-    output is aligned otherwise.
+def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """dlogits @ weight in ``dtype``, theirs or fp32: on a GPU in ``out``, if given. On a CPU always in memory of its
+    own, since a GEMM may add in another order where its output is aligned otherwise.
     """
+    if dlogits.is_cuda and dtype != dlogits.dtype:
+        return torch.mm(dlogits, weight, out_dtype=dtype, out=out)
     if dtype == dlogits.dtype and not chunking.widens(dtype, dlogits.device):
-        return torch.mm(dlogits, weight)
-    if dlogits.is_cuda:
-        return torch.mm(dlogits, weight, out_dtype=dtype)
+        return torch.mm(dlogits, weight, out=out if dlogits.is_cuda else None)
     total = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
     for strip in slices(weight.shape[0], chunking.WIDE_COLUMNS):
         total.addmm_(dlogits[:, strip].float(), weight[strip].float())

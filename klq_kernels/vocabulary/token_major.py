@@ -109,14 +109,21 @@ class Logits:
     def multiply(self, chunk: slice, dlogits: Tensor) -> None:
         """GEMM 2 and 3. The gradient of the bias is not theirs: it is a sum over rows (``portable.row_grad``)."""
         if self._needs.hidden:
-            d_hidden = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype)
-            if self.hidden is None:
-                self.hidden = d_hidden
-            else:
-                self._states.put(self.hidden, chunk, d_hidden)
+            self._multiply_back(chunk, dlogits)
         if self.weight is not None:
             products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
         self._first = False
+
+    def _multiply_back(self, chunk: slice, dlogits: Tensor) -> None:
+        """GEMM 2. On a GPU it writes its rows where they belong, unless they are scattered."""
+        total = self.hidden
+        inside = total is not None and total.is_cuda and self._states.positions is None
+        rows = total[chunk] if total is not None and inside else None
+        product = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype, rows)
+        if total is None:
+            self.hidden = product
+        elif not inside:
+            self._states.put(total, chunk, product)
 
 
 class TokenMajor(Logits, VocabularyForm):
