@@ -770,6 +770,8 @@ class Program:
         flush = "ftz" in modes
         if integer(to) and integer(of):
             function = lambda x: x.astype(TYPES[to])  # truncates, or extends by the source's sign
+            if WIDTH[of] == 8 and WIDTH[to] <= 4:
+                holes_of_sources = lambda: self._any_hole(args[1:], by_halves=True)[:, 0]
         elif of in ("bf16", "f16") and to == "f32":
             function = bf16_to_f32 if of == "bf16" else f16_to_f32
         elif of == "f32" and to in ("bf16", "f16") and rounding == "rn":

@@ -272,6 +272,13 @@ def test_a_warp_has_its_reduction_if_each_of_its_lanes_has_a_value(what: str):
     faults(FEW + reduced + leader, "%r5, which holds no value")
 
 
+def test_the_low_half_of_a_packed_product_needs_no_high_half():
+    """The compiler packs one number with nothing, and takes the low half of what the pair comes to."""
+    body = "	mov.b64 	%rd3, {%r1, %r77};\n	mul.f32x2 	%rd4, %rd3, %rd3;\n"
+    run(body + "	cvt.u32.u64 	%r5, %rd4;\n" + EVERYONE)
+    faults(body + "	mov.b64 	{_, %r5}, %rd4;\n" + EVERYONE, "%r5, which holds no value")
+
+
 def test_a_register_that_nobody_wrote_travels_too():
     nobody = "	add.f32 	%r8, %r77, %r77;\n	mov.b32 	%r5, %r8;\n"
     run(nobody)
