@@ -49,7 +49,7 @@ class GradientScale:
 
 
 class Everyones:
-    """What is said of the tokens of all processes, each of which has ``counts`` of them."""
+    """Gathers per-token vectors and means over processes, which have ``counts`` tokens each."""
 
     def __init__(self, group: str, counts: list[int]) -> None:
         self.group, self.counts = group_named(group), counts
@@ -62,7 +62,7 @@ class Everyones:
         return all_gather(scalar, self.group).mean(0)
 
     def mean_of_rows(self, mean: Tensor | None) -> Tensor | None:
-        """The mean over all rows of what each process has the mean of its own rows of."""
+        """The mean over all processes' rows, from each process's mean."""
         if mean is None:
             return None
         weights = torch.tensor(self.counts, dtype=torch.float32, device=mean.device)

@@ -22,10 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import Divergence, Head, Needs, Pair, States, part, slices
+from .chunks import NOTHING, Divergence, Head, Needs, Pair, States, part, slices
 from .token_major import Logits
-
-NOTHING = Needs(False, False, False)
 
 
 class Side(NamedTuple):

@@ -10,6 +10,7 @@ The settings are PyTorch's own, for the whole process. They are set for the time
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,23 +29,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+_lock = threading.Lock()
+_calls: dict[str, int] = {}  # that run now, by device
+_before: dict[str, dict[str, Any]] = {}  # the caller's settings, to be restored after the last of them
+
+
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
-    """Runs products on this device with the settings above."""
-    backends: Any = torch.backends
-    holder = backends.mkldnn.matmul if device.type == "cpu" else backends.cuda.matmul
-    before = {}
+    """Runs products on this device with the settings above. Of calls in several threads at once the first sets them,
+    and the last restores what it found.
+    """
+    _enter(device.type)
     try:
-        for name, wanted in SETTINGS.get(device.type, {}).items():
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        _leave(device.type)
+
+
+def _enter(kind: str) -> None:
+    with _lock:
+        _calls[kind] = _calls.get(kind, 0) + 1
+        if _calls[kind] > 1:
+            return
+        holder = _holder(kind)
+        before = _before[kind] = {}
+        for name, wanted in SETTINGS.get(kind, {}).items():
             found = getattr(holder, name)
             if found != wanted:
                 before[name] = _to_restore(holder, name, found)
                 setattr(holder, name, wanted)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for name, found in before.items():
-            setattr(holder, name, found)
+
+
+def _leave(kind: str) -> None:
+    with _lock:
+        _calls[kind] -= 1
+        if not _calls[kind]:
+            for name, found in _before.pop(kind).items():
+                setattr(_holder(kind), name, found)
+
+
+def _holder(kind: str) -> Any:
+    backends: Any = torch.backends
+    return backends.mkldnn.matmul if kind == "cpu" else backends.cuda.matmul
 
 
 def _to_restore(holder: Any, name: str, found: Any) -> Any:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .chunks import (
+    NOTHING,
     Head,
     Needs,
     Pull,
@@ -51,9 +52,6 @@ SMALLEST = 1e-30
 # w_t / eps that is far more than the kernels' relative error.
 SPARE = 4
 SLACK = 2.0**-10
-
-
-NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class Sampling(NamedTuple):
@@ -151,10 +149,10 @@ class Sampled(VocabularyWork):
     def _hidden_gradient(self) -> Tensor:
         rows, weight = self._rows, self._head.weight
         by_row = weight.new_empty(rows.actions.numel(), weight.shape[1], dtype=self._head.hidden_dtype)
-        self._backend.weighted_sums(self._entries.by_token(), weight, by_row)
+        self._backend.weighted_sums(self._entries.by_token(), weight.contiguous(), by_row)
         if rows.positions is None:
             return by_row
-        total = torch.zeros_like(rows.hidden)
+        total = rows.hidden.new_zeros(rows.hidden.shape)
         rows.put(total, slice(0, by_row.shape[0]), by_row)
         return total
 

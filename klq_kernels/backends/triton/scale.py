@@ -3,7 +3,7 @@
 The scalar is almost always 1. Where the result is to lie where the gradient already lies, there is then nothing to do:
 each program reads the scalar and ends. Only the device knows it, so only a kernel can leave the work out without a
 synchronisation. Otherwise it is one read and one write, rounded once. A few thousand programs walk over all blocks, so
-that even to do nothing takes microseconds.
+that a launch that has nothing to do ends after a few microseconds.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ def selected_logits(
 ) -> None:
     """See ``portable.selected_logits``."""
     (hidden, positions), ids, atoms = chosen
+    assert hidden.is_contiguous()
+    assert weight.is_contiguous()
     n, k = ids.shape
     config = SELECTED_LOGITS[weight.element_size()]
     with on_device(out):

@@ -33,6 +33,8 @@ def weighted_sums_kernel(begins, ends, index, values, source, out, width, ENTRIE
 
 def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
     """See ``portable.weighted_sums``."""
+    assert source.is_contiguous()
+    assert out.is_contiguous()
     rows, width = out.shape
     with on_device(out):
         weighted_sums_kernel[(rows, triton.cdiv(width, WEIGHTED_SUMS.sizes["BLOCK"]))](
