@@ -373,8 +373,8 @@ def evidence() -> str:
     said = (
         f"On the GPU on record {shape[0]:,} x {shape[1]:,} x {shape[2]:,} took "
         f"{taken['workspace of 256 MiB'] - taken['from targets']:.1f} ms longer in {cut.symbols['c']} chunks of "
-        f"256 MiB than in one; *hidden* predicts {hidden:.1f} ms and *in full* {full:.1f} ms. Fewer, larger chunks hide "
-        "more: "
+        f"256 MiB than in one; *hidden* predicts {hidden:.1f} ms and *in full* {full:.1f} ms. Fewer, larger chunks "
+        "hide more: "
     )
     third = {v["call"]: 0.0 for v in parts["profile"]["profile"]}
     chunks = dict.fromkeys(third, 0)
