@@ -183,6 +183,7 @@ STEPS = (
     Step("ends of sequences", "small", on("on-policy"), "7"),
     Step("metrics", "klq_metrics", on(*LOSSES), "1"),
     Step("normaliser, or its gradient", "small", on("log-probs", "log-probs, backward"), "1"),
+    Step("unknown tokens made NaN", "small", on("log-probs, backward"), "4"),
     Step("backward: the incoming scalar", "small", on("from targets", "on-policy", "head frozen"), "1"),
     Step("backward: hidden states and values by 1", "scale", on("from targets", "on-policy", "head frozen"), "2"),
     Step(
