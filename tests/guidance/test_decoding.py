@@ -59,7 +59,7 @@ def test_the_guided_policy_is_the_tilted_reference(eta: float, kind: str) -> Non
         return logp if kind == "categorical" else (logp[1] - logp[0]).reshape(1)
 
     class TrueGuide(CandidateScorer):
-        def __call__(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
+        def __call__(self, input_ids: Tensor, candidates: Tensor, vocab: int | None = None) -> Tensor:
             self._continue(input_ids)
             self._ids = input_ids.clone()
             rows = zip(input_ids[:, 1:].tolist(), candidates.tolist(), strict=True)  # behind one token of a prompt

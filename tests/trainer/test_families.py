@@ -104,8 +104,8 @@ def test_most_are_supported() -> None:
 def test_a_linear_attention_that_reads_the_padding_is_refused() -> None:
     model = families.build(families.config("minimax", layer_types=["linear_attention", "full_attention"]))
     language_model = LanguageModel(model)
-    with pytest.raises(ValueError, match=r"^model: .*(samples by other|changes its states|cannot sample)"):
-        prove_padding("model", language_model.backbone, language_model)
+    prove_padding("model", language_model.backbone, language_model)
+    with pytest.raises(ValueError, match=r"^model: MiniMaxForCausalLM samples by other"):
         prove_sampling(language_model)
 
 
@@ -117,7 +117,8 @@ def test_sampling_is_proven_in_any_precision_and_leaves_no_trace(family: str, dt
     state = torch.get_rng_state()
     prove_sampling(LanguageModel(model))
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and model.generation_config is own
+    assert model.training
+    assert model.generation_config is own
 
 
 def test_a_cache_that_changes_the_logits_is_refused() -> None:

@@ -416,7 +416,8 @@ def test_a_reward_model_is_read_where_transformers_reads_it(pads_with_eos: bool)
     ids = torch.tensor([tokenizer("abc" if pads_with_eos else "abc<eos>")["input_ids"]])
     with torch.no_grad():
         expected = model.score(model.model(input_ids=ids).last_hidden_state[0, -1]).item()
-    assert score == pytest.approx(expected, rel=1e-4) and score != pytest.approx(other)
+    assert score == pytest.approx(expected, rel=1e-4)
+    assert score != pytest.approx(other)
 
 
 def test_chats_of_parts_and_calls_of_tools_are_logged(tmp_path: Path) -> None:
