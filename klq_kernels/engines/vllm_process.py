@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -161,25 +162,50 @@ class Child:
             EngineError: where it fails, takes longer than ``timeout`` seconds, or the process has ended.
         """
         try:
-            self.connection.send((method, arguments))
             until = time.monotonic() + timeout
+            if not self._sent((method, arguments), until):
+                raise self._too_slow(method, timeout)
             while not self.connection.poll(min(1.0, max(until - time.monotonic(), 0.0))):
                 if self.process.poll() is not None and not self.connection.poll(0.0):
                     raise EOFError
                 if time.monotonic() >= until:
-                    self.process.kill()  # what it would still answer is of no more use
-                    self.stop()
-                    raise EngineError(
-                        f"vLLM took longer than {timeout:g} s for {method}, and was ended: allow more "
-                        f"(engine_timeout), or ask for fewer or shorter completions at once; its log is {self.log}. "
-                        f"{RESUME}"
-                    )
+                    raise self._too_slow(method, timeout)
             outcome, value = self.connection.recv()
         except (EOFError, OSError):
             raise EngineError(f"{self._how_it_ended()} during {method}. {RESUME}. {self._last_words()}") from None
         if outcome == "failed":
             raise EngineError(f"vLLM failed in {method}: {value}; its log is {self.log}")
         return value
+
+    def _sent(self, message: Any, until: float) -> bool:
+        """Sends a message; False where it is not read by the time ``until``, as more fits in no pipe."""
+        failures: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                self.connection.send(message)
+            except BaseException as failure:  # raised again by who waits
+                failures.append(failure)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        sender.join(max(until - time.monotonic(), 0.0))
+        if sender.is_alive():
+            self.process.kill()  # its end closes, and the thread ends
+            sender.join(5.0)
+            return False
+        if failures:
+            raise failures[0]
+        return True
+
+    def _too_slow(self, method: str, timeout: float) -> EngineError:
+        """Ends the process, whose answer would be of no more use, and says why."""
+        self.process.kill()
+        self.stop()
+        return EngineError(
+            f"vLLM took longer than {timeout:g} s for {method}, and was ended: allow more (engine_timeout), or ask for "
+            f"fewer or shorter completions at once; its log is {self.log}. {RESUME}"
+        )
 
     def _how_it_ended(self) -> str:
         try:

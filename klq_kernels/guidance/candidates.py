@@ -35,8 +35,8 @@ from .guide import ValueGuide
 class CandidateScorer:
     """Scores candidates step after step of one generation.
 
-    The rows of a step continue rows of the step before, in any order and number of times (beams), which is found out by
-    their tokens; rows that continue none begin anew.
+    The rows of a step continue rows of the step before by one token, in any order and number of times (beams), which is
+    found out by their tokens; rows that continue none begin anew.
 
     Args:
         guide: is called in evaluation mode.
@@ -63,25 +63,22 @@ class CandidateScorer:
         self.parents: Tensor | None = None  # int64 [B] of the last step, rows of the one before; None: it began anew
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, candidates: Tensor, vocab: int | None = None) -> Tensor:
         """The outputs of the guide after each candidate, fp32 [B, k, A].
 
         Args:
             input_ids: int64 [B, L], padded on the left.
             candidates: int64 [B, k].
+            vocab: all candidates are below it. Where the guide knows so many tokens, prompts alone are checked, which
+                spares a copy from the device at every step.
 
         Raises:
             ValueError: where an id is none of the guide's.
         """
-        highest = int(torch.maximum(input_ids.max(), candidates.max()))
-        require(
-            highest < self.guide.vocab_size,
-            "guide",
-            f"reads ids below {self.guide.vocab_size}, and there is {highest}; it must know every token of the "
-            "reference",
-        )
         with self.guide.evaluating():
             self._continue(input_ids)
+            if self.parents is None or vocab is None or vocab > self.guide.vocab_size:
+                self._check_ids(input_ids, candidates)
             if self._shares is None:
                 self._shares = self._probe(input_ids, candidates)
             if self._shares:
@@ -89,9 +86,18 @@ class CandidateScorer:
             self._ids = input_ids.clone()
             return self._apart(input_ids, candidates)
 
+    def _check_ids(self, input_ids: Tensor, candidates: Tensor) -> None:
+        highest = int(torch.maximum(input_ids.max(), candidates.max()))
+        require(
+            highest < self.guide.vocab_size,
+            "guide",
+            f"reads ids below {self.guide.vocab_size}, and there is {highest}; it must know every token of the "
+            "reference",
+        )
+
     def _find(self, input_ids: Tensor) -> Tensor | None:
         """The rows of the step before that these continue, or None where one of them continues none."""
-        if self._ids is None or input_ids.shape[1] <= self._ids.shape[1]:
+        if self._ids is None or input_ids.shape[1] != self._ids.shape[1] + 1:  # a generation goes on by one token
             return None
         before = input_ids[:, : self._ids.shape[1]]
         if before.shape == self._ids.shape and torch.equal(before, self._ids):

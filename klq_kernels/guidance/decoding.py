@@ -44,7 +44,9 @@ def check_guidance(
 class GuidedLogits(LogitsProcessor):
     """Tilts a reference policy by a guide: ``model.generate(..., logits_processor=[GuidedLogits(guide, eta=0.1)])``.
 
-    It follows one generation after another: rows may be padded on the left, sampled, or beams.
+    It follows one generation after another: rows may be padded on the left, sampled, or beams. Rows that do not go on
+    from those of the step before by one token begin a generation. Call ``reset`` before a prompt that does, although it
+    begins one, and where the guide has learnt meanwhile.
 
     Args:
         guide: reads the tokens of the reference.
@@ -81,6 +83,7 @@ class GuidedLogits(LogitsProcessor):
         self.temperature = temperature
         self._ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
         self._scorer = CandidateScorer(guide, pad_token_id, attention_mask)
+        self._ends_there = torch.tensor(self._ends, dtype=torch.long)  # on the device of the last generation
         self._kl: Tensor | None = None
         self._prompt = 0  # tokens before the first that was generated
 
@@ -95,6 +98,11 @@ class GuidedLogits(LogitsProcessor):
         assert self._kl is not None
         return self._kl
 
+    def reset(self) -> None:
+        """Forgets the last generation: the next call begins another."""
+        self._scorer.forget()
+        self._kl = None
+
     def offsets(self, outputs: Tensor) -> Tensor:
         """Of the guide's outputs [..., A], fp32 [...]."""
         law = self.guide.law
@@ -105,7 +113,7 @@ class GuidedLogits(LogitsProcessor):
         logp = (scores.float() / self.temperature).log_softmax(-1)
         ref, candidates = logp.topk(min(self.top_k, logp.shape[-1]), -1)  # [B, k]
         dead, mass = ref == -torch.inf, ref.logsumexp(-1, keepdim=True)
-        offsets = self.offsets(self._scorer(input_ids, candidates)).masked_fill(dead, -torch.inf)
+        offsets = self.offsets(self._scorer(input_ids, candidates, logp.shape[-1])).masked_fill(dead, -torch.inf)
         shift = offsets - offsets.max(-1, keepdim=True).values
         shift = shift - ((ref + shift).logsumexp(-1, keepdim=True) - mass)
         shift = shift.masked_fill(dead, 0.0)
@@ -125,5 +133,6 @@ class GuidedLogits(LogitsProcessor):
         else:
             self._kl = self._kl[parents]
         generated = input_ids[:, self._prompt :]
-        over = torch.isin(generated, torch.tensor(self._ends, device=input_ids.device, dtype=input_ids.dtype)).any(1)
+        self._ends_there = self._ends_there.to(input_ids)
+        over = torch.isin(generated, self._ends_there).any(1)
         self._kl = self._kl + kl.masked_fill(over, 0.0)

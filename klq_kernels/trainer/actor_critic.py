@@ -42,6 +42,9 @@ class ValueFunction(nn.Module):
         width: size of the policy's hidden states.
         model: None (the lean default: share the policy's backbone), a sequence-classification model with one label
             (a reward model, say: its head becomes the value head, in fp32), or a bare or causal-LM backbone.
+
+    Raises:
+        ValueError: where the model has a head that is neither one linear layer with one output nor an lm_head.
     """
 
     def __init__(self, width: int, model: nn.Module | None = None) -> None:
@@ -51,18 +54,40 @@ class ValueFunction(nn.Module):
         if model is not None:
             self.backbone = getattr(model, "base_model", model)
             width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
-            head = getattr(model, "score", None)
-            require(
-                head is None or getattr(head, "out_features", 1) == 1,
-                "value_model",
-                f"must have one label, got {getattr(head, 'out_features', None)} (load it with num_labels=1)",
-            )
-        self.head = head.float() if isinstance(head, nn.Linear) else zero_head(width)
+            head = trained_head(model, width)
+        self.head = zero_head(width) if head is None else head.float()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """V [N] in fp32 of hidden states [N, H] of the backbone this value function reads."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype)).float().squeeze(-1)
+
+
+def trained_head(model: Any, width: int) -> nn.Linear | None:
+    """The head [1, ``width``] that a model has on its backbone, whatever its name; None of a backbone or a causal LM.
+
+    Raises:
+        ValueError: where what it has there is something else, which a fresh head would replace unnoticed.
+    """
+    backbone = getattr(model, "base_model", model)
+    if backbone is model or model.get_output_embeddings() is not None:
+        return None
+    inside = {id(p) for p in backbone.parameters()}
+    outside = {name: p for name, p in model.named_parameters() if id(p) not in inside}
+    owners = {name.rpartition(".")[0] for name in outside}
+    if not owners:
+        return None
+    modules = [model.get_submodule(name) for name in owners]
+    heads = [m for m in modules if isinstance(m, nn.Linear) and m.in_features == width]
+    advice = "load it with num_labels=1, or give its backbone (AutoModel), on which a head that begins at 0 is trained"
+    if len(heads) == len(modules) == 1:
+        labels = heads[0].out_features
+        require(labels == 1, "value_model", f"must have one label, got {labels}; {advice}")
+        return heads[0]
+    raise ValueError(
+        f"value_model: {type(model).__name__} is not supported: its head ({', '.join(sorted(outside))}) is not one "
+        f"linear layer [1, {width}] on the hidden states; {advice}"
+    )
 
 
 def scaled_gradient(hidden: Tensor, scale: float) -> Tensor:

@@ -29,7 +29,7 @@ class CompletionsLog:
             for i, (prompt, completion, total) in enumerate(zip(prompts, completions, totals, strict=True)):
                 each = dict(zip(names, scores.each[i].tolist(), strict=True))
                 row = {"step": step, "prompt": prompt, "completion": completion, "score": total, "rewards": each}
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, default=str) + "\n")
         if self._config.process_index == 0:
             self._show(step, prompts, completions, totals)
 
@@ -40,9 +40,15 @@ class CompletionsLog:
         table = Table("prompt", "completion", "score", title=f"step {step}", show_lines=True)
         rows = zip(prompts, completions, totals, strict=True)
         for prompt, completion, total in islice(rows, self._config.num_completions_to_print):
-            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            text = prompt if isinstance(prompt, str) else said(prompt[-1])
             table.add_row(cell(text), cell(completion), f"{total:.3f}")
         Console().print(table)
+
+
+def said(message: dict[str, Any]) -> str:
+    """The content of a chat message; what is no text (parts, images) or none at all (calls of tools) as JSON."""
+    content = message.get("content")
+    return content if isinstance(content, str) else json.dumps(message if content is None else content, default=str)
 
 
 def cell(text: str) -> str:

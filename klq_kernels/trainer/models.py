@@ -9,7 +9,7 @@ model's own log-probabilities, so that a model with another kind of head is refu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -85,9 +85,23 @@ class LanguageModel:
         """(name, weight) of the model by its base's names, whole and merged (``export.whole_weights``)."""
         return whole_weights(self._causal_lm)
 
-    def without_adapters(self) -> AbstractContextManager[Any]:
-        """Inside, a PEFT model is its base model: the reference policy."""
-        return self.model.disable_adapter() if self.is_peft else nullcontext()  # type: ignore[operator]
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, a PEFT model is its base model: the reference policy. What is trained afterwards is what was before.
+
+        PEFT has every weight of the active adapters require a gradient as it switches them on again, frozen ones too.
+        """
+        if not self.is_peft:
+            yield
+            return
+        before = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            for parameter, trained in before:
+                if parameter.requires_grad != trained:
+                    parameter.requires_grad_(trained)
 
 
 def backbone_states(backbone: nn.Module, inputs: Inputs) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..call.checks import require
 from . import loading, probe
-from .actor_critic import ActorCritic, ValueFunction
+from .actor_critic import ActorCritic, ValueFunction, trained_head
 from .config import KLQConfig
 from .frozen import FrozenPolicy
 from .models import LanguageModel
@@ -20,7 +20,7 @@ from .sharding import gathered
 
 
 class Parts(NamedTuple):
-    """What is trained, and the reference where it is a model of its own."""
+    """The policy and its value function in one module, the reference where it is a model of its own, and the layout."""
 
     actor_critic: ActorCritic
     reference: FrozenPolicy | None
@@ -36,8 +36,11 @@ def proven_parts(
     tokenizer: Any,
     peft_config: Any,
     optimizer: torch.optim.Optimizer | None,
+    samples: bool = True,
 ) -> Parts:
     """The models of a run. Models that ZeRO-3 sharded as they were loaded are whole meanwhile, as probes run them.
+
+    ``samples`` says that the policy's own ``generate`` samples, and not an engine or a rollout function.
 
     Raises:
         ValueError: naming the argument of the trainer that does not fit, and what would.
@@ -60,14 +63,18 @@ def proven_parts(
             backbones["value_model"] = value.backbone
             embeddings: Any = value.backbone.get_input_embeddings()  # type: ignore[operator]
             loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
+            if trained_head(critic, value.head.in_features) is not None:
+                probe.prove_value_head(critic, value, language_model)
         padding_free = prove_backbones(
             actor_critic, backbones, policies, disable_dropout=args.disable_dropout, padding_free=args.padding_free
         )
+        if samples:
+            probe.prove_sampling(language_model)
         return Parts(actor_critic, policies.reference, padding_free)
 
 
 class Policies(NamedTuple):
-    """What is trained, and the reference where it is a model of its own."""
+    """The policy alone, adapters included, and the reference where it is a model of its own."""
 
     language_model: LanguageModel
     reference: FrozenPolicy | None
@@ -107,7 +114,7 @@ def prove_backbones(
     disable_dropout: bool,
     padding_free: bool | None,
 ) -> bool:
-    """Probes what reads tokens: padding, dropout; returns whether sequences are concatenated.
+    """Probes what reads tokens: padding, causality, dropout; returns whether sequences are concatenated.
 
     Args:
         trained: all that is trained.
@@ -118,6 +125,7 @@ def prove_backbones(
     language_model, reference = policies
     for name, backbone in backbones.items():
         probe.prove_padding(name, backbone, language_model)
+        probe.prove_causal(name, backbone, language_model)
     if disable_dropout:
         probe.silence(trained, backbones, language_model)
     else:
@@ -140,7 +148,7 @@ def _reference(
             "must not share trained parameters with model; leave it None: the policy as it is now is the reference",
         )
     model = copy.deepcopy(policy.model) if given is None else given
-    reference = FrozenPolicy(model.to(dtype), temperature)
+    reference = FrozenPolicy(model if dtype is None else model.to(dtype), temperature)
     loading.check_vocabulary("ref_model", reference.language_model.vocab_size, policy.vocab_size)
     probe.prove_head(reference.language_model)
     return reference

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor
 
 from ..call.checks import require
 from ..logprobs import linear_logprobs
 from .batches import Sequence, collate
 from .models import LanguageModel, backbone_states
+from .rollout import generate
 
 LENGTH = 6  # tokens of a probe
+PROMPTS, SAMPLED = (3, 20), 4  # tokens of the prompts that sampling is probed with, and of their completions
+FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 # Names that modules and configs give to rates at which training mode changes something at random.
 RANDOM_RATE = re.compile(r"drop|jitter|noise", re.IGNORECASE)
 # PEFT initialisations that take the adapter's first value out of the base weights.
@@ -228,7 +232,7 @@ def prove_padding(name: str, backbone: nn.Module, language_model: LanguageModel)
         alone = states(short)
         try:
             error = _difference(states(long, short), alone)
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as failure:
+        except FAILURES as failure:
             raise ValueError(
                 f"{name}: {type(backbone).__name__} is not supported: it fails on a batch that is padded on the right "
                 f"({type(failure).__name__}: {str(failure).splitlines()[0]})"
@@ -237,6 +241,124 @@ def prove_padding(name: str, backbone: nn.Module, language_model: LanguageModel)
         error <= _tolerance(next(backbone.parameters()).dtype),
         name,
         f"{type(backbone).__name__} is not supported: padding on the right changes its states (by {error:.3g})",
+    )
+
+
+def prove_causal(name: str, backbone: nn.Module, language_model: LanguageModel) -> None:
+    """Holds the first states of a sequence against those of one that goes on otherwise.
+
+    Raises:
+        ValueError: naming the argument whose model reads tokens that come later, which no policy has at hand as it
+            samples.
+    """
+    kept = LENGTH // 2
+    sequence, other = (_probe_sequence(language_model, at).ids for at in (3, 11))
+    device = next(backbone.parameters()).device
+
+    def states(ids: Tensor) -> Tensor:
+        alone = Sequence(ids[:1], ids[1:], torch.ones(LENGTH - 1, dtype=torch.bool))
+        batch = collate([alone], pad_id=0, padding_free=False).to(device)
+        return backbone_states(backbone, batch)[:kept].float()
+
+    with mode(backbone, training=False):
+        error = _difference(states(torch.cat([sequence[:kept], other[kept:]])), states(sequence))
+    require(
+        error <= _tolerance(next(backbone.parameters()).dtype),
+        name,
+        f"{type(backbone).__name__} is not causal: tokens that come later change its states (by {error:.3g}); give a "
+        "decoder (some families are one with is_decoder=True in their config)",
+    )
+
+
+def prove_value_head(model: Any, value: Any, language_model: LanguageModel) -> None:
+    """Holds the values of a model's own head, as a ``ValueFunction`` computes them, against what the model returns.
+
+    Raises:
+        ValueError: naming ``value_model``, where its head reads anything else than the last hidden states.
+    """
+    ids = probe_ids(language_model).to(next(model.parameters()).device)
+    ids = ids[ids != model.config.get_text_config().pad_token_id].unsqueeze(0)  # it reads the last that is no padding
+
+    def in_its_precision(head: nn.Linear, inputs: Any) -> Any:
+        return (inputs[0].to(head.weight.dtype), *inputs[1:])  # the head is fp32, whatever the model is
+
+    hook = value.head.register_forward_pre_hook(in_its_precision)
+    try:
+        with mode(model, training=False):
+            theirs = model(input_ids=ids).logits.float().flatten()[-1]
+            ours = value(value.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, -1])[0]
+    finally:
+        hook.remove()
+    error = _difference(ours, theirs)
+    require(
+        error <= max(1e-3, _tolerance(next(value.backbone.parameters()).dtype)),
+        "value_model",
+        f"{type(model).__name__} is not supported: its score is not its head's of the last token's hidden state (they "
+        f"differ by {error:.3g}); give its backbone (AutoModel), and a head that begins at 0 is trained on it",
+    )
+
+
+class _Forced(LogitsProcessor):
+    """Has ``generate`` choose known tokens, and notes the logits that it would have chosen by."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        self.chosen = chosen  # [B, steps]
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.float())
+        token = self.chosen[:, len(self.logits) - 1 : len(self.logits)].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def prove_sampling(language_model: LanguageModel) -> None:
+    """Holds the log-probabilities by which ``rollout.generate`` samples against those that the trainer scores.
+
+    Sampling pads on the left and goes on from a KV cache, scoring pads on the right and reads a sequence at once. The
+    prompts are of unequal length. What begins beyond so few tokens, such as a sliding window of thousands, is not seen.
+
+    Raises:
+        ValueError: naming ``model``, where they differ, or where it cannot generate.
+    """
+    model = language_model.model
+    name, device = type(model).__name__, next(model.parameters()).device
+    prompts = [probe_ids(language_model, number, 3 + number).tolist() for number in PROMPTS]
+    chosen = torch.stack([probe_ids(language_model, SAMPLED, first) for first in (5, 12)])
+    advice = "sample with a rollout_func or an engine"
+    config = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=SAMPLED, pad_token_id=0, eos_token_id=None, use_cache=True
+    )
+    forced = _Forced(chosen)
+    with mode(model, training=False):
+        try:
+            generate(model, prompts, config, batch_size=len(prompts), device=device, processor=lambda mask: forced)
+        except FAILURES as failure:
+            raise ValueError(
+                f"model: {name} cannot sample: its generate fails on a batch that is padded on the left "
+                f"({type(failure).__name__}: {' '.join(str(failure).splitlines()[:1])}); {advice}"
+            ) from failure
+        batch = collate(
+            [
+                Sequence(torch.tensor(p), c, torch.ones(SAMPLED, dtype=torch.bool))
+                for p, c in zip(prompts, chosen.cpu(), strict=True)
+            ],
+            pad_id=0,
+            padding_free=False,
+        ).to(device)
+        logits = torch.stack(forced.logits, 1).flatten(0, 1).to(device)  # a row per scored token
+        hidden = language_model.hidden_states(batch).index_select(0, batch.rows)
+        head = language_model.head()
+        error = 0.0
+        for actions in (batch.actions, logits.argmin(-1)):  # the latter are farthest from the normaliser
+            ours = linear_logprobs(hidden.unsqueeze(0), **head._asdict(), actions=actions.unsqueeze(0)).logprobs[0]
+            theirs = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            error = max(error, (ours - theirs).abs().nan_to_num(torch.inf).max().item())
+    tolerance = max(1e-3, _tolerance(head.weight.dtype))
+    require(
+        error <= 1e-3 + tolerance * logits.abs().max().item(),
+        "model",
+        f"{name} samples by other log-probabilities than those it is scored by: they differ by {error:.3g} on a probe, "
+        f"so padding on the left or its KV cache changes what it computes; {advice}",
     )
 
 
@@ -256,7 +378,7 @@ def keeps_sequences_apart(backbone: nn.Module, language_model: LanguageModel) ->
     with mode(backbone, training=False):
         try:
             packed, after_other, alone = states(first, second), states(other, second), states(second)
-        except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        except FAILURES:
             return False  # takes no positions, or no batch without a mask
     if _difference(packed, after_other) > _tolerance(torch.float32):
         return False

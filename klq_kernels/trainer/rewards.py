@@ -162,7 +162,7 @@ def scores_of(
     prompts = [row["prompt"] for row in rows]
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     completions = [
-        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+        [{"role": "assistant", "content": text}] if not isinstance(prompt, str) else text
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} if rows else {}
@@ -361,7 +361,11 @@ class ModelReward:
         self.sharded = self._placed is not None and self._placed.placement == "sharded"
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        """One score per pair, read at its last token."""
+        """One score per pair, read where the model reads it.
+
+        transformers' decoders read the last token that is no padding token. Where the padding token is EOS, an EOS at
+        the end counts as padding, and the score is that of the token before: so it was as transformers trained them.
+        """
         encoded = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores = [0.0] * len(encoded)

@@ -252,12 +252,18 @@ def sampling_config(
     EOS ids are the model's where it has any (some have several), else the tokenizer's.
 
     Raises:
-        ValueError: where there is no EOS, or ``extra`` has a temperature of its own.
+        ValueError: where there is no EOS, or ``extra`` has a temperature or a length of its own.
     """
     require(
         "temperature" not in extra,
         "generation_kwargs",
         "must not hold the temperature; set the option temperature, which the trained policy has as well",
+    )
+    lengths = [name for name in ("max_new_tokens", "max_length") if name in extra]
+    require(
+        not lengths,
+        "generation_kwargs",
+        f"must not hold {', '.join(lengths)}; set the option max_completion_length, which the whole run goes by",
     )
     require(
         extra.get("num_return_sequences", 1) == 1,
@@ -292,7 +298,9 @@ def prompt_ids(
 
 def check_ids(name: str, ids: Any, vocab: int) -> None:
     """Raises a ValueError unless they are token ids, ints below ``vocab``."""
-    for token in ids:
+    if all(type(token) is int for token in ids) and (len(ids) == 0 or (min(ids) >= 0 and max(ids) < vocab)):
+        return
+    for token in ids:  # among them ints of other types, and what the message is about
         whole = isinstance(token, Integral) and not isinstance(token, bool)
         require(whole and 0 <= token < vocab, name, f"must hold ints in [0, {vocab}), the policy's ids; got {token!r}")
 
@@ -334,7 +342,10 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
                 len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
             )
     require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
-    for name, column in (("prompt_ids", prompt_ids), ("completion_ids", ids)):
+    given = [("completion_ids", ids)]
+    if prompt_ids is not prompts:  # those were checked as they were tokenized
+        given.append(("prompt_ids", prompt_ids))
+    for name, column in given:
         for row, entry in enumerate(column):
             check_ids(f"rollout_func: {name}[{row}]", entry, vocab)
     sequences = [

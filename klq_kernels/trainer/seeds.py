@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
 
 
+@unique
 class Purpose(IntEnum):
     """The purpose of a stream of random numbers."""
 
@@ -26,12 +27,15 @@ class Purpose(IntEnum):
     CUT = 5
     REST = 6
     HEAD = 7
-    VALUES = 7
+    VALUES = 8
 
 
 def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:
-    """A 63-bit seed for one stream; streams of different arguments are independent."""
-    state = np.random.SeedSequence([seed, int(purpose), *where]).generate_state(1, np.uint64)
+    """A 63-bit seed for one stream; streams of different arguments are independent.
+
+    The length of the place is part of it, because a ``SeedSequence`` pads with zeros: (2,) and (2, 0) would be one.
+    """
+    state = np.random.SeedSequence([seed, int(purpose), len(where), *where]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 
 

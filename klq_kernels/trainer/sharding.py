@@ -54,6 +54,7 @@ def check_engine(accelerator: Any) -> None:
     Raises:
         ValueError: naming the setting of the engine that the trainer does not support.
     """
+    check_parallelism(accelerator)
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -70,6 +71,19 @@ def check_engine(accelerator: Any) -> None:
     )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Raises a ValueError where processes share a sequence or a layer: each is taken to run sequences of its own."""
+    config = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(config, name, 1) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    shared = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    require(
+        not shared,
+        "parallelism_config",
+        f"{', '.join(shared)}: tensor, context and sequence parallelism are not supported; leave them at 1 and use "
+        "DDP, FSDP2 or ZeRO",
+    )
 
 
 def shard_heads(accelerator: Any, value_head: nn.Linear, lm_head: nn.Module | None) -> None:

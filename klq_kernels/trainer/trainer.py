@@ -154,8 +154,9 @@ class KLQTrainer(Evaluation, Checkpoints):
         critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
         reference = None if ref_model is None else loading.causal_lm(ref_model, args)
         parts = proven_parts(
-            args, policy, critic, reference, tokenizer=tokenizer, peft_config=peft_config, optimizer=optimizers[0]
-        )
+            args, policy, critic, reference, tokenizer=tokenizer, peft_config=peft_config, optimizer=optimizers[0],
+            samples=rollout_func is None,
+        )  # fmt: skip
         super().__init__(
             model=parts.actor_critic,
             args=args,

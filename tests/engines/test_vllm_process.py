@@ -113,6 +113,16 @@ def test_what_vllm_complains_of_is_passed_on(tmp_path: Path) -> None:
     assert not child.folder.exists()
 
 
+def test_a_child_that_reads_nothing_is_ended_in_time(tmp_path: Path) -> None:
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    child = Child(str(sleeper), {}, tmp_path / "log", 1024)
+    with pytest.raises(EngineError, match=r"longer than 0\.2 s for generate.*engine_timeout"):
+        child.call("generate", 0.2, request=bytes(2**24))  # more than a pipe holds
+    assert gone(child.process.pid)
+
+
 def test_the_child_sees_the_trainers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert same_gpu("cpu") == {}

@@ -59,7 +59,7 @@ def test_the_guided_policy_is_the_tilted_reference(eta: float, kind: str) -> Non
         return logp if kind == "categorical" else (logp[1] - logp[0]).reshape(1)
 
     class TrueGuide(CandidateScorer):
-        def __call__(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
+        def __call__(self, input_ids: Tensor, candidates: Tensor, vocab: int | None = None) -> Tensor:
             self._continue(input_ids)
             self._ids = input_ids.clone()
             rows = zip(input_ids[:, 1:].tolist(), candidates.tolist(), strict=True)  # behind one token of a prompt
@@ -323,3 +323,29 @@ def test_wrong_arguments_are_named() -> None:
         GuidedLogits(guide, attention_mask=torch.ones(1, 9))(torch.tensor([[3, 4]]), torch.zeros(1, tiny.VOCAB))
     with pytest.raises(ValueError, match=r"^kl: "):
         GuidedLogits(guide).kl  # noqa: B018
+
+
+def test_a_later_prompt_that_begins_with_the_last_output_begins_anew() -> None:
+    model, guide = tiny.model("llama", seed=4).eval(), guide_of()
+    reused = GuidedLogits(guide, 0.1)
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    first = generate(model, prompt, reused)
+    longer = torch.cat([first, torch.tensor([[11, 12], [13, 14]])], 1)
+    fresh = GuidedLogits(guide, 0.1)
+    assert torch.equal(generate(model, longer, reused), generate(model, longer, fresh))
+    torch.testing.assert_close(reused.kl, fresh.kl)
+
+
+def test_reset_begins_anew_whatever_comes() -> None:
+    model, guide = tiny.model("llama", seed=4).eval(), guide_of()
+    reused, ids = GuidedLogits(guide, 0.1), torch.tensor([[5, 6, 7, 8]])
+    scores = model(ids).logits[:, -1]
+    reused(ids[:, :-1], scores)
+    with torch.no_grad():
+        guide.backbone.layers[0].mlp.up_proj.weight.mul_(2.0)
+    reused.reset()
+    with pytest.raises(ValueError, match="no generation yet"):
+        reused.kl  # noqa: B018
+    fresh = GuidedLogits(guide, 0.1)
+    torch.testing.assert_close(reused(ids, scores), fresh(ids, scores))
+    torch.testing.assert_close(reused.kl, fresh.kl)

@@ -150,6 +150,20 @@ def test_weights_for_an_engine_are_those_of_the_merged_model(kind: str) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def test_what_is_frozen_stays_frozen_after_the_reference_was_read() -> None:
+    policy = peft.get_peft_model(tiny.model(), peft.LoraConfig(**LORA, target_modules=["q_proj"]))
+    for name, parameter in policy.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in policy.named_parameters()}
+    with pytest.raises(KeyError), LanguageModel(policy).without_adapters():
+        raise KeyError
+    with LanguageModel(policy).without_adapters():
+        pass
+    assert {name: p.requires_grad for name, p in policy.named_parameters()} == before
+    assert any(before.values())
+
+
 def test_weights_for_an_engine_without_adapters(tmp_path: Path) -> None:
     """A shared weight comes once, under the name that ``named_parameters`` gives it."""
     trainer = tiny.trainer(tmp_path)

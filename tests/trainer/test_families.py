@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import families
@@ -13,9 +14,18 @@ from torch import nn
 from klq_kernels import linear_logprobs
 from klq_kernels.trainer.batches import Sequence, collate
 from klq_kernels.trainer.models import LanguageModel
-from klq_kernels.trainer.probe import keeps_sequences_apart, prove_head, prove_padding, silence
+from klq_kernels.trainer.probe import (
+    keeps_sequences_apart,
+    prove_causal,
+    prove_head,
+    prove_padding,
+    prove_sampling,
+    silence,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# Padding on the left or the KV cache changes what they compute, or they read tokens that come later.
+SAMPLE_OTHERWISE = ("bert-generation", "moshi", "rwkv", "trocr", "xlm")
 FAMILIES = [name for name in families.FAMILIES if families.known(name)]
 
 
@@ -55,9 +65,11 @@ def test_a_family_is_right_in_training_mode_or_refused_by_name(family: str) -> N
         model = families.with_dropout(family, 0.3)
     except AttributeError as error:  # of transformers' own making, in its first versions with some families
         pytest.skip(f"transformers {transformers.__version__} cannot build it: {error}")
-    language_model = prepared(model)
+    language_model, why = prepared(model)
+    assert language_model is None or family not in SAMPLE_OTHERWISE
     if language_model is None:
-        pytest.skip("refused")
+        assert family in SAMPLE_OTHERWISE or not re.search("samples by other|not causal", why)
+        pytest.skip(f"refused: {why}")
     layouts = [False, True] if keeps_sequences_apart(language_model.backbone, language_model) else [False]
     with torch.no_grad():
         expected = torch.cat([plain_logprobs(model.eval(), s) for s in sequences()])
@@ -66,24 +78,68 @@ def test_a_family_is_right_in_training_mode_or_refused_by_name(family: str) -> N
             torch.testing.assert_close(ours(language_model, padding_free).double(), expected, rtol=0, atol=5e-3)
 
 
-def prepared(model: nn.Module) -> LanguageModel | None:
-    """The model as ``KLQTrainer`` holds it after construction; None where it is refused."""
+def prepared(model: nn.Module) -> tuple[LanguageModel | None, str]:
+    """The model as ``KLQTrainer`` holds it after construction; None where it is refused, and why."""
     try:
         language_model = LanguageModel(model)
         prove_head(language_model)
         prove_padding("model", language_model.backbone, language_model)
+        prove_causal("model", language_model.backbone, language_model)
         silence(model, {"model": language_model.backbone}, language_model)
+        prove_sampling(language_model)
     except ValueError as error:
         if not str(error).startswith("model:"):
             raise
-        return None
-    return language_model
+        return None, str(error)
+    return language_model, ""
 
 
 def test_most_are_supported() -> None:
     """A probe that refuses everything would fail here."""
     some = "llama qwen3 gpt2 gpt_neox mistral olmo2 gemma2 starcoder2 seed_oss mixtral".split()
-    assert all(prepared(families.with_dropout(name, 0.3)) for name in some)
+    assert all(prepared(families.with_dropout(name, 0.3))[0] for name in some)
+
+
+@pytest.mark.skipif(not families.known("minimax"), reason="no minimax")
+def test_a_linear_attention_that_reads_the_padding_is_refused() -> None:
+    model = families.build(families.config("minimax", layer_types=["linear_attention", "full_attention"]))
+    language_model = LanguageModel(model)
+    prove_padding("model", language_model.backbone, language_model)
+    with pytest.raises(ValueError, match=r"^model: MiniMaxForCausalLM samples by other"):
+        prove_sampling(language_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "mixtral"])
+def test_sampling_is_proven_in_any_precision_and_leaves_no_trace(family: str, dtype: torch.dtype) -> None:
+    model = families.build(families.config(family)).to(dtype).train()
+    own = model.generation_config
+    state = torch.get_rng_state()
+    prove_sampling(LanguageModel(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert model.generation_config is own
+
+
+def test_a_cache_that_changes_the_logits_is_refused() -> None:
+    model = families.build(families.config("llama"))
+    forward = model.model.forward
+
+    def late(*args: Any, use_cache: bool, **kwargs: Any) -> Any:
+        out = forward(*args, use_cache=use_cache, **kwargs)
+        if use_cache:
+            out.last_hidden_state = 1.1 * out.last_hidden_state + 0.3
+        return out
+
+    model.model.forward = late
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM samples by other .*rollout_func or an engine"):
+        prove_sampling(LanguageModel(model))
+
+
+def test_a_model_that_reads_later_tokens_is_refused_by_name() -> None:
+    model = LanguageModel(families.build(families.config("bert-generation")))
+    with pytest.raises(ValueError, match=r"^value_model: BertGenerationEncoder is not causal"):
+        prove_causal("value_model", model.backbone, model)
 
 
 def test_a_model_that_fails_on_padding_is_refused_by_name() -> None:

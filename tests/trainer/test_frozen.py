@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from klq_kernels.trainer.frozen import Placed
-from klq_kernels.trainer.sharding import check_engine, check_sharded
+from klq_kernels.trainer.sharding import check_engine, check_parallelism, check_sharded
 
 ONE_STEP = {"max_steps": 1, "num_update_epochs": 1}
 
@@ -100,6 +100,14 @@ def test_settings_of_fsdp_that_are_refused(changes: dict[str, Any], says: str) -
     check_engine(fsdp())
     with pytest.raises(ValueError, match=says):
         check_engine(fsdp(**changes))
+
+
+def test_processes_that_share_a_sequence_or_a_layer_are_refused() -> None:
+    check_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(tp_size=1, cp_size=1, sp_size=1)))
+    check_parallelism(SimpleNamespace(parallelism_config=None))
+    for name in ("tp_size", "cp_size", "sp_size"):
+        with pytest.raises(ValueError, match=f"^parallelism_config: {name}=2"):
+            check_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(**{name: 2})))
 
 
 def test_evaluating_before_the_engine_has_sharded_the_model_is_refused() -> None:

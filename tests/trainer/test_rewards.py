@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from transformers import (
 
 from klq_kernels.trainer import KLQConfig
 from klq_kernels.trainer.completions_log import CompletionsLog
-from klq_kernels.trainer.rewards import Rewards, Scores, unique
+from klq_kernels.trainer.rewards import ModelReward, Rewards, Scores, scores_of, unique
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<go>{% endif %}"
@@ -391,3 +392,39 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path):
     no_tokens = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match=r"processing_classes.*pad_token"):
         Rewards(llama(), processing_classes=no_tokens)
+
+
+def test_a_chat_may_be_a_tuple() -> None:
+    seen: list[Any] = []
+
+    def score(completions: list[Any], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    scores_of(Rewards([score]), tiny.tokenizer(), [{"prompt": ({"role": "user", "content": "a"},)}], [[2, 3]])
+    assert seen[0][0]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("pads_with_eos", [False, True])
+def test_a_reward_model_is_read_where_transformers_reads_it(pads_with_eos: bool) -> None:
+    """At an EOS that ends a text, unless that is its padding: then at the token before, as it was trained."""
+    tokenizer, model = tiny.tokenizer(), tiny.classifier()
+    if pads_with_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    reward = ModelReward("model", model, tokenizer, batch_size=2, place=torch.device("cpu"))
+    score, other = reward(prompts=["ab", "a"], completions=["c<eos>", "d"])
+    ids = torch.tensor([tokenizer("abc" if pads_with_eos else "abc<eos>")["input_ids"]])
+    with torch.no_grad():
+        expected = model.score(model.model(input_ids=ids).last_hidden_state[0, -1]).item()
+    assert score == pytest.approx(expected, rel=1e-4)
+    assert score != pytest.approx(other)
+
+
+def test_chats_of_parts_and_calls_of_tools_are_logged(tmp_path: Path) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": Path("b")}]}]
+    call = ({"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},)
+    scores = Rewards([tiny.even])(prompts=["", ""], completions=["", ""], completion_ids=[[2], [3]], columns={})
+    CompletionsLog(tiny.arguments(tmp_path)).add(1, [parts, call], ["x", "y"], scores, ["even"])
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert rows[0]["prompt"][0]["content"][1]["image"] == "b"
+    assert rows[1]["prompt"][0]["tool_calls"] == [{"name": "f"}]

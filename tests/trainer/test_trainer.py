@@ -793,6 +793,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
         ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}),
         ("label_smoothing_factor", {"label_smoothing_factor": 0.1}),
         ("generation_kwargs", {"generation_kwargs": {"num_return_sequences": 2}}),
+        ("generation_kwargs", {"generation_kwargs": {"max_new_tokens": 2}}),
+        ("generation_kwargs", {"generation_kwargs": {"max_length": 2}}),
     ],
 )
 def test_settings_that_would_change_what_is_learnt_are_refused(
@@ -934,6 +936,8 @@ def test_means_are_true_means() -> None:
 def test_streams_of_random_numbers_differ() -> None:
     seeds = {derived_seed(s, p, c, r) for s in (0, 1) for p in Purpose for c in range(3) for r in range(2)}
     assert len(seeds) == 2 * len(Purpose) * 3 * 2
+    assert len(Purpose.__members__) == len(Purpose)  # no two share a value
+    assert derived_seed(0, Purpose.ROLLOUT, 2) != derived_seed(0, Purpose.ROLLOUT, 2, 0)
     assert derived_seed(0, Purpose.ROLLOUT, 1, 0) == derived_seed(0, Purpose.ROLLOUT, 1, 0)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from klq_kernels import linear_logprobs
 from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
 from klq_kernels.trainer.batches import Inputs, Sequence, collate
 from klq_kernels.trainer.models import LanguageModel
-from klq_kernels.trainer.probe import prove_head, silence
+from klq_kernels.trainer.probe import prove_head, prove_value_head, silence
 
 
 def sequences(seed: int = 0, trained: float = 1.0) -> list[Sequence]:
@@ -174,6 +178,44 @@ def test_a_share_of_the_values_gradient_enters_a_shared_backbone(share: float) -
         assert backbone is None
     else:
         torch.testing.assert_close(backbone, share * whole_backbone)
+
+
+def classifier_of(kind: str, **changes: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    settings = AutoConfig.for_model(kind, vocab_size=tiny.VOCAB, num_labels=1, pad_token_id=0, **sizes, **changes)
+    return AutoModelForSequenceClassification.from_config(settings).float()
+
+
+def test_a_head_of_another_name_is_the_value_head_and_one_that_is_not_linear_is_refused() -> None:
+    critic = tiny.classifier()
+    critic.reward, critic.score = critic.score, None
+    assert ValueFunction(32, critic).head is critic.reward
+    with pytest.raises(ValueError, match=r"^value_model: RobertaForSequenceClassification .*classifier.dense"):
+        ValueFunction(32, classifier_of("roberta"))
+
+
+def test_a_value_model_whose_head_reads_something_else_is_refused() -> None:
+    policy = LanguageModel(tiny.model())
+    for dtype in (torch.float32, torch.bfloat16):
+        critic = tiny.classifier().to(dtype)
+        for _ in range(2):  # the second time its head is fp32 already
+            prove_value_head(critic, ValueFunction(32, critic), policy)
+    critic = classifier_of("bert", is_decoder=True)  # its head reads a pooler's output
+    with pytest.raises(ValueError, match=r"^value_model: BertForSequenceClassification is not supported"):
+        prove_value_head(critic, ValueFunction(32, critic), policy)
+
+
+def test_a_value_model_that_reads_later_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^value_model: "):
+        tiny.trainer(tmp_path, {"value_model": classifier_of("bert")})
+
+
+def test_sampling_is_proven_only_where_the_policy_itself_samples(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.generate = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM cannot sample.*rollout_func"):
+        tiny.trainer(tmp_path, {"model": model})
+    tiny.trainer(tmp_path, {"model": model, "rollout_func": lambda prompts, trainer: None})
 
 
 def test_a_reward_model_lends_its_head_and_one_with_more_labels_is_refused() -> None:

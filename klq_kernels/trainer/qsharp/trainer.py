@@ -372,6 +372,7 @@ def proven_guide(given: Any, args: QSharpConfig, reference: LanguageModel) -> Va
     loading.check_vocabulary("guide", given.vocab_size, reference.vocab_size)
     loading.warn_of_16_bit("guide", given)
     probe.prove_padding("guide", given.backbone, reference)
+    probe.prove_causal("guide", given.backbone, reference)
     return given
 
 
