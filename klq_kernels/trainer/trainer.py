@@ -36,7 +36,6 @@ from .engine import engine_of
 from .evaluation import Evaluation
 from .experience import Experience, Plan
 from .frozen import Placed
-from .means import Means
 from .objectives import OBJECTIVES
 from .parts import proven_parts
 from .replay import Memory
@@ -159,7 +158,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         super().__init__(
             model=parts.actor_critic,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]  # a batch of prompts is the list of their rows
+            data_collator=list,  # a batch of prompts is the list of their rows
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -187,12 +186,10 @@ class KLQTrainer(Evaluation, Checkpoints):
             temperature=args.temperature, max_new_tokens=args.max_completion_length,
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
-        self.means = Means()
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(args.replay_cycles, args.num_generations)
         self.demonstrations = self._read_demonstrations(demonstrations)
         self.ahead = Ahead(self.accelerator, self.check)
-        self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
         self.step_rows = torch.zeros(0)
@@ -207,7 +204,6 @@ class KLQTrainer(Evaluation, Checkpoints):
         return self.accelerator.unwrap_model(self.model)
 
     def _check_launch(self) -> None:
-        require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         sharding.check_engine(self.accelerator)
         sharding.check_head_sharding(self.accelerator, self.language_model, self.args.head_sharding)
 
@@ -338,9 +334,6 @@ class KLQTrainer(Evaluation, Checkpoints):
         """Whether the step at hand is one of those in which the value function alone learns."""
         return self.state.global_step < self.args.value_warmup_steps
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs  # compute_loss puts on the device what belongs there
-
     def _begin_updates(self) -> None:
         """Shuffles the cycle's mini-batches and counts what each step is a mean over, on all processes."""
         assert self.experience is not None
@@ -359,27 +352,24 @@ class KLQTrainer(Evaluation, Checkpoints):
 
     # ---- what is logged -----------------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log to what transformers logs, and the number of episodes so far."""
-        if self.is_in_train and "loss" in logs:
-            logs = {**logs, **self.means.drain(self.accelerator), **self.seconds}
-            self.seconds.clear()
-            per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
-            logs["episode"] = math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle
-        super().log(logs, start_time)
+    def _counts(self) -> dict[str, float]:
+        """The number of episodes so far."""
+        per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
+        return {"episode": math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle}
 
     # ---- optimiser, model card ----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' optimiser, with the value function in a group of its own where it has its own rate."""
+        """transformers' optimiser, with the value function in groups of its own where it has its own rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh and self.args.value_learning_rate is not None:
             ours = {id(p) for p in self.actor_critic.value.parameters()}
-            moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
-            for group in optimizer.param_groups:
+            for group in list(optimizer.param_groups):  # each in two, which share the rest of its settings
+                moved = [p for p in group["params"] if id(p) in ours]
                 group["params"] = [p for p in group["params"] if id(p) not in ours]
-            optimizer.add_param_group({"params": moved, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.value_learning_rate})
         return optimizer
 
     def create_model_card(  # type: ignore[override]
