@@ -125,7 +125,7 @@ class Cycle(BaseTrainer):
         scored = self.with_values(scored, rollout, rows)
         experience = self._experience(sampled, scored)
         experience.step = self._step(experience.advantages)
-        add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
+        add_cycle(self.means, rollout, scores, scored, experience, self.args.tau * self._reward_scale)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
         self.means.add({"lam": self.lam}, len(rollout.sequences))
@@ -343,10 +343,15 @@ class Cycle(BaseTrainer):
         """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""
         args = self.args
         if args.scale_rewards:
-            deviation = self.running["scores"].deviation
-            scores = scores / deviation if deviation > 1e-8 else scores
-            self.means.add({"objective/reward_scale": deviation}, len(scores))
+            scores = scores / self._reward_scale
+            self.means.add({"objective/reward_scale": self._reward_scale}, len(scores))
         return scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
+
+    @property
+    def _reward_scale(self) -> float:
+        """What scores are divided by, so that a nat costs tau times as much of them; 1 where they do not vary."""
+        deviation = self.running["scores"].deviation if self.args.scale_rewards else 1.0
+        return deviation if deviation > 1e-8 else 1.0
 
     def _step(self, errors: Tensor) -> float:
         """The share of alpha that is taken where the running spread of lambda-errors is too large."""

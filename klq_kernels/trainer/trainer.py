@@ -158,7 +158,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         super().__init__(
             model=parts.actor_critic,
             args=args,
-            data_collator=list,  # a batch of prompts is the list of their rows
+            data_collator=list,  # a batch is the list of its numbers
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -250,16 +250,14 @@ class KLQTrainer(Evaluation, Checkpoints):
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Every batch is the prompts of one process for one cycle, once per micro-batch of the cycle."""
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=self._prompts_per_device,
-            sampler=self._sampler(),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            drop_last=True,
-        )
-        return self.accelerator.prepare(loader)
+        """An epoch's micro-batches, by number: the loop counts them, and ``rows_of`` reads a cycle's prompts, once."""
+        micro_batches = self.args.steps_per_cycle * self.args.gradient_accumulation_steps
+        numbers: Any = range(self._sampler().cycles * micro_batches * self.accelerator.num_processes)
+        return self.accelerator.prepare(DataLoader(numbers, batch_size=1, collate_fn=list))
+
+    def num_examples(self, dataloader: Any) -> int:
+        """The prompts of an epoch."""
+        return len(self.train_dataset)  # type: ignore[arg-type]
 
     @property
     def _prompts_per_device(self) -> int:
@@ -270,9 +268,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         return CycleSampler(
             len(self.train_dataset),  # type: ignore[arg-type]
             per_cycle=self._prompts_per_device * self.accelerator.num_processes,
-            repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            cycle=lambda: self.cycle,
         )
 
     def rows_of(self, cycle: int) -> list[dict[str, Any]]:
@@ -283,10 +279,10 @@ class KLQTrainer(Evaluation, Checkpoints):
     # ---- the cycle ----------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch; the first of a cycle samples the cycle's experience from ``inputs``, its prompts."""
+        """One micro-batch; the first of a cycle samples the experience of the cycle; ``inputs`` only count."""
         step_in_cycle = self.state.global_step % self.args.steps_per_cycle
         if self.experience is None or (step_in_cycle == 0 and self.micro_step == 0):
-            self.experience = self.collect(inputs)
+            self.experience = self.collect(self.rows_of(self.cycle))
         if self.micro_step == 0 and (step_in_cycle == 0 or len(self.step_rows) == 0):
             self._begin_updates()
         indices = self._plan.indices[step_in_cycle, self.micro_step]
