@@ -61,6 +61,7 @@ LOGGED = {
     "value_mean": "val/value_mean",
     "gradient_entries": "policy/gradient_entries",
 }
+OF_VALUES = ("value_loss", "value_clip_fraction")  # where a value function is trained
 RMS = {"residual_rms"}  # those that are root mean squares
 
 
@@ -311,7 +312,8 @@ class KLQTrainer(Evaluation, Checkpoints):
         if self.warming_up and isinstance(model, DistributedDataParallel):  # which waits for all gradients
             loss = loss + 0.0 * sum(p.sum() for p in self.policy.parameters() if p.requires_grad)
         tokens = batch.actions.numel()
-        logged = {name: value for name, value in metrics.items() if name in LOGGED}
+        unlearnt = () if self.args.learns_values else OF_VALUES
+        logged = {name: value for name, value in metrics.items() if name in LOGGED and name not in unlearnt}
         self.means.add({LOGGED[name]: value for name, value in logged.items() if name not in RMS}, tokens)
         for name in RMS & logged.keys():
             self.means.add_rms(LOGGED[name], logged[name], tokens)

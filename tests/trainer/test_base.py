@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from klq_kernels.trainer import KLQTrainer, last_complete_checkpoint
+from klq_kernels.trainer import DPOConfig, KLQConfig, KLQTrainer, QSharpConfig, last_complete_checkpoint
 from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.qsharp.examples import Example, Examples
 from klq_kernels.trainer.qsharp.quality import auroc
@@ -113,7 +113,7 @@ def test_the_price_of_kl_is_in_the_unit_of_the_scores(tmp_path: Path) -> None:
         return [1000 * x for x in tiny.even(completion_ids)]
 
     trainer = tiny.trainer(
-        tmp_path, {"reward_funcs": reward}, max_steps=24, num_update_epochs=2, scale_rewards=True, learning_rate=3e-3
+        tmp_path, {"reward_funcs": reward}, max_steps=6, num_update_epochs=1, scale_rewards=True, learning_rate=3e-3
     )
     trainer.train()
     logs = [logs for logs in trainer.state.log_history if "objective/kl" in logs]
@@ -147,3 +147,33 @@ def test_examples_are_kept_as_they_were(tmp_path: Path) -> None:
     for kept in (examples, loaded):
         assert [kept[i] for i in range(5)] == given
         assert sorted(kept.draw([0, 1, 2, 3, 4], seed=1)) == sorted(given)
+
+
+@pytest.mark.parametrize("config", [KLQConfig, QSharpConfig, DPOConfig])
+def test_every_config_refuses_what_its_trainer_would_not_heed(config: type[Any], tmp_path: Path) -> None:
+    refused: dict[str, Any] = {
+        "chat_template_kwargs": {"tokenize": False},
+        "accelerator_config": {"split_batches": True},
+        "bf16_full_eval": True,
+        "fp16_full_eval": True,
+    }
+    if config is not DPOConfig:
+        refused |= {"train_sampling_strategy": "sequential", "dataloader_drop_last": True, "dataloader_num_workers": 1}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            config(str(tmp_path), use_cpu=True, report_to=[], **{name: value})
+
+
+def test_episodes_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KLQConfig, "world_size", property(lambda _: 2))
+    with pytest.raises(ValueError, match=r"^total_episodes: was counted for 1 processes"):
+        tiny.arguments(tmp_path, total_episodes=64, max_steps=-1)
+
+
+def test_a_value_function_that_is_not_trained_has_no_loss(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, {"value_model": tiny.classifier(1)}, max_steps=1, logging_steps=1, freeze_value_model=True
+    )
+    trainer.train()
+    logs = next(logs for logs in trainer.state.log_history if "loss" in logs)
+    assert not {"loss/value_avg", "val/clipfrac_avg"} & logs.keys()

@@ -38,7 +38,7 @@ from .. import loading
 from ..actor_critic import States, held
 from ..base import BaseTrainer
 from ..batches import Inputs, collate
-from ..config import FLOATS, check_counts, check_unused, option
+from ..config import DATA_LOADER, FLOATS, check_counts, check_template, check_unused, option
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
 from ..parts import prove_backbones, proven_policies
@@ -96,6 +96,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         super().__post_init__()
+        check_template(self)
 
     @property
     def logits_dtype(self) -> torch.dtype | None:
@@ -114,7 +115,7 @@ class DPOConfig(TrainingArguments):
             names = ", ".join(k for k in known if k is not None)
             require(value in known, name, f"must be one of {names}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: all columns are read")
-        check_unused(self, but=["per_device_eval_batch_size"])
+        check_unused(self, but=["per_device_eval_batch_size", *DATA_LOADER])
         require_number("beta", self.beta, positive=True)
         require_number("tdpo_alpha", self.tdpo_alpha, low=0.0)
         check_counts(self, ("max_prompt_length", "max_completion_length", "per_device_train_batch_size"))
@@ -314,6 +315,9 @@ class DPOTrainer(BaseTrainer):
     ) -> dict[str, float]:
         """``eval_loss`` and the means that training logs, over held-out pairs; the same on any number of processes."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
+            return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
         check_pairs("eval_dataset", data)
         means, accelerator, policy = Means(), self.accelerator, self.trained_policy
