@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..call.checks import require
 from .means import Means
+
+T = TypeVar("T")
 
 MEANS = "means"
 EXAMPLES = "examples.pt"  # of a guide
@@ -83,6 +86,11 @@ class BaseTrainer(Trainer):
         begin = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def _bar(self, work: Sequence[T], what: str) -> Iterable[T]:
+        """``work`` under a progress bar of the main process."""
+        quiet = self.args.disable_tqdm or not self.accelerator.is_main_process
+        return tqdm(work, desc=what, disable=quiet, leave=False)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

@@ -261,7 +261,7 @@ class QSharpTrainer(BaseTrainer):
         """This process's share in the reference's own completions."""
         out: list[Example] = []
         collection = self.collection
-        for turn in self.turns(len(data)):
+        for turn in self._bar(self.turns(len(data)), "Held-out completions of the reference"):
             records = [data[i] for i in turn.rows]
             prompts = [collection.encode(r["prompt"]) for r in records]
             seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)
