@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the trainer needs {error.name}: pip install 'klq_kernels[train]'") from None
 
-from .checkpoints import last_complete_checkpoint
+from .base import last_complete_checkpoint
 from .config import KLQConfig
 from .engine import EngineRollout
 from .processes import leave_process_group

@@ -56,7 +56,9 @@ def not_a_number(seen: Window) -> str | None:
 
 def unscaled_scores(seen: Window) -> str | None:
     """Scores so large that the squared loss is, and the price of KL is nothing beside them."""
-    size = max(abs(seen.recent[-1].get(f"objective/{name}", 0.0)) for name in ("scores", "scores_std"))
+    logs = seen.recent[-1]
+    size = max(abs(logs.get(f"objective/{name}", 0.0)) for name in ("scores", "scores_std"))
+    size = min(size / logs.get("objective/reward_scale", 1.0), seen.config.reward_clip or size)
     return f"scores of {size:.3g}" if size > 100 else None
 
 
@@ -69,7 +71,7 @@ def everything_truncated(seen: Window) -> str | None:
 def kl_explosion(seen: Window) -> str | None:
     """KL costs more than twice what scores differ by, and still rises."""
     kl, spread = seen.mean("objective/kl"), seen.mean("objective/scores_std")
-    cost = seen.config.tau * kl
+    cost = seen.config.tau * kl * fmean(logs.get("objective/reward_scale", 1.0) for logs in seen.recent)
     explodes = cost > 2 * max(spread, 0.05) and seen.rises("objective/kl")
     return f"{kl:.1f} nats cost {cost:.2f}, scores differ by {spread:.2f}" if explodes else None
 

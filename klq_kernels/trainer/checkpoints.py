@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,59 +9,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..call.checks import require
 from . import sharding
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, changes, conditions
-from .means import Means
 from .replay import Memory
 from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
 
 
-class Resumable(Trainer):
-    """What every trainer here resumes alike: from which checkpoint, and what the next log will say."""
-
-    means: Means
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_complete_checkpoint(Path(folder))
-            require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
-        self._begin()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _begin(self) -> None:
-        """Forgets what belongs to another run."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Beside the random state, what the next log will say, and what else belongs to the run in progress."""
-        super()._save_rng_state(output_dir)
-        torch.save(self.means.state(), self._file_of_process(output_dir, "means"))
-        self._save_progress(output_dir)
-        self.accelerator.wait_for_everyone()  # the state file, which says that all is there, is written next
-
-    def _save_progress(self, folder: str) -> None:
-        """Writes what a trainer's own ``_load_rng_state`` reads."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (means := self._file_of_process(checkpoint, "means")).exists():
-            self.means.load_state(torch.load(means, weights_only=True))
-
-    def _file_of_process(self, folder: str, name: str) -> Path:
-        return Path(folder) / f"{name}_{self.args.process_index}.pt"
-
-
-class Checkpoints(Cycle, Resumable):
+class Checkpoints(Cycle):
     """Saving and resuming, so that a resumed run repeats exactly what an uninterrupted one would have done."""
 
     args: KLQConfig
@@ -105,9 +64,8 @@ class Checkpoints(Cycle, Resumable):
             for prefix in ("policy.", "value.")
         )
         self.policy.save_pretrained(folder, state_dict=policy)
-        self.tokenizer.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in value.items()}, folder / VALUE_FILE)
-        torch.save(self.args, folder / "training_args.bin")
+        self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -116,10 +74,6 @@ class Checkpoints(Cycle, Resumable):
         super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
         self.actor_critic.value.load_state_dict(load_file(Path(resume_from_checkpoint) / VALUE_FILE))
 
-    def _load_best_model(self) -> None:
-        """Loads the best checkpoint, for ``load_best_model_at_end``."""
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
     def _save_progress(self, folder: str) -> None:
         """Running spreads, what is replayed, what is sampled ahead, the experience of a cycle that is not over yet."""
         torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(folder, "running"))
@@ -127,10 +81,8 @@ class Checkpoints(Cycle, Resumable):
             torch.save(self.memory.state(), self._file_of_process(folder, "memory"))
         if self.args.async_rollouts:
             self.ahead.wait()
-        ahead, upcoming = self._file_of_process(folder, "ahead"), self.ahead.state()
-        ahead.unlink(missing_ok=True)  # of a run before, in the same folder
-        if upcoming is not None:
-            torch.save({**upcoming, "made_under": self._conditions}, ahead)
+        if (upcoming := self.ahead.state()) is not None:
+            torch.save({**upcoming, "made_under": self._conditions}, self._file_of_process(folder, "ahead"))
         if self.experience is not None and self.state.global_step % self.args.steps_per_cycle:
             self.experience.save(self._file_of_process(folder, "experience"), self._conditions)
 
@@ -177,20 +129,3 @@ class Checkpoints(Cycle, Resumable):
     @property
     def _conditions(self) -> dict[str, Any]:
         return conditions(self.args, self.accelerator.num_processes)
-
-
-def last_complete_checkpoint(output_dir: Path) -> str | None:
-    """The newest checkpoint that was written to its end (its state file comes last), or None."""
-    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(p).isdecimal()]
-    for folder in sorted(found, key=lambda p: int(step_of(p)), reverse=True):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None
-
-
-def step_of(checkpoint: Path) -> str:
-    """The part of the name after ``checkpoint-``, which for those of transformers is the step."""
-    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

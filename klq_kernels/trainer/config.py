@@ -38,7 +38,18 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
     "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
     "label_smoothing_factor": "the losses of reinforcement learning have no labels",
     "per_device_eval_batch_size": "evaluation takes its batches from rollout_forward_batch_size",
+    "train_sampling_strategy": "the order of the prompts is a function of the seed",
+    "dataloader_drop_last": "every cycle, and every round, is whole",
+    "dataloader_num_workers": "rows are read by the trainer itself, those of a cycle as it begins",
+    "dataloader_persistent_workers": "rows are read by the trainer itself",
+    "dataloader_prefetch_factor": "rows are read by the trainer itself",
+    "bf16_full_eval": "evaluation samples and scores in the precision of training; set bf16",
+    "fp16_full_eval": "evaluation samples and scores in the precision of training; set fp16",
 }
+DATA_LOADER = (  # those of them that a trainer does use which leaves the data to transformers
+    "train_sampling_strategy", "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+)  # fmt: skip
 # Arguments that only the other algorithm reads.
 IGNORED = {
     "klq": ("cliprange", "vf_coef", "whiten_advantages", "importance_clip", "dppo_divergence", "dppo_delta"),
@@ -57,6 +68,16 @@ def check_unused(args: TrainingArguments, *, but: Iterable[str] = ()) -> None:
         default = getattr(TrainingArguments, name)
         unset = name in but or getattr(args, name) == default
         require(unset, name, f"has no effect and must stay {default}: {instead}")
+    given = args.accelerator_config
+    split = given.get("split_batches") if isinstance(given, dict) else getattr(given, "split_batches", False)
+    require(not split, "accelerator_config", "must not set split_batches: counts here are those of one process")
+
+
+def check_template(args: Any) -> None:
+    """Raises a ValueError where ``chat_template_kwargs``, already parsed, holds what a trainer sets itself."""
+    for name in ("add_generation_prompt", "tokenize"):
+        given = name in (args.chat_template_kwargs or {})
+        require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
 
 
 def check_counts(args: TrainingArguments, names: Iterable[str]) -> None:
@@ -257,9 +278,13 @@ class KLQConfig(TrainingArguments):
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
         self._check_engine()
-        for name in ("add_generation_prompt", "tokenize"):
-            given = name in (self.chat_template_kwargs or {})
-            require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
+        check_template(self)
+        counted, processes = self._processes(), self.world_size
+        require(
+            self.total_episodes is None or counted == processes,
+            "total_episodes",
+            f"was counted for {counted} processes (WORLD_SIZE), and there are {processes}; give max_steps instead",
+        )
 
     def torch_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that an argument names."""

@@ -11,7 +11,6 @@ The result is an ``Experience``, from which the updates of the cycle learn.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from ..types import KLQTargets
 from . import sharding
 from .actor_critic import ActorCritic, Objective, States, held
 from .ahead import Ahead, aged
+from .base import BaseTrainer
 from .batches import Inputs, Sequence, collate
 from .completions_log import CompletionsLog
 from .config import KLQConfig
@@ -53,7 +53,7 @@ from .statistics import add_cycle, add_demonstrations, add_rewards, add_sampler
 from .targets import lambda_errors
 
 
-class Cycle:
+class Cycle(BaseTrainer):
     """The parts of a cycle, as methods of the trainer; its attributes are those that the parts read."""
 
     args: KLQConfig
@@ -71,7 +71,6 @@ class Cycle:
     demonstrations: Demonstrations | None
     running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
-    seconds: dict[str, float]  # that each part has taken since the last log
 
     @property
     def actor_critic(self) -> ActorCritic:
@@ -126,7 +125,7 @@ class Cycle:
         scored = self.with_values(scored, rollout, rows)
         experience = self._experience(sampled, scored)
         experience.step = self._step(experience.advantages)
-        add_cycle(self.means, rollout, scores, scored, experience, self.args.tau)
+        add_cycle(self.means, rollout, scores, scored, experience, self.args.tau * self._reward_scale)
         add_sampler(self.means, rollout, scored)
         add_rewards(self.means, scores, self.rewards.names)
         self.means.add({"lam": self.lam}, len(rollout.sequences))
@@ -344,10 +343,15 @@ class Cycle:
         """Scores [S] in units of their running deviation, and clipped, as far as the arguments say so."""
         args = self.args
         if args.scale_rewards:
-            deviation = self.running["scores"].deviation
-            scores = scores / deviation if deviation > 1e-8 else scores
-            self.means.add({"objective/reward_scale": deviation}, len(scores))
+            scores = scores / self._reward_scale
+            self.means.add({"objective/reward_scale": self._reward_scale}, len(scores))
         return scores if args.reward_clip is None else scores.clamp(-args.reward_clip, args.reward_clip)
+
+    @property
+    def _reward_scale(self) -> float:
+        """What scores are divided by, so that a nat costs tau times as much of them; 1 where they do not vary."""
+        deviation = self.running["scores"].deviation if self.args.scale_rewards else 1.0
+        return deviation if deviation > 1e-8 else 1.0
 
     def _step(self, errors: Tensor) -> float:
         """The share of alpha that is taken where the running spread of lambda-errors is too large."""
@@ -368,13 +372,6 @@ class Cycle:
         mean = total / count.clamp(min=1)
         deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
         return ((advantages - mean) / (deviation + 1e-8)).float()
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds a part of the cycle takes to the log (per cycle; on a GPU, of the host's waiting)."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def _log_completions(self, rows: list[dict[str, Any]], rollout: Rollout, scores: Scores) -> None:
         assert self.completions_log is not None

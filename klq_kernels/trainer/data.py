@@ -8,10 +8,13 @@ rewritten here, with the human's answer kept as ``reference``. Rows that cannot 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -303,7 +306,9 @@ def keep_short(
     """
     if max_prompt_length < 1:
         raise ValueError(f"max_prompt_length: must be at least 1, got {max_prompt_length}")
-    lengths = [len(tokenize_prompt(prompt, tokenizer, template)) for prompt in dataset["prompt"]]
+    others = os.environ.get("RANK", "0") != "0"
+    bar = tqdm(dataset["prompt"], desc="Lengths of prompts", disable=others, leave=False)
+    lengths = [len(tokenize_prompt(prompt, tokenizer, template)) for prompt in bar]
     kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         shortest = f"; the shortest has {min(lengths)}" if lengths else ""

@@ -59,9 +59,7 @@ class Demonstrations:
         self.number = number
         self._dataset, self._reader = dataset, reader
         self._first = process * passes * number
-        self._order = CycleSampler(
-            len(dataset), per_cycle=processes * passes * number, repeats=1, seed=seed, cycle=lambda: 0
-        )
+        self._order = CycleSampler(len(dataset), per_cycle=processes * passes * number, seed=seed)
         self.rollout(self.rows(0, 0)[:1])
 
     def rows(self, cycle: int, turn: int) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer
 
 from . import loading, sharding
 from .config import KLQConfig
@@ -18,7 +17,7 @@ from .seeds import Purpose, derived_seed
 from .statistics import add_held_out, add_rewards
 
 
-class Evaluation(Cycle, Trainer):
+class Evaluation(Cycle):
     """Rewards, KL and lengths of held-out prompts, sampled and scored as in a cycle."""
 
     args: KLQConfig

@@ -16,13 +16,16 @@ from .rollout import Rollout
 
 
 def add_cycle(
-    means: Means, rollout: Rollout, scores: Scores, scored: Scored, experience: Experience, tau: float
+    means: Means, rollout: Rollout, scores: Scores, scored: Scored, experience: Experience, price: float
 ) -> None:
     """Adds the statistics of this process's completions and trained tokens.
 
+    ``price`` of a nat is in the unit of the scores as they are: tau, times what they are divided by.
+
     objective/kl              nats per completion, sampled: sum of log pi - log pi_ref
     objective/entropy         nats per completion, sampled: -sum of log pi
-    objective/rlhf_reward     score - tau KL; non_score_reward is its second part
+    objective/rlhf_reward     score - price * KL, in the unit of the scores; non_score_reward is its second part
+    val/num_eos_tokens        completions of a process in a cycle that ended, on average
     val/explained_variance    of the lambda-returns, by V as it was at the rollout
     completions/skipped       share of the completions that no reward function scored
     policy/entropy_avg        nats per token, exact, over the whole vocabulary
@@ -37,8 +40,8 @@ def add_cycle(
         {
             "objective/scores": total.mean(),
             "objective/kl": kl.mean(),
-            "objective/non_score_reward": -tau * kl.mean(),
-            "objective/rlhf_reward": total.mean() - tau * kl.mean(),
+            "objective/non_score_reward": -price * kl.mean(),
+            "objective/rlhf_reward": total.mean() - price * kl.mean(),
             "objective/entropy": surprise.mean(),
             "val/num_eos_tokens": float((truncated == 0).sum()),
             "completions/mean_length": lengths.mean(),

@@ -36,7 +36,6 @@ from .engine import engine_of
 from .evaluation import Evaluation
 from .experience import Experience, Plan
 from .frozen import Placed
-from .means import Means
 from .objectives import OBJECTIVES
 from .parts import proven_parts
 from .replay import Memory
@@ -62,6 +61,7 @@ LOGGED = {
     "value_mean": "val/value_mean",
     "gradient_entries": "policy/gradient_entries",
 }
+OF_VALUES = ("value_loss", "value_clip_fraction")  # where a value function is trained
 RMS = {"residual_rms"}  # those that are root mean squares
 
 
@@ -160,7 +160,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         super().__init__(
             model=parts.actor_critic,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]  # a batch of prompts is the list of their rows
+            data_collator=list,  # a batch is the list of its numbers
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -188,12 +188,10 @@ class KLQTrainer(Evaluation, Checkpoints):
             temperature=args.temperature, max_new_tokens=args.max_completion_length,
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
-        self.means = Means()
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(args.replay_cycles, args.num_generations)
         self.demonstrations = self._read_demonstrations(demonstrations)
         self.ahead = Ahead(self.accelerator, self.check)
-        self.seconds: dict[str, float] = {}
         self.experience: Experience | None = None
         self.micro_step = 0  # within the optimizer step
         self.step_rows = torch.zeros(0)
@@ -208,7 +206,6 @@ class KLQTrainer(Evaluation, Checkpoints):
         return self.accelerator.unwrap_model(self.model)
 
     def _check_launch(self) -> None:
-        require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         sharding.check_engine(self.accelerator)
         sharding.check_head_sharding(self.accelerator, self.language_model, self.args.head_sharding)
 
@@ -255,16 +252,14 @@ class KLQTrainer(Evaluation, Checkpoints):
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Every batch is the prompts of one process for one cycle, once per micro-batch of the cycle."""
-        loader = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=self._prompts_per_device,
-            sampler=self._sampler(),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            drop_last=True,
-        )
-        return self.accelerator.prepare(loader)
+        """An epoch's micro-batches, by number: the loop counts them, and ``rows_of`` reads a cycle's prompts, once."""
+        micro_batches = self.args.steps_per_cycle * self.args.gradient_accumulation_steps
+        numbers: Any = range(self._sampler().cycles * micro_batches * self.accelerator.num_processes)
+        return self.accelerator.prepare(DataLoader(numbers, batch_size=1, collate_fn=list))
+
+    def num_examples(self, dataloader: Any) -> int:
+        """The prompts of an epoch."""
+        return len(self.train_dataset)  # type: ignore[arg-type]
 
     @property
     def _prompts_per_device(self) -> int:
@@ -275,9 +270,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         return CycleSampler(
             len(self.train_dataset),  # type: ignore[arg-type]
             per_cycle=self._prompts_per_device * self.accelerator.num_processes,
-            repeats=args.steps_per_cycle * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            cycle=lambda: self.cycle,
         )
 
     def rows_of(self, cycle: int) -> list[dict[str, Any]]:
@@ -288,10 +281,10 @@ class KLQTrainer(Evaluation, Checkpoints):
     # ---- the cycle ----------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch; the first of a cycle samples the cycle's experience from ``inputs``, its prompts."""
+        """One micro-batch; the first of a cycle samples the experience of the cycle; ``inputs`` only count."""
         step_in_cycle = self.state.global_step % self.args.steps_per_cycle
         if self.experience is None or (step_in_cycle == 0 and self.micro_step == 0):
-            self.experience = self.collect(inputs)
+            self.experience = self.collect(self.rows_of(self.cycle))
         if self.micro_step == 0 and (step_in_cycle == 0 or len(self.step_rows) == 0):
             self._begin_updates()
         indices = self._plan.indices[step_in_cycle, self.micro_step]
@@ -320,7 +313,8 @@ class KLQTrainer(Evaluation, Checkpoints):
         if self.warming_up and isinstance(model, DistributedDataParallel):  # which waits for all gradients
             loss = loss + 0.0 * sum(p.sum() for p in self.policy.parameters() if p.requires_grad)
         tokens = batch.actions.numel()
-        logged = {name: value for name, value in metrics.items() if name in LOGGED}
+        unlearnt = () if self.args.learns_values else OF_VALUES
+        logged = {name: value for name, value in metrics.items() if name in LOGGED and name not in unlearnt}
         self.means.add({LOGGED[name]: value for name, value in logged.items() if name not in RMS}, tokens)
         for name in RMS & logged.keys():
             self.means.add_rms(LOGGED[name], logged[name], tokens)
@@ -338,9 +332,6 @@ class KLQTrainer(Evaluation, Checkpoints):
     def warming_up(self) -> bool:
         """Whether the step at hand is one of those in which the value function alone learns."""
         return self.state.global_step < self.args.value_warmup_steps
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs  # compute_loss puts on the device what belongs there
 
     def _begin_updates(self) -> None:
         """Shuffles the cycle's mini-batches and counts what each step is a mean over, on all processes."""
@@ -360,27 +351,24 @@ class KLQTrainer(Evaluation, Checkpoints):
 
     # ---- what is logged -----------------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log to what transformers logs, and the number of episodes so far."""
-        if self.is_in_train and "loss" in logs:
-            logs = {**logs, **self.means.drain(self.accelerator), **self.seconds}
-            self.seconds.clear()
-            per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
-            logs["episode"] = math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle
-        super().log(logs, start_time)
+    def _counts(self) -> dict[str, float]:
+        """The number of episodes so far."""
+        per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
+        return {"episode": math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle}
 
     # ---- optimiser, model card ----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' optimiser, with the value function in a group of its own where it has its own rate."""
+        """transformers' optimiser, with the value function in groups of its own where it has its own rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh and self.args.value_learning_rate is not None:
             ours = {id(p) for p in self.actor_critic.value.parameters()}
-            moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
-            for group in optimizer.param_groups:
+            for group in list(optimizer.param_groups):  # each in two, which share the rest of its settings
+                moved = [p for p in group["params"] if id(p) in ours]
                 group["params"] = [p for p in group["params"] if id(p) not in ours]
-            optimizer.add_param_group({"params": moved, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.value_learning_rate})
         return optimizer
 
     def create_model_card(  # type: ignore[override]

@@ -151,13 +151,6 @@ def argument_parser(config: type[Config] = KLQConfig) -> Parser:
     return parser
 
 
-def algorithm_of(given: dict[str, Any], flags: Sequence[str]) -> str:
-    """The value of ``algorithm`` in the flags, else in the file, else the default; the parser depends on it."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algorithm", default=given.get("algorithm", "klq"))
-    return parser.parse_known_args(list(flags))[0].algorithm
-
-
 def parse(config: Path | None, flags: Sequence[str]) -> tuple[ScriptArguments, Config]:
     """The arguments of a run.
 

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ...call.checks import require
 from ...lab.tasks import Task, load_task, warm_started
 from ...trainer import loading
-from ...trainer.checkpoints import last_complete_checkpoint
+from ...trainer.base import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
 from ...trainer.qsharp import QSharpConfig, QSharpTrainer, load_guide

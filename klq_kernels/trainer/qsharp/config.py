@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from ...call.checks import require, require_number
 from ...guidance import ActionGuide, Law, ValueGuide
 from ...guidance.decoding import OTHERS
-from ..config import check_counts, check_unused, option
+from ..config import check_counts, check_template, check_unused, option
 
 GUIDES = {"value": ValueGuide, "action": ActionGuide}
 LAW_ARGUMENTS = {"kind": "law", "atoms": "atoms", "low": "reward_low", "high": "reward_high"}  # by Law's names
@@ -91,6 +91,7 @@ class QSharpConfig(TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         super().__post_init__()
+        check_template(self)
 
     @property
     def reward_law(self) -> Law:

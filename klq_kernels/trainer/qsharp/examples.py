@@ -28,19 +28,41 @@ class Example(NamedTuple):
 
 
 class Examples:
-    """The examples of all rounds so far, the same on all processes."""
+    """The examples of all rounds so far, the same on all processes; kept as tensors, 4 bytes a token."""
 
     def __init__(self) -> None:
         self.rounds = 0  # that have been collected
-        self._examples: list[Example] = []
+        self._ids = torch.zeros(0, dtype=torch.int32)  # prompt and completion of each example, one after another
+        self._numbers = torch.zeros(0, 4, dtype=torch.int64)  # lengths of both, first, row
+        self._rewards = torch.zeros(0, dtype=torch.float64)
+        self._ends = torch.zeros(0, dtype=torch.int64)  # of the examples in the ids
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._rewards)
 
     def add(self, examples: list[Example]) -> None:
         """A round's."""
-        self._examples += examples
         self.rounds += 1
+        if not examples:
+            return
+        ids = [torch.tensor([*e.prompt, *e.completion], dtype=torch.int32) for e in examples]
+        numbers = [[len(e.prompt), len(e.completion), e.first, e.row] for e in examples]
+        rewards = [e.reward for e in examples]
+        self._hold(
+            torch.cat([self._ids, *ids]),
+            torch.cat([self._numbers, torch.tensor(numbers)]),
+            torch.cat([self._rewards, torch.tensor(rewards, dtype=torch.float64)]),
+        )
+
+    def _hold(self, ids: Tensor, numbers: Tensor, rewards: Tensor) -> None:
+        self._ids, self._numbers, self._rewards = ids, numbers, rewards
+        self._ends = numbers[:, :2].sum(1).cumsum(0)
+
+    def __getitem__(self, i: int) -> Example:
+        prompt, completion, first, row = self._numbers[i].tolist()
+        end = int(self._ends[i])
+        ids = self._ids[end - prompt - completion : end].tolist()
+        return Example(ids[:prompt], ids[prompt:], first, float(self._rewards[i]), row)
 
     def draw(self, numbers: list[int], seed: int) -> list[Example]:
         """The examples at ``numbers`` of an endless row of shuffled passes over all, a function of seed and round."""
@@ -48,18 +70,11 @@ class Examples:
         for turn in {n // size for n in numbers}:
             generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SHUFFLE, self.rounds, turn))
             orders[turn] = torch.randperm(size, generator=generator)
-        return [self._examples[int(orders[n // size][n % size])] for n in numbers]
+        return [self[int(orders[n // size][n % size])] for n in numbers]
 
     def save(self, file: Path) -> None:
-        """Writes all of them as tensors."""
-        ids = [torch.tensor([*e.prompt, *e.completion], dtype=torch.int32) for e in self._examples]
-        numbers = [[len(e.prompt), len(e.completion), e.first, e.row] for e in self._examples]
-        state = {
-            "rounds": self.rounds,
-            "ids": torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int32),
-            "numbers": torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4),
-            "rewards": torch.tensor([e.reward for e in self._examples], dtype=torch.float64),
-        }
+        """Writes all of them."""
+        state = {"rounds": self.rounds, "ids": self._ids, "numbers": self._numbers, "rewards": self._rewards}
         torch.save(state, file)
 
     @classmethod
@@ -68,10 +83,7 @@ class Examples:
         state = torch.load(file, weights_only=True)
         out = cls()
         out.rounds = state["rounds"]
-        numbers: Tensor = state["numbers"]
-        rows = state["ids"].split((numbers[:, 0] + numbers[:, 1]).tolist())
-        for ids, (prompt, _, first, row), reward in zip(rows, numbers.tolist(), state["rewards"].tolist(), strict=True):
-            out._examples.append(Example(ids[:prompt].tolist(), ids[prompt:].tolist(), first, reward, row))
+        out._hold(state["ids"], state["numbers"], state["rewards"])
         return out
 
 

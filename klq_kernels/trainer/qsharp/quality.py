@@ -26,26 +26,35 @@ def quality(predicted: Tensor, rewards: Tensor) -> dict[str, float]:
 
 
 def auroc(predicted: Tensor, rewards: Tensor) -> float:
-    """The share of pairs with unlike rewards that are in order; each pair is counted at the lower of its rewards."""
-    ordered = pairs = 0.0
-    for level in rewards.unique()[:-1]:
-        above, at = rewards > level, rewards == level
-        ordered += pairs_in_order(predicted[above], predicted[at])
-        pairs += float(above.sum()) * float(at.sum())
-    return ordered / pairs
+    """The share of pairs with unlike rewards that are in order, ties half."""
+    _, ranks, of_rank = rewards.unique(return_inverse=True, return_counts=True)
+    _, places, of_place = predicted.unique(return_inverse=True, return_counts=True)
+    order = (places * len(of_rank) - ranks).argsort()  # of equal predictions the highest reward is first
+    both = (places * len(of_rank) + ranks).unique(return_counts=True)[1]
+    tied = pairs_of(of_place) - pairs_of(both)
+    unlike = len(rewards) * (len(rewards) - 1) // 2 - pairs_of(of_rank)
+    return (ascents(ranks[order]) + tied / 2) / unlike
 
 
-def pairs_in_order(above: Tensor, below: Tensor) -> float:
-    """Pairs of one of each in which that of ``above`` is larger, ties half: the Mann-Whitney statistic."""
-    ranks = average_ranks(torch.cat([above, below]))
-    return float(ranks[: len(above)].sum()) - len(above) * (len(above) + 1) / 2
+def pairs_of(counts: Tensor) -> int:
+    """How many pairs there are within groups of these sizes."""
+    return int((counts * (counts - 1) // 2).sum())
 
 
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+def ascents(ranks: Tensor) -> int:
+    """Pairs i < j with ranks[i] < ranks[j], of N whole numbers, in O(N log N) for each bit of the largest.
+
+    Two numbers differ first in one bit, where the smaller has a 0: so the pairs are counted bit by bit, among the
+    numbers whose higher bits are equal.
+    """
+    found = 0
+    for bit in range(int(ranks.max()).bit_length()):
+        group, order = (ranks >> (bit + 1)).sort(stable=True)
+        ones = ranks[order] >> bit & 1
+        zeros_before = (1 - ones).cumsum(0) - (1 - ones)
+        of_group = zeros_before - zeros_before[torch.searchsorted(group, group)]
+        found += int((of_group * ones).sum())
+    return found
 
 
 def calibration_error(predicted: Tensor, rewards: Tensor) -> float:

@@ -11,7 +11,6 @@ uninterrupted one would have done.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from ...call.checks import require
 from ...guidance import GuidedLogits, ValueGuide, sequence_mean
 from ...guidance.guide import SETTINGS
 from .. import loading, probe
+from ..base import EXAMPLES, BaseTrainer
 from ..batches import Inputs, collate
-from ..checkpoints import Resumable
 from ..means import Means
 from ..models import LanguageModel
 from ..processes import Turn
@@ -39,10 +38,8 @@ from .config import GUIDES, QSharpConfig
 from .examples import Example, Examples, varied
 from .quality import quality
 
-EXAMPLES = "examples.pt"
 
-
-class QSharpTrainer(Resumable):
+class QSharpTrainer(BaseTrainer):
     """Trains a guide for a reference policy against reward functions.
 
     Args:
@@ -88,7 +85,7 @@ class QSharpTrainer(Resumable):
         super().__init__(
             model=proven,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]  # a batch is the list of its numbers
+            data_collator=list,  # a batch is the list of its numbers
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -96,7 +93,6 @@ class QSharpTrainer(Resumable):
             optimizers=optimizers,
         )
         self.args: QSharpConfig
-        require(args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         require(not shards_weights(self.accelerator), "args", "the guide cannot be sharded (FSDP, ZeRO-3); use DDP")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the sequences of a micro-batch
         self.tokenizer = tokenizer
@@ -117,8 +113,6 @@ class QSharpTrainer(Resumable):
             vocab=language_model.vocab_size, generation_config=generation_config, accelerator=self.accelerator,
         )  # fmt: skip
         self.examples = Examples()
-        self.means = Means()
-        self._seconds = 0.0  # of collections since the last log
         self._held_out: list[Example] | None = None
 
     @property
@@ -142,7 +136,7 @@ class QSharpTrainer(Resumable):
 
     def collect(self) -> None:
         """Adds a round's examples; all processes have the same."""
-        begin, number, args = time.perf_counter(), self.examples.rounds, self.args
+        number, args = self.examples.rounds, self.args
         size = len(self.train_dataset)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(derived_seed(args.seed, Purpose.SHUFFLE, number))
         rows = torch.randperm(size, generator=generator).tolist()[: args.prompts_per_round]
@@ -156,7 +150,6 @@ class QSharpTrainer(Resumable):
             {"data/reward": rewards.mean(), "data/kl": kl.mean(), "data/prompts_kept": share,
              "data/examples": float(len(self.examples))}, 1,
         )  # fmt: skip
-        self._seconds += time.perf_counter() - begin
 
     def _check_examples(self, examples: list[Example], kept: list[Example]) -> None:
         law = self.guide.law
@@ -180,7 +173,8 @@ class QSharpTrainer(Resumable):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; the first of a round collects the round's examples."""
         if self.examples.rounds <= self.state.global_step // self.args.steps_per_round:
-            self.collect()
+            with self._timed("time/collect"):
+                self.collect()
             self.guide.wake(derived_seed(self.args.seed, Purpose.HEAD))
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -208,16 +202,8 @@ class QSharpTrainer(Resumable):
         rewards = torch.tensor([e.reward for e in examples], device=self.args.device)
         return rewards.repeat_interleave(batch.cu_seqlens.diff().long(), output_size=len(batch.rows))
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs  # compute_loss puts on the device what belongs there
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log to what transformers logs."""
-        if self.is_in_train and "loss" in logs:
-            logs = {**logs, **self.means.drain(self.accelerator), "time/collect": self._seconds}
-            logs["round"] = self.examples.rounds
-            self._seconds = 0.0
-        super().log(logs, start_time)
+    def _counts(self) -> dict[str, float]:
+        return {"round": self.examples.rounds}
 
     # ---- held-out prompts ---------------------------------------------------------------------------------------
 
@@ -234,6 +220,9 @@ class QSharpTrainer(Resumable):
             ``eval_calibration_error`` of the guide after each token of those (``quality``).
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
+            return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         held_out = self._held_out if own else None
@@ -272,7 +261,7 @@ class QSharpTrainer(Resumable):
         """This process's share in the reference's own completions."""
         out: list[Example] = []
         collection = self.collection
-        for turn in self.turns(len(data)):
+        for turn in self._bar(self.turns(len(data)), "Held-out completions of the reference"):
             records = [data[i] for i in turn.rows]
             prompts = [collection.encode(r["prompt"]) for r in records]
             seed = derived_seed(self.args.seed, Purpose.EVALUATION, 0, turn.rows.start)
@@ -314,14 +303,10 @@ class QSharpTrainer(Resumable):
         """The guide as ``ValueGuide.from_pretrained`` reads it, and its tokenizer."""
         folder = Path(str(output_dir or self.args.output_dir))
         self.guide.save_pretrained(folder, state_dict)
-        self.tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.guide.load_state_dict(ValueGuide.from_pretrained(resume_from_checkpoint).state_dict())
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_progress(self, folder: str) -> None:
         if self.args.should_save:

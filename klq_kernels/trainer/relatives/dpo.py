@@ -36,9 +36,9 @@ from ...logprobs import linear_logprobs
 from ...returns import reverse_scan
 from .. import loading
 from ..actor_critic import States, held
+from ..base import BaseTrainer
 from ..batches import Inputs, collate
-from ..checkpoints import Resumable
-from ..config import FLOATS, check_counts, check_unused, option
+from ..config import DATA_LOADER, FLOATS, check_counts, check_template, check_unused, option
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
 from ..parts import prove_backbones, proven_policies
@@ -96,6 +96,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         super().__post_init__()
+        check_template(self)
 
     @property
     def logits_dtype(self) -> torch.dtype | None:
@@ -114,7 +115,7 @@ class DPOConfig(TrainingArguments):
             names = ", ".join(k for k in known if k is not None)
             require(value in known, name, f"must be one of {names}; got {value!r}")
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: all columns are read")
-        check_unused(self, but=["per_device_eval_batch_size"])
+        check_unused(self, but=["per_device_eval_batch_size", *DATA_LOADER])
         require_number("beta", self.beta, positive=True)
         require_number("tdpo_alpha", self.tdpo_alpha, low=0.0)
         check_counts(self, ("max_prompt_length", "max_completion_length", "per_device_train_batch_size"))
@@ -194,7 +195,7 @@ class TrainedPolicy(Policy):
             model.enable_input_require_grads()
 
 
-class DPOTrainer(Resumable):
+class DPOTrainer(BaseTrainer):
     """Trains a causal language model on preferences, by DPO or TDPO.
 
     Args:
@@ -246,7 +247,7 @@ class DPOTrainer(Resumable):
         super().__init__(
             model=trained,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]  # a batch of pairs is the list of their rows
+            data_collator=list,  # a batch of pairs is the list of their rows
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -254,7 +255,6 @@ class DPOTrainer(Resumable):
             optimizers=optimizers,
         )
         self.args: DPOConfig
-        require(args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         check_whole(self.accelerator, "args", "KLQTrainer")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the pairs of a micro-batch
         self.tokenizer, self.padding_free = tokenizer, padding_free
@@ -266,7 +266,6 @@ class DPOTrainer(Resumable):
             max_completion_length=args.max_completion_length, template=args.chat_template_kwargs,  # type: ignore[arg-type]
         )  # fmt: skip
         self.reader.sequences([train_dataset[0]])  # complains now of what it cannot read
-        self.means = Means()
 
     @property
     def trained_policy(self) -> TrainedPolicy:
@@ -308,15 +307,6 @@ class DPOTrainer(Resumable):
                 policy.train(was_training)
             yield states
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs  # compute_loss puts on the device what belongs there
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to what transformers logs the means since the last log: rewards, margins, accuracies, log-probs."""
-        if self.is_in_train and "loss" in logs:
-            logs = {**logs, **self.means.drain(self.accelerator)}
-        super().log(logs, start_time)
-
     # ---- held-out pairs -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -325,6 +315,9 @@ class DPOTrainer(Resumable):
     ) -> dict[str, float]:
         """``eval_loss`` and the means that training logs, over held-out pairs; the same on any number of processes."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
+            return {name: value for part in parts for name, value in part.items()}
         loading.check_dataset("eval_dataset", data)
         check_pairs("eval_dataset", data)
         means, accelerator, policy = Means(), self.accelerator, self.trained_policy
@@ -348,11 +341,7 @@ class DPOTrainer(Resumable):
         """The policy as ``from_pretrained`` reads it, and its tokenizer."""
         folder = Path(str(output_dir or self.args.output_dir))
         self.policy.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

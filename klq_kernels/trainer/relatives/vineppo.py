@@ -133,7 +133,7 @@ class VinePPOTrainer(KLQTrainer):
         asked = sorted((state for state in states for _ in range(number)), key=lambda s: s.at)  # of alike lengths
         sums: dict[State, list[float]] = {state: [] for state in states}
         size = self.args.rollout_forward_batch_size
-        for begin in range(0, len(asked), size):
+        for begin in self._bar(range(0, len(asked), size), f"Cycle {self.cycle + 1}: values"):
             batch = asked[begin : begin + size]
             sequences = [rollout.sequences[state.sequence] for state in batch]
             kept = [s.completion[: state.at].tolist() for s, state in zip(sequences, batch, strict=True)]

@@ -1,0 +1,179 @@
+"""What all trainers share: checkpoints written over others, means of one run, and the ways in which data are read."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from klq_kernels.trainer import DPOConfig, KLQConfig, KLQTrainer, QSharpConfig, last_complete_checkpoint
+from klq_kernels.trainer.callbacks import FailureWatch
+from klq_kernels.trainer.qsharp.examples import Example, Examples
+from klq_kernels.trainer.qsharp.quality import auroc
+
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "watch_failures": False}
+
+
+class Killed(KLQTrainer):
+    """Dies between the weights and the optimiser of a checkpoint."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_half_written_over_another_is_not_complete(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, max_steps=2, **SAVING).train()
+    assert last_complete_checkpoint(tmp_path) is not None
+    killed = Killed(
+        tiny.model(seed=5), tiny.even, tiny.arguments(tmp_path, max_steps=2, **SAVING), tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_what_another_run_left_in_a_checkpoint_is_gone(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, max_steps=2, num_update_epochs=4, **SAVING).train()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "experience_0.pt").exists()
+    (folder / "experience_7.pt").touch()
+    tiny.trainer(tmp_path, max_steps=2, num_update_epochs=2, **SAVING).train()
+    assert not list(folder.glob("experience_*"))
+    resumed = tiny.trainer(tmp_path, max_steps=4, num_update_epochs=2, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, max_steps=2, **SAVING).train()
+    tiny.trainer(tmp_path, max_steps=2, save_only_model=True, **SAVING).train()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_run_does_not_log_what_the_run_before_has_left(tmp_path: Path) -> None:
+    cycles = itertools.count(1)
+
+    def reward(prompts: list[str], **_: Any) -> list[float]:
+        return [100.0 if next(cycles) == 3 else 0.0] * len(prompts)
+
+    trainer = tiny.trainer(
+        tmp_path, {"reward_funcs": reward}, max_steps=3, logging_steps=2, num_update_epochs=1, watch_failures=False
+    )
+    trainer.train()
+    trainer.train()
+    assert [logs["objective/scores"] for logs in trainer.state.log_history if "objective/scores" in logs] == [0.0]
+
+
+def test_a_rate_of_its_own_leaves_the_weight_decay_of_the_value_model(tmp_path: Path) -> None:
+    def decay(**changes: Any) -> dict[str, float]:
+        trainer = tiny.trainer(tmp_path, {"value_model": tiny.classifier(1)}, weight_decay=0.1, **changes)
+        of = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
+        return {name: of[id(p)] for name, p in trainer.actor_critic.named_parameters()}
+
+    assert decay(value_learning_rate=1e-2) == decay()
+
+
+class Counted(list):  # type: ignore[type-arg]
+    reads = 0
+
+    def __getitem__(self, i: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(i)
+
+
+def test_each_prompt_of_a_cycle_is_read_once(tmp_path: Path) -> None:
+    data = Counted(tiny.prompts())
+    trainer = tiny.trainer(tmp_path, {"train_dataset": data}, max_steps=4, gradient_accumulation_steps=2)
+    before = data.reads
+    trainer.train()
+    assert data.reads - before == 16
+
+
+def test_a_run_that_skips_no_data_goes_on_with_the_same_prompts(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.append(prompts)
+        return tiny.even(completion_ids)
+
+    config = {"num_update_epochs": 1, "max_steps": 4, **SAVING}
+    tiny.trainer(tmp_path, {"reward_funcs": reward}, **config).train()
+    resumed = tiny.trainer(tmp_path, {"reward_funcs": reward}, ignore_data_skip=True, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert seen[4:] == seen[2:4]
+
+
+def test_the_price_of_kl_is_in_the_unit_of_the_scores(tmp_path: Path) -> None:
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1000 * x for x in tiny.even(completion_ids)]
+
+    trainer = tiny.trainer(
+        tmp_path, {"reward_funcs": reward}, max_steps=6, num_update_epochs=1, scale_rewards=True, learning_rate=3e-3
+    )
+    trainer.train()
+    logs = [logs for logs in trainer.state.log_history if "objective/kl" in logs]
+    for of in logs:
+        price = trainer.args.tau * of["objective/reward_scale"]
+        assert of["objective/non_score_reward"] == pytest.approx(-price * of["objective/kl"])
+        assert of["objective/rlhf_reward"] == pytest.approx(of["objective/scores"] - price * of["objective/kl"])
+    (watch,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FailureWatch))
+    assert "scores out of scale" not in watch.warned
+
+
+@pytest.mark.parametrize(("levels", "places"), [(2, 5), (7, 4), (40, 1000), (3, 1)])
+def test_the_area_counts_all_pairs(levels: int, places: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    rewards = torch.randint(levels, (60,), generator=generator) / 7.0
+    predicted = torch.randint(places, (60,), generator=generator) / 3.0
+    above = rewards[:, None] > rewards
+    right = (predicted[:, None] > predicted) + 0.5 * (predicted[:, None] == predicted)
+    assert auroc(predicted, rewards) == pytest.approx(float((right * above).sum() / above.sum()), abs=1e-6)
+
+
+def test_examples_are_kept_as_they_were(tmp_path: Path) -> None:
+    given = [Example([3, 4, i], [5] * (i + 1), i // 2, i / 10, 7 * i) for i in range(5)]
+    examples = Examples()
+    examples.add(given[:2])
+    examples.add([])
+    examples.add(given[2:])
+    examples.save(tmp_path / "examples.pt")
+    loaded = Examples.load(tmp_path / "examples.pt")
+    assert (loaded.rounds, len(loaded)) == (3, 5)
+    for kept in (examples, loaded):
+        assert [kept[i] for i in range(5)] == given
+        assert sorted(kept.draw([0, 1, 2, 3, 4], seed=1)) == sorted(given)
+
+
+@pytest.mark.parametrize("config", [KLQConfig, QSharpConfig, DPOConfig])
+def test_every_config_refuses_what_its_trainer_would_not_heed(config: type[Any], tmp_path: Path) -> None:
+    refused: dict[str, Any] = {
+        "chat_template_kwargs": {"tokenize": False},
+        "accelerator_config": {"split_batches": True},
+        "bf16_full_eval": True,
+        "fp16_full_eval": True,
+    }
+    if config is not DPOConfig:
+        refused |= {"train_sampling_strategy": "sequential", "dataloader_drop_last": True, "dataloader_num_workers": 1}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            config(str(tmp_path), use_cpu=True, report_to=[], **{name: value})
+
+
+def test_episodes_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KLQConfig, "world_size", property(lambda _: 2))
+    with pytest.raises(ValueError, match=r"^total_episodes: was counted for 1 processes"):
+        tiny.arguments(tmp_path, total_episodes=64, max_steps=-1)
+
+
+def test_a_value_function_that_is_not_trained_has_no_loss(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, {"value_model": tiny.classifier(1)}, max_steps=1, logging_steps=1, freeze_value_model=True
+    )
+    trainer.train()
+    logs = next(logs for logs in trainer.state.log_history if "loss" in logs)
+    assert not {"loss/value_avg", "val/clipfrac_avg"} & logs.keys()
