@@ -149,12 +149,12 @@ class Sampled(VocabularyWork):
             self._column_gradients(self._entries.by_column())
 
     def _hidden_gradient(self) -> Tensor:
-        rows, weight = self._rows, self._head.weight
+        rows, weight = self._rows, self._head.weight.contiguous()
         by_row = weight.new_empty(rows.actions.numel(), weight.shape[1], dtype=self._head.hidden_dtype)
         self._backend.weighted_sums(self._entries.by_token(), weight, by_row)
         if rows.positions is None:
             return by_row
-        total = torch.zeros_like(rows.hidden)
+        total = rows.hidden.new_zeros(rows.hidden.shape)
         rows.put(total, slice(0, by_row.shape[0]), by_row)
         return total
 

@@ -93,7 +93,7 @@ class Sharded(VocabularyWork):
         if self._rows.positions is None:
             self.hidden = total
         else:
-            self.hidden = torch.zeros_like(self._rows.hidden)
+            self.hidden = total.new_zeros(self._rows.hidden.shape)
             self._rows.put(self.hidden, everything, total)
 
     def _add_up(self, chunk: slice) -> None:

@@ -436,6 +436,30 @@ def test_weighted_sums(device: str, dtype: torch.dtype, out_dtype: torch.dtype, 
     torch.testing.assert_close(out.cpu().double(), wanted, rtol=2 * rounding + 1e-5, atol=1e-5)
 
 
+def test_a_kernel_refuses_what_does_not_lie_side_by_side(device: str) -> None:
+    bounds = torch.tensor([0, 2], device=device)
+    sums = Sums(bounds[:1], bounds[1:], torch.zeros(2, dtype=torch.int32, device=device), torch.ones(2, device=device))
+    source, out = torch.ones(4, 3, device=device), torch.zeros(1, 3, device=device)
+    kernel_module("weighted_sums").weighted_sums(sums, source, out)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        kernel_module("weighted_sums").weighted_sums(sums, source.T.contiguous().T, out)
+
+
+def test_a_sampled_gradient_reads_a_turned_weight(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLQ_BACKEND", "triton")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).to(device) for shape in ((6, 8), (40, 8)))
+    actions = torch.randint(40, (6,), generator=g).to(device)
+    ends = torch.tensor([0, 6], dtype=torch.int32, device=device)
+    found = []
+    for rows in (weight, weight.T.contiguous().T):
+        leaf = hidden.clone().requires_grad_()
+        options = {"gradient": "sampled", "samples": 40, "seed": 1}
+        klq_kernels.linear_logprobs(leaf, rows, actions, cu_seqlens=ends, **options).logprobs.sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)])
 @pytest.mark.parametrize("width", [1, 100, 272])
 @pytest.mark.parametrize(("k", "atoms", "full"), [(1, 1, False), (5, 1, True), (3, 7, True)])

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Statistics
-from .launch import ROW_STATS, on_device
+from .launch import ROW_STATS, on_device, require_contiguous
 from .math import LN2, LOG2E, soft_cap
 
 FLOOR = tl.constexpr(-1.0e30)
@@ -126,6 +126,7 @@ def row_stats(
     bias: Tensor | None = None,
 ) -> None:
     """See ``portable.row_stats``. ``bias``, [stride] in any floating dtype, is added to each row of logits."""
+    require_contiguous(actions, *out, bias)
     n, vocab = logits.shape
     config = ROW_STATS[logits.element_size()]
     with on_device(logits):

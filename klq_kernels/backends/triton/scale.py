@@ -3,7 +3,7 @@
 The scalar is almost always 1. Where the result is to lie where the gradient already lies, there is then nothing to do:
 each program reads the scalar and ends. Only the device knows it, so only a kernel can leave the work out without a
 synchronisation. Otherwise it is one read and one write, rounded once. A few thousand programs walk over all blocks, so
-that even to do nothing takes microseconds.
+that a launch that has nothing to do ends after a few microseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SCALE, on_device
+from .launch import SCALE, on_device, require_contiguous
 
 MOST_PROGRAMS = 4096
 
@@ -33,6 +33,7 @@ def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
     n = source.numel()
     if n == 0:
         return
+    require_contiguous(source, out)
     in_place = source.data_ptr() == out.data_ptr()
     with on_device(source):
         scale_kernel[(min(triton.cdiv(n, SCALE.sizes["BLOCK"]), MOST_PROGRAMS),)](
