@@ -70,7 +70,10 @@ def _gradients(given: BackwardArguments) -> Gradients:
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
     top, log_total = take(given.top), take(given.log_total)
-    by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
+    if given.d_logp is None:
+        by_logp = torch.zeros_like(top)
+    else:  # a token outside the vocabulary, whose log-probability is NaN, makes its gradient NaN
+        by_logp = take(given.d_logp).masked_fill((taken < 0) | (taken >= vocabulary(given)), torch.nan)
     by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
     head = make_head(given, weight_gradient_dtype(given, keep=False))
     with own_settings(hidden.device):

@@ -147,6 +147,18 @@ def test_row_stats_of_impossible_tokens_and_masked_vocabulary(device: str) -> No
     torch.testing.assert_close(entropy[:3].double(), -(z.softmax(1) * z.log_softmax(1)).sum(1), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30])
+def test_row_stats_of_a_policy_without_entropy(device: str, temperature: float) -> None:
+    logits, actions = logits_like_a_model(4, 131, torch.float32, device)
+    out = Statistics(*(nans(4, device) for _ in range(4)))
+    kernel_module("row_stats").row_stats(logits, actions, out, scale=1 / temperature, softcap=None)
+    assert out.entropy is not None
+    assert out.entropy.tolist() == [0.0] * 4
+    logits[2, 100] = float("nan")
+    kernel_module("row_stats").row_stats(logits, actions, out, scale=1 / temperature, softcap=None)
+    assert out.entropy.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter mis-rounds bf16 stores
 @pytest.mark.parametrize("vocab", [1, 64, 131])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1 / 0.7, 30.0)])

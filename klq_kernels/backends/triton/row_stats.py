@@ -41,6 +41,7 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
     e = tl.exp2(y)
     if ENTROPY:
         y = tl.maximum(y, NEGLIGIBLE)  # a logit of -inf has e = 0, and 0 * -inf would be NaN
+        step = tl.maximum(step, NEGLIGIBLE)  # so has a step that overflows at a low temperature
         t = shrink * tl.fma(step, s, t) + tl.sum(e * y, axis=0)
     return top, tl.fma(shrink, s, tl.sum(e, axis=0)), t
 
@@ -94,7 +95,7 @@ def statistics(
     logp = tl.fma(taken - highest, k, -log2_total) * LN2
     spread = 0.0
     if ENTROPY:
-        weighted = tl.sum(shrink * tl.fma(step, s, t), axis=0)
+        weighted = tl.sum(shrink * tl.fma(tl.maximum(step, NEGLIGIBLE), s, t), axis=0)
         spread = (log2_total - weighted / total) * LN2
     return highest, log2_total * LN2, logp, spread
 
