@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,9 +24,6 @@ from setuptools.command.build_ext import build_ext
 MODE = os.environ.get("KLQ_BUILD_NATIVE", "auto")
 EXTRA_FLAGS = os.environ.get("KLQ_NATIVE_FLAGS", "").split()
 SOURCES = ["csrc/ops.cpp", "csrc/kernels_portable.cpp", "csrc/kernels_avx2.cpp", "csrc/kernels_avx512.cpp"]
-HEADERS = (
-    "kernels dots functions residual scans selection strips sums simd_plain simd_portable simd_avx2 simd_avx512".split()
-)
 
 
 def skip(reason: object) -> None:
@@ -65,7 +63,7 @@ def extensions() -> list[Extension]:
     native = Extension(
         "klq_kernels.backends._native",
         SOURCES,
-        depends=[f"csrc/{name}.h" for name in HEADERS],
+        depends=sorted(glob("csrc/*.h")),
         include_dirs=[str(torch / "include"), str(torch / "include" / "torch" / "csrc" / "api" / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],

@@ -96,6 +96,7 @@ def of_rows() -> Iterator[tuple[str, str, Launch]]:
         shape, logits, ref = f"V={vocab} {str(dtype)[6:]}", rows(dtype, vocab), rows(dtype, vocab)
         yield "row_stats", shape, partial(stats, logits)
         yield "row_grad", shape, partial(grad, logits, logits)
+        yield "row_grad_sums", shape, partial(grad, logits, logits, torch.zeros(vocab))
         yield "row_kl", shape, partial(divergence, logits, ref)
         yield "row_kl_grad", shape, partial(divergence_grad, logits, ref)
     wide = rows(torch.float32, 40_000)
@@ -111,8 +112,8 @@ def stats(logits: Tensor) -> None:
     module("row_stats").row_stats(logits, ACTIONS, Statistics(*columns(4, 2)), **HEAD)
 
 
-def grad(logits: Tensor, out: Tensor) -> None:
-    module("row_grad").row_grad(logits, ACTIONS, Pull(*columns(4, 2)), out, **HEAD)
+def grad(logits: Tensor, out: Tensor, column_sums: Tensor | None = None) -> None:
+    module("row_grad").row_grad(logits, ACTIONS, Pull(*columns(4, 2)), out, column_sums, **HEAD)
 
 
 def divergence(logits: Tensor, ref: Tensor) -> None:

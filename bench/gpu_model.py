@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from klq_kernels.backends.triton.launch import SCAN
+from klq_kernels.backends.triton.launch import ROW_GRAD_SUMS, SCAN
 from klq_kernels.lab.display import markdown_table
 from klq_kernels.vocabulary import chunking
 
@@ -37,6 +37,7 @@ GPU = torch.device("cuda")
 FLOP_PER_SECOND, BYTES_PER_SECOND = 790e12, 3.35e12
 # H100 SXM: ``row_update`` needs a row of logits for each multiprocessor in this much of the L2 cache
 MULTIPROCESSORS, CACHE = 132, 0.8 * 50 * 2**20
+GROUP = ROW_GRAD_SUMS.sizes["ROWS"]
 PRODUCT_3 = "_NTT"  # ends the names of cuBLAS's kernels for it
 LOSSES = ("from targets", "on-policy", "head frozen", "no gradient")
 PATHS = (*LOSSES, "log-probs", "log-probs, backward")
@@ -64,6 +65,15 @@ class Call(NamedTuple):
         return self.path in ("from targets", "on-policy", "log-probs, backward")
 
     @property
+    def learns_bias(self) -> bool:
+        return self.bias and self.learns_weight
+
+    @property
+    def sums(self) -> bool:
+        """Whether the kernel of the gradient by the logits sums it over rows: not where it makes 16 bits of 32."""
+        return self.learns_bias and not self.fp32_logits
+
+    @property
     def rows(self) -> int:
         """Rows of logits per chunk."""
         logits = torch.float32 if self.fp32_logits else torch.bfloat16
@@ -79,19 +89,21 @@ class Call(NamedTuple):
     def updates(self) -> bool:
         """Whether one kernel does all that lies between the first product and the others (``row_update``)."""
         fits = chunking.row_stride(self.vocab) * 2 * MULTIPROCESSORS <= CACHE
-        plain = not (self.fp32_logits or self.entropy)
+        plain = not (self.fp32_logits or self.entropy or self.learns_bias)
         return self.path in ("from targets", "head frozen") and plain and fits
 
     @property
     def symbols(self) -> dict[str, int]:
         """The numbers that the formulas are written in."""
         chunks = math.ceil(self.tokens / self.rows)
+        last = self.tokens - (chunks - 1) * self.rows
         s, g = 2 if chunks == 1 and not self.fp32_weight else 4, 4 if self.fp32_weight else 2
         return {
             "n": self.tokens,
             "H": self.hidden,
             "V": self.vocab,
             "c": chunks,
+            "k": (chunks - 1) * math.ceil(self.rows / GROUP) + math.ceil(last / GROUP),
             "e": 4 if self.fp32_logits else 2,
             "s": s,
             "g": g,
@@ -127,6 +139,10 @@ def adds(call: Call) -> bool:
     return call.fp32_logits or call.product_adds
 
 
+def plain_gradient(call: Call) -> bool:
+    return apart(*GRADIENTS)(call) and not call.sums
+
+
 def late(call: Call) -> bool:
     """Whether the row kernels add the bias."""
     return call.bias and not call.product_adds
@@ -146,19 +162,28 @@ STEPS = (
     Step("lambda-errors", "lambda_errors", on("on-policy"), "t c"),
     Step("loss of a token", "klq_residual", apart(*LOSSES), "c"),
     Step("its gradient, negated", "small", apart("from targets", "on-policy", "head frozen"), "c"),
-    Step("gradient by the logits", "row_grad", apart(*GRADIENTS), "c", "e n V + 2 n V"),
+    Step("gradient by the logits", "row_grad", plain_gradient, "c", "e n V + 2 n V"),
+    Step(
+        "gradient by the logits, and its sums over a group of rows", "row_grad_sums", lambda call: call.sums, "c",
+        "e n V + 2 n V + 4 k V",
+    ),
     Step("product 2: gradient of hidden states", "mm", on(*GRADIENTS), "c", "2 n V + 2 c V H + 2 n H", "2 n V H"),
     Step(
         "product 3: gradient of the weight", "addmm", lambda call: call.learns_weight, "c", "2 n V + 2 n H", "2 n V H",
         "2 c s V H - s V H",
     ),
-    Step("gradient of the bias", "sum", lambda call: call.bias and call.learns_weight, "c", "2 n V"),
-    Step("gradient of the bias, added up", "small", lambda call: call.bias and call.learns_weight, "1 + c"),
+    Step("gradient of the bias, from those sums", "sum", lambda call: call.sums, "c", "4 k V"),
+    Step(
+        "gradient of the bias, where logits are fp32", "sum", lambda call: call.learns_bias and call.fp32_logits, "c",
+        "2 n V",
+    ),
+    Step("gradient of the bias, added up", "small", lambda call: call.learns_bias, "1 + c"),
     Step("gradient of the bias rounded", "small", lambda call: call.bias and call.path == "log-probs, backward", "1"),
     Step("denominator, sum and mean of the loss", "small", on(*LOSSES), "7"),
     Step("ends of sequences", "small", on("on-policy"), "7"),
     Step("metrics", "klq_metrics", on(*LOSSES), "1"),
     Step("normaliser, or its gradient", "small", on("log-probs", "log-probs, backward"), "1"),
+    Step("unknown tokens made NaN", "small", on("log-probs, backward"), "4"),
     Step("backward: the incoming scalar", "small", on("from targets", "on-policy", "head frozen"), "1"),
     Step("backward: hidden states and values by 1", "scale", on("from targets", "on-policy", "head frozen"), "2"),
     Step(
@@ -242,12 +267,12 @@ makes and those that the code makes on a stand-in for a GPU, and its bytes again
 
 ## Steps
 
-`n` valid tokens, `H` the hidden size, `V` the vocabulary, `c` chunks of logits; `e` bytes of a logit (2, or 4 with
-`logits_dtype=torch.float32`), `g` bytes of a number of the weight (2, or 4 for an fp32 weight), `s` bytes of a number
-of its gradient as it is summed (2 where one chunk needs no fp32 sums, else 4); `t` launches of a scan (1 up to {tile:,}
-tokens, 2 beyond); `rounded` is 1 where `s` and `g` differ, else 0. Hidden states and products are bf16. Bytes and FLOP
-are those of all launches of a step together. A step without bytes moves a few numbers per token. `small` is any of
-PyTorch's operators on a few numbers per token, sequence or call.
+`n` valid tokens, `H` the hidden size, `V` the vocabulary, `c` chunks of logits; `k` groups of up to {group} rows of a
+chunk; `e` bytes of a logit (2, or 4 with `logits_dtype=torch.float32`), `g` bytes of a number of the weight (2, or 4
+for an fp32 weight), `s` bytes of a number of its gradient as it is summed (2 where one chunk needs no fp32 sums, else
+4); `t` launches of a scan (1 up to {tile:,} tokens, 2 beyond); `rounded` is 1 where `s` and `g` differ, else 0. Hidden
+states and products are bf16. Bytes and FLOP are those of all launches of a step together. A step without bytes moves a
+few numbers per token. `small` is any of PyTorch's operators on a few numbers per token, sequence or call.
 
 {steps}
 
@@ -275,7 +300,9 @@ rates.
 An fp32 weight is rounded for the products in every call and has fp32 sums; fp32 logits are twice the bytes. A bias is
 added to 16-bit logits by the first product, which costs nothing where the vocabulary is a multiple of 16 (elsewhere
 PyTorch writes the bias first and the product reads it back, which is not counted here), and to fp32 logits by the row
-kernels; its gradient is a sum that reads the gradient by the logits once more:
+kernels. Its gradient is the sum over rows of the gradient by the logits, which is summed as it is written: so a learnt
+bias costs the sums of each group, and where targets are given one kernel for each row the read of the logits that it
+spares. A gradient in 16 bits by fp32 logits is read once more for its sum.
 
 {variants}
 """
@@ -347,8 +374,8 @@ def evidence() -> str:
     said = (
         f"On the GPU on record {shape[0]:,} x {shape[1]:,} x {shape[2]:,} took "
         f"{taken['workspace of 256 MiB'] - taken['from targets']:.1f} ms longer in {cut.symbols['c']} chunks of "
-        f"256 MiB than in one; *hidden* predicts {hidden:.1f} ms and *in full* {full:.1f} ms. Fewer, larger chunks hide "
-        "more: "
+        f"256 MiB than in one; *hidden* predicts {hidden:.1f} ms and *in full* {full:.1f} ms. Fewer, larger chunks "
+        "hide more: "
     )
     third = {v["call"]: 0.0 for v in parts["profile"]["profile"]}
     chunks = dict.fromkeys(third, 0)
@@ -374,6 +401,7 @@ def page() -> str:
             size, path, *rest = row(Call("from targets", *shape, **change))
             variants += [[size, f"{path}, {mark}", *rest]] if mark else []
     return HEAD.format(
+        group=GROUP,
         tile=SCAN.sizes["TILE"],
         steps=markdown_table(("step", "launched", "launches", "bytes", "FLOP", "paths"), step_rows()).replace(
             "---:", "---"

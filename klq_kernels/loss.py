@@ -332,7 +332,7 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
     if isinstance(denom, Tensor):
         require_tensor("denom", denom)
         require(denom.numel() == 1, "denom", f"must be a number or a 0-d tensor, got shape {list(denom.shape)}")
-        here = denom.device == device or denom.device.type == "cpu"
+        here = denom.device in (device, torch.device("cpu"))
         require(here, "denom", f"must be on {device} or the CPU, got {denom.device}")
         require(not denom.is_complex(), "denom", f"must be a real number, got {denom.dtype}")
         return denom.detach().reshape(())

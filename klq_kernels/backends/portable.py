@@ -2,8 +2,9 @@
 
 A backend is a module with the functions below; ``triton`` holds the same as kernels, and ``native`` has functions on
 strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the rows of a
-buffer of logits begin at multiples of 64 elements (``chunking.row_stride``), ``ADDS_BIAS`` whether the first three take
-a bias which the product left out (``token_major``). Per-row vectors are contiguous fp32, all
+buffer of logits begin at multiples of 64 elements (``chunking.row_stride``; under a bias, where V is
+one, multiples of 16 do), ``ADDS_BIAS`` whether the first three take a bias which the product left out
+(``token_major``). Per-row vectors are contiguous fp32, all
 arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
@@ -95,7 +96,16 @@ def row_stats(logits: Tensor, actions: Tensor, out: Statistics, *, scale: float,
     logp.masked_fill_(known != actions, torch.nan)
 
 
-def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale: float, softcap: float | None) -> None:
+def row_grad(
+    logits: Tensor,
+    actions: Tensor,
+    pull: Pull,
+    out: Tensor,
+    column_sums: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
     """Writes the gradient by each row of logits over the row itself.
 
     ``out`` is [n, V] in memory of the logits, a row where a row is: ``logits`` itself, or a view in a narrower dtype.
@@ -106,6 +116,8 @@ def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale:
 
     where logp has gradient g and logsumexp(z) has gradient s: d_action = g and d_softmax = s - g. ``top`` and
     ``log_total`` are those of ``row_stats``. An action outside 0 .. V-1 has a ``d_action`` of NaN already.
+
+    To ``column_sums``, fp32 [V], the sum of the gradient over the rows is added, before it is rounded or after.
     """
     top, log_total, d_action, d_softmax, d_entropy, entropy = pull
     known = actions.clamp(0, logits.shape[1] - 1)
@@ -127,6 +139,8 @@ def row_grad(logits: Tensor, actions: Tensor, pull: Pull, out: Tensor, *, scale:
         if tanh is not None:
             x.mul_(tanh.square_().neg_().add_(1.0))
         out[rows] = x
+    if column_sums is not None:
+        column_sums += out.sum(0, dtype=torch.float32)
 
 
 def row_select(
@@ -407,12 +421,13 @@ def lambda_errors(
     Args:
         terms: [M] each.
         tail: fp32 [B].
-        mask: bool [M] or None.
+        mask: bool [M] or None, as it must be of a piece, with a ``first_row`` or a ``carry``.
         cu_seqlens: int32 [B + 1]; element j here is position ``first_row + j`` there.
         out: fp32 [M], written.
         carry: fp32 [1], in and out: S beyond the last element (where no sequence ends there), then S of the first.
         kept_logp, kept_values: fp32 [M] or None, written: logp and values at valid tokens, 0 at masked ones.
     """
+    assert mask is None or (first_row == 0 and carry is None), "a piece has no mask"
     logp, ref_logp, values, rewards, trace = terms
     keep, ends, owners = _ends(mask, cu_seqlens, first_row, values.numel())
 

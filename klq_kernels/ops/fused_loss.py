@@ -32,7 +32,7 @@ class GradientScale:
     def __init__(self, denom: Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> None:
         if denom is None:
             denom = torch.full((), max(n, 1), dtype=torch.float32, device=device)
-        if denom.device.type != device.type:  # a number on the host: a fill does not synchronise, a copy would
+        if denom.device != device:  # a number on the host: a fill does not synchronise, a copy would
             denom = torch.full((), float(denom), dtype=torch.float32, device=device)
         denom = denom.detach().to(torch.float32).reshape(())
         self.unit = torch.ones_like(denom)
@@ -49,7 +49,7 @@ class GradientScale:
 
 
 class Everyones:
-    """Gathers per-token vectors and means over processes, each of which has ``counts`` tokens."""
+    """Gathers per-token vectors and means over processes, which have ``counts`` tokens each."""
 
     def __init__(self, group: str, counts: list[int]) -> None:
         self.group, self.counts = group_named(group), counts
@@ -184,7 +184,7 @@ def _setup(ctx: Any, given: Arguments, found: Results) -> None:
     ctx.names = tuple(given.needs)
 
 
-def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor | None]:
+def _backward(ctx: Any, by: Results, _: dict[str, bool]) -> dict[str, Tensor | None]:
     if by.loss is None:
         return {}
     *saved, unit = ctx.saved_tensors
@@ -192,7 +192,7 @@ def _backward(ctx: Any, by: Results, needs: dict[str, bool]) -> dict[str, Tensor
     return {
         name: scaled_gradient(gradient, scale, ctx.dtypes[name], owned=ctx.own_gradients)
         for name, gradient in zip(ctx.names, saved, strict=True)
-        if name in ctx.dtypes and needs[name]
+        if name in ctx.dtypes
     }
 
 

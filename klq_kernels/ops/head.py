@@ -102,7 +102,7 @@ class GradientArguments(Protocol):
     def need_bias(self) -> bool: ...
 
 
-class Sums(Protocol):
+class FoundGradients(Protocol):
     """A head's gradients as a pass over the vocabulary leaves them (``chunks.VocabularyWork``)."""
 
     hidden: Tensor | None
@@ -125,7 +125,7 @@ def fake_gradients(given: GradientArguments) -> Gradients:
     )
 
 
-def rounded_gradients(found: Sums, given: GradientArguments) -> Gradients:
+def rounded_gradients(found: FoundGradients, given: GradientArguments) -> Gradients:
     """The gradients that a pass found, in the dtypes of their arguments."""
 
     def rounded(gradient: Tensor | None, like: Tensor | None) -> Tensor:

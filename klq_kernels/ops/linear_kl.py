@@ -130,10 +130,6 @@ def _weight_gradient_dtype(policy: _OneHead) -> torch.dtype:
     )  # fmt: skip
 
 
-def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
-    raise RuntimeError("linear_kl: there is no second derivative; use klq_kernels.reference")
-
-
 def _gradients(given: BackwardArguments) -> Gradients:
     """Recomputes the logits chunk by chunk, and from them the gradients of the policy's head and hidden states."""
     hidden = given.hidden
@@ -160,7 +156,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     return rounded_gradients(found, given)
 
 
-BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients, lambda *_: None, _second_derivative)
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients)
 linear_kl_backward = Operator("klq_kernels::linear_kl_backward", BACKWARD_PARTS)
 
 

@@ -55,10 +55,6 @@ class BackwardArguments(NamedTuple):
     need_bias: bool
 
 
-def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
-    raise RuntimeError("linear_logprobs: there is no second derivative; use klq_kernels.reference")
-
-
 def _gradients(given: BackwardArguments) -> Gradients:
     """Recomputes the logits chunk by chunk, and from them the gradients of the head's inputs."""
     hidden = given.hidden
@@ -70,10 +66,9 @@ def _gradients(given: BackwardArguments) -> Gradients:
     taken = layout.take_rows(given.actions, index)
     assert taken is not None
     top, log_total = take(given.top), take(given.log_total)
-    if given.d_logp is None:
-        by_logp = torch.zeros_like(top)
-    else:  # a token outside the vocabulary, whose log-probability is NaN, makes its gradient NaN
-        by_logp = take(given.d_logp).masked_fill((taken < 0) | (taken >= vocabulary(given)), torch.nan)
+    by_logp = torch.zeros_like(top) if given.d_logp is None else take(given.d_logp)
+    # a token that there is not has no log-probability, and no gradient
+    by_logp = by_logp.masked_fill((taken < 0) | (taken >= vocabulary(given)), torch.nan)
     by_lse = -by_logp if given.d_lse is None else take(given.d_lse) - by_logp
     head = make_head(given, weight_gradient_dtype(given, keep=False))
     with own_settings(hidden.device):
@@ -91,7 +86,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     return rounded_gradients(gradients, given)
 
 
-BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients, lambda *_: None, _second_derivative)
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients)
 linear_logprobs_backward = Operator("klq_kernels::linear_logprobs_backward", BACKWARD_PARTS)
 
 

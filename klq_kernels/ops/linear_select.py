@@ -67,10 +67,6 @@ def _chosen(given: Arguments | BackwardArguments, index: Tensor | None, atoms: i
     return Chosen(States(given.hidden.detach().contiguous(), index), ids.contiguous(), atoms)
 
 
-def _second_derivative(*_: Any) -> dict[str, Tensor | None]:
-    raise RuntimeError("linear_select: there is no second derivative; use klq_kernels.reference")
-
-
 def _gradients(given: BackwardArguments) -> Gradients:
     """The gradients of the head's inputs, from sums of a few rows each."""
     hidden = given.hidden
@@ -89,7 +85,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     return rounded_gradients(found, given)
 
 
-BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients, lambda *_: None, _second_derivative)
+BACKWARD_PARTS = Parts(BackwardArguments, Gradients, _gradients, fake_gradients)
 linear_select_backward = Operator("klq_kernels::linear_select_backward", BACKWARD_PARTS)
 
 

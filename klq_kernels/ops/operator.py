@@ -18,6 +18,14 @@ from torch._library.custom_ops import CustomOpDef
 from torch.nn import Parameter
 
 
+def _nothing(ctx: Any, given: Any, found: Any) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, by: Any, needs: dict[str, bool]) -> dict[str, Tensor | None]:
+    raise RuntimeError("there is no second derivative of the fused functions; use klq_kernels.reference")
+
+
 class Parts(NamedTuple):
     """The parts that make an operator.
 
@@ -29,9 +37,10 @@ class Parts(NamedTuple):
     results: Any
     forward: Callable[[Any], Any]  # arguments → results
     fake: Callable[[Any], Any]  # arguments → results: empty tensors of the right shapes, dtypes and devices
-    setup: Callable[[Any, Any, Any], None]  # (ctx, arguments, results), after the forward
-    # (ctx, gradients by the results, which arguments need a gradient) → gradients by the arguments that have one
-    backward: Callable[[Any, Any, dict[str, bool]], dict[str, Tensor | None]]
+    setup: Callable[[Any, Any, Any], None] = _nothing  # (ctx, arguments, results), after the forward
+    # (ctx, gradients by the results, which arguments need a gradient) → gradients by the arguments that have one;
+    # the default is for operators that are a backward themselves
+    backward: Callable[[Any, Any, dict[str, bool]], dict[str, Tensor | None]] = _no_second_derivative
 
 
 class Operator:

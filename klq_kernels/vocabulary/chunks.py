@@ -236,6 +236,9 @@ class Needs(NamedTuple):
     bias: bool
 
 
+NOTHING = Needs(hidden=False, weight=False, bias=False)
+
+
 class VocabularyWork(Protocol):
     """The vocabulary's part of a pass, on chunks of at most ``chunk_rows`` rows; it sums the head's gradients.
 

@@ -22,10 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import Divergence, Head, Needs, Pair, States, part, slices
+from .chunks import NOTHING, Divergence, Head, Needs, Pair, States, part, slices
 from .token_major import Logits
-
-NOTHING = Needs(False, False, False)
 
 
 class Side(NamedTuple):
@@ -68,6 +66,8 @@ def divergence_backward_pass(
             logits, ref_logits, part(found, chunk), d_kl[chunk], dlogits,
             pair=_pair(policy.head, reference.head, reverse),
         )  # fmt: skip
+        if ours.bias is not None:
+            ours.bias += dlogits.sum(0, dtype=torch.float32)
         ours.multiply(chunk, dlogits)
     return ours
 

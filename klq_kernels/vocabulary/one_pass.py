@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .chunks import (
+    NOTHING,
     Head,
     LossShape,
     Needs,
@@ -46,7 +47,7 @@ from .chunks import (
     part,
     slices,
 )
-from .sampling import NOTHING, Sampled, Sampling
+from .sampling import Sampled, Sampling
 from .sharded import Sharded
 from .token_major import TokenMajor
 from .vocabulary_major import VocabularyMajor

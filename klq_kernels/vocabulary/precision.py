@@ -5,9 +5,7 @@ Autocast is off: the operators choose the dtypes themselves. fp32 products are f
 vocabulary do not survive. Partial sums of 16-bit products stay fp32: by default a GPU may add those of a split
 product, or with ``allow_fp16_accumulation`` all of them, in 16 bits.
 
-The settings are PyTorch's own, for the whole process. They are set for the time of a call, and restored. Calls on
-several threads overlap: the first of them that finds a setting otherwise keeps what it was, the last to end restores
-it.
+The settings are PyTorch's own, for the whole process. They are set for the time of a call, and restored.
 """
 
 from __future__ import annotations
@@ -31,53 +29,49 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+_lock = threading.Lock()
+_calls: dict[str, int] = {}  # that run now, by device
+_before: dict[str, dict[str, Any]] = {}  # the caller's settings, to be restored after the last of them
+
+
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
-    """Runs products on this device with the settings above."""
-    calls = CALLS.get(device.type)
+    """Runs products on this device with the settings above. Of calls in several threads at once the first sets them,
+    and the last restores what it found.
+    """
+    _enter(device.type)
     try:
-        if calls is not None:
-            calls.enter()
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if calls is not None:
-            calls.leave()
+        _leave(device.type)
 
 
-class _Calls:
-    """The calls on one kind of device that are running, on any thread, and the settings to restore after the last."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind, self._lock = kind, threading.Lock()
-        self._running = 0
-        self._before: dict[str, Any] = {}
-
-    @property
-    def _holder(self) -> Any:
-        backends: Any = torch.backends
-        return backends.mkldnn.matmul if self._kind == "cpu" else backends.cuda.matmul
-
-    def enter(self) -> None:
-        holder = self._holder
-        with self._lock:
-            self._running += 1
-            for name, wanted in SETTINGS[self._kind].items():
-                found = getattr(holder, name)
-                if found != wanted:
-                    self._before.setdefault(name, _to_restore(holder, name, found))
-                    setattr(holder, name, wanted)
-
-    def leave(self) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._running == 0 and self._before:
-                for name, found in self._before.items():
-                    setattr(self._holder, name, found)
-                self._before = {}
+def _enter(kind: str) -> None:
+    with _lock:
+        _calls[kind] = _calls.get(kind, 0) + 1
+        if _calls[kind] > 1:
+            return
+        holder = _holder(kind)
+        before = _before[kind] = {}
+        for name, wanted in SETTINGS.get(kind, {}).items():
+            found = getattr(holder, name)
+            if found != wanted:
+                before[name] = _to_restore(holder, name, found)
+                setattr(holder, name, wanted)
 
 
-CALLS = {kind: _Calls(kind) for kind in SETTINGS}
+def _leave(kind: str) -> None:
+    with _lock:
+        _calls[kind] -= 1
+        if not _calls[kind]:
+            for name, found in _before.pop(kind).items():
+                setattr(_holder(kind), name, found)
+
+
+def _holder(kind: str) -> Any:
+    backends: Any = torch.backends
+    return backends.mkldnn.matmul if kind == "cpu" else backends.cuda.matmul
 
 
 def _to_restore(holder: Any, name: str, found: Any) -> Any:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .chunks import (
+    NOTHING,
     Head,
     Needs,
     Pull,
@@ -51,9 +52,6 @@ SMALLEST = 1e-30
 # w_t / eps that is far more than the kernels' relative error.
 SPARE = 4
 SLACK = 2.0**-10
-
-
-NOTHING = Needs(hidden=False, weight=False, bias=False)
 
 
 class Sampling(NamedTuple):
@@ -149,9 +147,9 @@ class Sampled(VocabularyWork):
             self._column_gradients(self._entries.by_column())
 
     def _hidden_gradient(self) -> Tensor:
-        rows, weight = self._rows, self._head.weight.contiguous()
+        rows, weight = self._rows, self._head.weight
         by_row = weight.new_empty(rows.actions.numel(), weight.shape[1], dtype=self._head.hidden_dtype)
-        self._backend.weighted_sums(self._entries.by_token(), weight, by_row)
+        self._backend.weighted_sums(self._entries.by_token(), weight.contiguous(), by_row)
         if rows.positions is None:
             return by_row
         total = rows.hidden.new_zeros(rows.hidden.shape)

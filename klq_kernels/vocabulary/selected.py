@@ -93,7 +93,7 @@ def _hidden_gradient(backend: ModuleType, chosen: Chosen, weight: Tensor, pull: 
     by_row = _sums(backend, sums, weight, states.n, states.hidden.dtype)
     if states.positions is None:
         return by_row
-    total = by_row.new_zeros(states.hidden.shape)
+    total = states.hidden.new_zeros(states.hidden.shape)
     states.put(total, slice(0, states.n), by_row)
     return total
 

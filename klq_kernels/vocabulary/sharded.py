@@ -93,7 +93,7 @@ class Sharded(VocabularyWork):
         if self._rows.positions is None:
             self.hidden = total
         else:
-            self.hidden = total.new_zeros(self._rows.hidden.shape)
+            self.hidden = self._rows.hidden.new_zeros(self._rows.hidden.shape)
             self._rows.put(self.hidden, everything, total)
 
     def _add_up(self, chunk: slice) -> None:

@@ -107,13 +107,11 @@ class Logits:
         return self._logits.view(self._head.weight.dtype)[:, : self._logits.shape[1]]
 
     def multiply(self, chunk: slice, dlogits: Tensor) -> None:
-        """GEMM 2 and 3."""
+        """GEMM 2 and 3. The gradient of the bias is not theirs: it is a sum over rows (``portable.row_grad``)."""
         if self._needs.hidden:
             self._multiply_back(chunk, dlogits)
         if self.weight is not None:
             products.accumulate(self.weight, dlogits, self._hidden, first=self._first)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
         self._first = False
 
     def _multiply_back(self, chunk: slice, dlogits: Tensor) -> None:
@@ -159,7 +157,9 @@ class TokenMajor(Logits, VocabularyForm):
         if not self._keep:
             self.project(chunk)
         dlogits = self.gradient
-        self._backend.row_grad(self._logits, rows_of(self._actions, chunk), pull, dlogits, **self._head_options)
+        self._backend.row_grad(
+            self._logits, rows_of(self._actions, chunk), pull, dlogits, self.bias, **self._head_options
+        )
         self.multiply(chunk, dlogits)
 
     def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
@@ -180,6 +180,7 @@ class TokenMajor(Logits, VocabularyForm):
         updates = getattr(self._backend, "updates", None)  # only the Triton backend has this, and row_update
         if (
             updates is None
+            or self.bias is not None  # whose gradient ``row_grad`` sums: to read it again saves nothing
             or "bias" in self._head_options
             or not updates(self._buffer, softcap=self._head.softcap, entropy=found.entropy is not None)
         ):

@@ -85,6 +85,7 @@ KERNELS = {
     "row_update",
     "row_stats",
     "row_grad",
+    "row_grad_sums",
     "lambda_errors",
     "klq_residual",
     "klq_metrics",

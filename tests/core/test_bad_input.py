@@ -318,8 +318,15 @@ def test_actions_out_of_range_where_nobody_looks(device: torch.device, monkeypat
     for wrong in (V, -1, 2**40):
         actions = case.actions.clone()
         actions[1, 2] = wrong
-        logprobs = linear_logprobs(case.hidden, case.weight, actions).logprobs
-        assert logprobs.isnan().nonzero().tolist() == [[1, 2]]
+        hidden = case.hidden.clone().requires_grad_()
+        for gradient in ("dense", "sampled"):
+            logprobs = linear_logprobs(hidden, case.weight, actions, gradient=gradient, seed=1).logprobs
+            assert logprobs.isnan().nonzero().tolist() == [[1, 2]]
+            (by_hidden,) = torch.autograd.grad(logprobs.nan_to_num().sum(), hidden)
+            # a sampled gradient that is not finite is NaN for the whole chunk; a row in strips has no entry then
+            assert by_hidden.isnan().any()
+            assert gradient == "sampled" or by_hidden[1, 2].isnan().all()
+            assert gradient == "sampled" or by_hidden.isnan().any(-1).nonzero().tolist() == [[1, 2]]
         loss = fused_klq_loss(case.hidden, case.weight, actions, case.values, targets=case.targets).loss
         assert loss.isnan()
         for sampling in ({}, {"gradient": "sampled", "samples": 4, "seed": 1}):

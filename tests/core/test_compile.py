@@ -409,3 +409,21 @@ def test_packed_tokens_in_a_cuda_graph(triton_place: Place) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+
+
+def test_compiled_sampled_gradient_of_hidden_states_in_another_order(device: torch.device) -> None:
+    """Gradients come out contiguous, as the fake kernels say, however the hidden states lie."""
+    case = make_case(ragged_mask(3, 6), device=device).packed(holes=True)
+    hidden = case.hidden.detach().T.contiguous().T.requires_grad_()
+    assert not hidden.is_contiguous()
+
+    def step(x: Tensor) -> Tensor:
+        found = linear_logprobs(
+            x, case.weight, case.actions, mask=case.mask, cu_seqlens=case.cu_seqlens, gradient="sampled", seed=1
+        )
+        return found.logprobs.sum()
+
+    gradients = [
+        torch.autograd.grad(run(hidden), hidden)[0] for run in (step, torch.compile(step, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -221,3 +222,28 @@ def test_the_entropy_does_not_drift_over_200_updates() -> None:
     drift = {head: float((entropies(head) - gold).abs().max()) for head in ("fp32", "bf16")}
     assert drift["fp32"] < 2e-3
     assert drift["bf16"] > 5 * drift["fp32"], "the logits of this policy would be exact in 16 bits: nothing is shown"
+
+
+def test_settings_hold_until_the_last_of_several_threads_is_done() -> None:
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with own_settings(torch.device("cpu")):
+            inside.set()
+            leave.wait(60)
+
+    settings.fp32_precision = "bf16"
+    try:
+        thread = threading.Thread(target=other)
+        with own_settings(torch.device("cpu")):
+            thread.start()
+            assert inside.wait(60)
+        assert settings.fp32_precision == "ieee"
+        leave.set()
+        thread.join()
+        assert settings.fp32_precision == "bf16"
+    finally:
+        leave.set()
+        settings.fp32_precision = before

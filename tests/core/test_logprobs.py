@@ -217,3 +217,13 @@ def test_logits_never_outgrow_the_workspace(device: torch.device) -> None:
         (out.logprobs.sum() + out.entropy.sum()).backward()
     assert hidden.grad is not None
     assert watch.largest() <= workspace < 128 * 1009 * 4
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-20])
+def test_entropy_of_a_cold_softmax(device: torch.device, temperature: float) -> None:
+    """All of the probability lies on one token, and what other columns and lanes add is 0, not 0 * inf."""
+    case = make_case(ragged_mask(2, 3), vocab=700, device=device)
+    options = {"temperature": temperature, "return_entropy": True}
+    entropy = linear_logprobs(case.hidden, case.weight, case.actions, **options).entropy
+    assert entropy is not None
+    torch.testing.assert_close(entropy, torch.zeros_like(entropy))

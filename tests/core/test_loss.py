@@ -478,29 +478,29 @@ def test_explained_variance_of_what_is_not_a_number(device: torch.device) -> Non
     assert metrics["explained_variance"].isnan()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"gradient": "sampled", "samples": 4, "seed": 1}], ids=["dense", "sampled"])
-def test_non_contiguous_inputs(device: torch.device, sampling: dict[str, Any]) -> None:
-    case = make_case(ragged_mask(5, 12), device=device).with_exact_logits()
+def test_non_contiguous_inputs(device: torch.device) -> None:
+    case = make_case(ragged_mask(5, 12), device=device)
     gap = torch.randn(5, 12, 3, 16, device=device)
     gap[:, :, 1] = case.hidden
     strided = case.map(lambda t: t.T.contiguous().T if t.dim() == 2 else t)
     strided = replace(strided, hidden=gap[:, :, 1])
     assert not any(t.is_contiguous() for t in (strided.hidden, strided.weight, strided.actions, strided.values))
-    for on_policy in (True, False):
-        got = _on_views(strided, on_policy, sampling)
-        expected = fused(case, on_policy=on_policy, **sampling)
+    sampled = {"gradient": "sampled", "samples": 8, "seed": 3}
+    for on_policy, gradient in [(True, {}), (False, {}), (False, sampled)]:
+        got = _on_views(strided, on_policy, **gradient)
+        expected = _on_views(case, on_policy, **gradient)
         torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
-        for name, gradient in got.gradients.items():
-            torch.testing.assert_close(gradient, expected.gradients[name], rtol=1e-5, atol=1e-7)
+        for name, found in got.gradients.items():
+            torch.testing.assert_close(found, expected.gradients[name], rtol=1e-5, atol=1e-7)
 
 
-def _on_views(case: Case, on_policy: bool, sampling: dict[str, Any]) -> Outcome:
+def _on_views(case: Case, on_policy: bool, **keywords: Any) -> Outcome:
     """``differentiate`` clones, which would make the inputs contiguous again: here the views themselves are leaves."""
     names = ("hidden", "weight", "bias", "values")
     leaves = {n: getattr(case, n).detach().requires_grad_() for n in names}
     loss, metrics = fused_klq_loss(
         leaves["hidden"], leaves["weight"], case.actions, leaves["values"], bias=leaves["bias"],
-        **case.loss_arguments(on_policy=on_policy), **sampling,
+        **case.loss_arguments(on_policy=on_policy), **keywords,
     )  # fmt: skip
     return Outcome(
         loss.detach(), metrics, dict(zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -76,6 +76,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(kernel_module("row_kl"), "ROW_KL", row_kl)
     few = {size: config._replace(sizes={"ENTRIES": 4, "BLOCK": 32}) for size, config in launch.SELECTED_LOGITS.items()}
     monkeypatch.setattr(kernel_module("selected_logits"), "SELECTED_LOGITS", few)
+    monkeypatch.setattr(
+        kernel_module("row_grad"), "ROW_GRAD_SUMS", launch.ROW_GRAD_SUMS._replace(sizes={"ROWS": 64, "BLOCK": 64})
+    )
     sizes = {
         "row_grad": ("ROW_GRAD", {"BLOCK": 64}),
         "row_kl": ("ROW_KL_GRAD", {"BLOCK": 64}),
@@ -191,8 +194,9 @@ def test_row_grad(
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("vocab", [1, 131, 200])
 @pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("learnt", [False, True])
 def test_a_bias_is_added_as_logits_are_read(
-    device: str, vocab: int, softcap: float | None, bias_dtype: torch.dtype
+    device: str, vocab: int, softcap: float | None, bias_dtype: torch.dtype, learnt: bool
 ) -> None:
     """In all three row operations, as from logits that hold it already; entry by entry with the same bits."""
     n = 5
@@ -217,14 +221,49 @@ def test_a_bias_is_added_as_logits_are_read(
         selection.values.zero_()
         selection.columns.zero_()
         kernel_module("row_select").row_select(rows, actions, pull, selection, **head, bias=added)
-        kernel_module("row_grad").row_grad(rows, actions, pull, rows, **head, bias=added)
-        found.append((statistics, selection.values, selection.columns, selection.counts, rows))
+        sums = torch.zeros(vocab, device=device)
+        kernel_module("row_grad").row_grad(rows, actions, pull, rows, sums if learnt else None, **head, bias=added)
+        found.append((statistics, selection.values, selection.columns, selection.counts, rows, sums))
     (statistics, *ours), (wanted_statistics, *wanted) = found
     for vector, vector_wanted in zip(statistics, wanted_statistics, strict=True):
         assert vector.isfinite().all()
         torch.testing.assert_close(vector, vector_wanted, rtol=1e-6, atol=2e-5)
     for tensor, tensor_wanted in zip(ours, wanted, strict=True):
         assert torch.equal(tensor, tensor_wanted)
+
+
+@pytest.mark.parametrize(
+    ("logits_dtype", "dtype"),  # the interpreter mis-rounds bf16 stores
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16)],
+)
+@pytest.mark.parametrize("vocab", [1, 64, 131])
+@pytest.mark.parametrize("n", [1, 8, 11])  # rows of one group or of several, the last of which may be short
+def test_sums_of_row_grad_over_rows(
+    device: str, logits_dtype: torch.dtype, dtype: torch.dtype, vocab: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is as without sums, bit by bit; its sums over rows join what there is; rows beyond n stay."""
+    config = kernel_module("row_grad").ROW_GRAD_SUMS
+    few = config._replace(sizes=config.sizes | {"ROWS": 4})
+    monkeypatch.setattr(kernel_module("row_grad"), "ROW_GRAD_SUMS", few)
+    (rows, actions), (again, _) = (logits_like_a_model(n + 3, vocab, logits_dtype, device) for _ in range(2))
+    logits, apart, actions = rows[:n], again[:n], actions[:n]
+    found = Statistics(*(nans(n, device) for _ in range(4)))
+    head = {"scale": 1 / 0.7, "softcap": 30.0}
+    portable.row_stats(logits, actions, found, **head)
+    g, h = torch.randn(2, n, generator=torch.Generator().manual_seed(4)).to(device)
+    pull = Pull(found.top, found.log_total, g, -g, h, found.entropy)
+    exact = torch.empty(n, vocab, device=device)
+    portable.row_grad(logits.float(), actions, pull, exact, **head)
+    kernel = kernel_module("row_grad").row_grad
+    out, wanted = (x if dtype == logits_dtype else x.view(dtype)[:, :vocab] for x in (logits, apart))
+    sums = torch.ones(vocab, device=device)
+    kernel(logits, actions, pull, out, sums, **head)
+    kernel(apart, actions, pull, wanted, **head)
+    assert torch.equal(out, wanted)
+    assert torch.equal(rows[n:], again[n:])
+    rounded = dtype != logits_dtype  # then the gradient is read again as it was stored
+    total = 1 + (out if rounded else exact).double().sum(0)
+    torch.testing.assert_close(sums.double(), total, rtol=1e-5, atol=2e-5)
 
 
 PAIRS = {

@@ -770,6 +770,8 @@ class Program:
         flush = "ftz" in modes
         if integer(to) and integer(of):
             function = lambda x: x.astype(TYPES[to])  # truncates, or extends by the source's sign
+            if WIDTH[of] == 8 and WIDTH[to] <= 4:
+                holes_of_sources = lambda: self._any_hole(args[1:], by_halves=True)[:, 0]
         elif of in ("bf16", "f16") and to == "f32":
             function = bf16_to_f32 if of == "bf16" else f16_to_f32
         elif of == "f32" and to in ("bf16", "f16") and rounding == "rn":
@@ -865,7 +867,9 @@ class Program:
 
         def redux(m):
             self._lane_exchange(m, members(m))
-            v = np.broadcast_to(a(m), self.T).reshape(-1, WARP)
+            hole = self._holes(args[1])
+            value = a(m) if hole is None else self._content(args[1]).view(TYPES[kind])
+            v = np.broadcast_to(value, self.T).reshape(-1, WARP)
             if kind == "f32":
                 v = np.abs(v) if absolute else v
                 r = v[:, 0]
@@ -876,6 +880,10 @@ class Program:
                           "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[what]  # fmt: skip
                 r = reduce.reduce(v, axis=1).astype(v.dtype)
             w(np.repeat(r, WARP), m)
+            if hole is not None:  # no lane of a warp has a value where one of them had none
+                self.poison_register(
+                    args[0], self._narrowed(args[0], np.repeat(hole.reshape(-1, WARP).any(1), WARP), m)
+                )
 
         ins.run = redux
 

@@ -254,11 +254,29 @@ def test_a_selection_needs_a_value_where_it_takes_one():
         "	setp.eq.u32 	%p3, %r4, 1;\n	@%p3 bra 	$L__8;\n$L__8:\n",
         "	setp.eq.u32 	%p3, %r4, 1;\n	vote.sync.any.pred 	%p4, %p3, -1;\n",
         "	shfl.sync.idx.b32 	%r6, %r1, %r4, 31, -1;\n",
-        "	redux.sync.add.s32 	%r6, %r4, -1;\n",
     ],
 )
 def test_addresses_guards_and_votes_need_values(uses: str):
     faults(FEW + uses, "which holds no value")
+
+
+@pytest.mark.parametrize("what", ["add.s32", "max.f32", "min.NaN.f32"])
+def test_a_warp_has_its_reduction_if_each_of_its_lanes_has_a_value(what: str):
+    """As Triton 3.6 joins 32 warps for sm_100: the first warp reads what they found, and all reduce what they have."""
+    first = "	setp.lt.u32 	%p3, %r1, 32;\n	@%p3 add.s32 	%r4, %r1, 1;\n"
+    reduced = f"	redux.sync.{what} 	%r5, %r4, -1;\n"
+    leader = "	setp.eq.u32 	%p4, %r1, 0;\n	@%p4 st.global.b32 [ %rd2 + 0 ], { %r5 };"
+    out, _ = run(first + reduced + leader)
+    assert out[0] == {"add": 33 * 16, "max": 32, "min": 1}[what[:3]]
+    faults(first + reduced + EVERYONE, "%r5, which holds no value")
+    faults(FEW + reduced + leader, "%r5, which holds no value")
+
+
+def test_the_low_half_of_a_packed_product_needs_no_high_half():
+    """The compiler packs one number with nothing, and takes the low half of what the pair comes to."""
+    body = "	mov.b64 	%rd3, {%r1, %r77};\n	mul.f32x2 	%rd4, %rd3, %rd3;\n"
+    run(body + "	cvt.u32.u64 	%r5, %rd4;\n" + EVERYONE)
+    faults(body + "	mov.b64 	{_, %r5}, %rd4;\n" + EVERYONE, "%r5, which holds no value")
 
 
 def test_a_register_that_nobody_wrote_travels_too():

@@ -146,6 +146,22 @@ def row_grad(cell: Cell) -> None:
     close(ours, wanted, rtol=2 * cell.eps, atol=cell.eps)
 
 
+def row_grad_sums(cell: Cell) -> None:
+    """Three rows in two groups."""
+    ours, wanted = cell.rows(), cell.rows()
+    actions = cell.actions(ours)
+    pull = _pull(ours, actions)
+    sums = torch.ones(ours.shape[1])
+    exact = torch.zeros_like(wanted, dtype=torch.float32)
+    config = module("row_grad").ROW_GRAD_SUMS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module("row_grad"), "ROW_GRAD_SUMS", config._replace(sizes=config.sizes | {"ROWS": 2}))
+        module("row_grad").row_grad(ours, actions, pull, ours, sums, **HEAD)
+    portable.row_grad(wanted.float(), actions, pull, exact, **HEAD)
+    close(ours, exact, rtol=2 * cell.eps, atol=cell.eps)
+    close(sums, 1 + exact.sum(0), rtol=3e-5, atol=3e-5)
+
+
 def row_grad_narrower(cell: Cell) -> None:
     wide = cell._replace(dtype=torch.float32)
     ours, wanted = wide.rows(), wide.rows()
@@ -301,8 +317,8 @@ def lambda_errors(cell: Cell) -> None:
 KERNELS: dict[str, Callable[[Cell], None]] = {
     test.__name__: test
     for test in (
-        row_stats, row_grad, row_grad_narrower, row_update, row_kl, row_select, weighted_sums, selected_logits,
-        klq_residual, metrics, scale, reverse_scan, lambda_errors,
+        row_stats, row_grad, row_grad_sums, row_grad_narrower, row_update, row_kl, row_select, weighted_sums,
+        selected_logits, klq_residual, metrics, scale, reverse_scan, lambda_errors,
     )
 }  # fmt: skip
 

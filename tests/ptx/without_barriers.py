@@ -52,7 +52,7 @@ def kernels() -> dict[str, Callable[[], object]]:
         return list(torch.randn(count, n))
 
     actions, head = torch.tensor([1, VOCAB - 1]), {"scale": 1.0, "softcap": None}
-    fp32 = rows(torch.float32)
+    fp32, half = rows(torch.float32), rows(torch.bfloat16)
     n = 3000
     ends, out = torch.tensor([0, 1100, n], dtype=torch.int32), torch.empty(n)
 
@@ -108,6 +108,9 @@ def kernels() -> dict[str, Callable[[], object]]:
         ),
         "row_grad, narrower": lambda: module("row_grad").row_grad(
             fp32, actions, Pull(*columns(4)), fp32.view(torch.bfloat16)[:, :VOCAB], **head
+        ),
+        "row_grad, summed over rows": lambda: module("row_grad").row_grad(
+            half, actions, Pull(*columns(4)), half, torch.zeros(VOCAB), **head
         ),
         "row_update": update,
         "row_kl": lambda: divergence(False),

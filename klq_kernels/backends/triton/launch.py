@@ -32,6 +32,9 @@ ROW_KL = {
     size: Config({**config.sizes, "BLOCK": 2048}, num_warps=config.num_warps) for size, config in ROW_STATS.items()
 }
 ROW_GRAD = Config({"BLOCK": 4096}, num_warps=4)
+# 512 rows of 128k logits are 256 programs, two for each multiprocessor of a large GPU. Not timed: of five shapes,
+# blocks of 1024 to 4096 on 2 to 8 warps, this one alone spills nothing on any target of the static gate.
+ROW_GRAD_SUMS = Config({"ROWS": 64, "BLOCK": 4096}, num_warps=8)
 ROW_KL_GRAD = Config({"BLOCK": 2048}, num_warps=4)  # of two rows
 # As many threads as a multiprocessor takes in one program, so that only one row of each is in flight.
 ROW_UPDATE = Config({"GROUPS": 4, "LANES": 8192, "BLOCK": 16384}, num_warps=32)

@@ -9,16 +9,22 @@ one read, one exp2, one write per logit. Where the gradient has the dtype of the
 columns). Where it is narrower, it fills the first part of the row's memory: a program then walks a whole row from left
 to right, and a barrier between its reads and its writes keeps what it writes behind what it has read. Only the block
 that holds the taken token compares columns with it.
+
+Where a bias is learnt, its gradient is the sum over rows. A program then takes ROWS rows of its block of columns, and
+adds up what it writes in registers, before it is rounded. The sums of each group of rows, 2 / ROWS of the bytes of
+16-bit logits, are all that is read again: the groups add up in one more reduction, always in the same order. A program
+that walks whole rows has no room for their sums; so a narrower gradient is read once more.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Pull
-from .launch import ROW_GRAD, on_device
+from .launch import ROW_GRAD, ROW_GRAD_SUMS, on_device
 from .math import LN2, LOG2E, soft_cap
 from .row_stats import biased
 
@@ -73,11 +79,37 @@ def row_grad_kernel(
         tl.store(out + row * out_stride + cols, d.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["n"])
+def row_grad_sums_kernel(
+    logits, bias, actions, top, log_total, d_action, d_softmax, d_entropy, entropy, out, sums, n, stride, out_stride,
+    scale, softcap, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
+    inside = cols < stride
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(group * ROWS, tl.minimum(group * ROWS + ROWS, n)):
+        by_entropy = None
+        spread = None
+        if d_entropy is not None:
+            by_entropy, spread = tl.load(d_entropy + row), tl.load(entropy + row)
+        x = biased(tl.load(logits + row * stride + cols, mask=inside, other=0.0).to(tl.float32), bias, cols, inside)
+        d = gradient(
+            x, start, cols, tl.load(actions + row), tl.load(top + row), tl.load(log_total + row),
+            tl.load(d_action + row), tl.load(d_softmax + row), by_entropy, spread, scale, softcap, BLOCK,
+        )  # fmt: skip
+        total += d
+        tl.store(out + row * out_stride + cols, d.to(out.dtype.element_ty), mask=inside)
+    tl.store(sums + group * stride + cols, total, mask=inside)
+
+
 def row_grad(
     logits: Tensor,
     actions: Tensor,
     pull: Pull,
     out: Tensor,
+    column_sums: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -86,8 +118,20 @@ def row_grad(
     """See ``portable.row_grad``, and ``row_stats`` for ``bias``."""
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype
+    strides = logits.stride(0), out.stride(0)
+    parts = out  # whose rows add up to the sums
     with on_device(logits):
-        row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
-            logits, bias, actions, *pull, out, logits.stride(0), out.stride(0), scale, softcap, NARROW=narrow,
-            **ROW_GRAD.sizes, **ROW_GRAD.options,
-        )  # fmt: skip
+        if column_sums is None or narrow:
+            row_grad_kernel[(n, 1 if narrow else triton.cdiv(vocab, ROW_GRAD.sizes["BLOCK"]))](
+                logits, bias, actions, *pull, out, *strides, scale, softcap, NARROW=narrow,
+                **ROW_GRAD.sizes, **ROW_GRAD.options,
+            )  # fmt: skip
+        else:
+            groups = triton.cdiv(n, ROW_GRAD_SUMS.sizes["ROWS"])
+            parts = torch.empty(groups, strides[0], dtype=torch.float32, device=logits.device)[:, :vocab]
+            row_grad_sums_kernel[(groups, triton.cdiv(vocab, ROW_GRAD_SUMS.sizes["BLOCK"]))](
+                logits, bias, actions, *pull, out, parts, n, *strides, scale, softcap,
+                **ROW_GRAD_SUMS.sizes, **ROW_GRAD_SUMS.options,
+            )  # fmt: skip
+    if column_sums is not None:
+        column_sums += parts.sum(0, dtype=torch.float32)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Statistics
-from .launch import ROW_STATS, on_device, require_contiguous
+from .launch import ROW_STATS, on_device
 from .math import LN2, LOG2E, soft_cap
 
 FLOOR = tl.constexpr(-1.0e30)
@@ -41,8 +41,7 @@ def _absorb(x, m, s, t, k, softcap, ENTROPY: tl.constexpr):
     e = tl.exp2(y)
     if ENTROPY:
         y = tl.maximum(y, NEGLIGIBLE)  # a logit of -inf has e = 0, and 0 * -inf would be NaN
-        step = tl.maximum(step, NEGLIGIBLE)  # so has a step that overflows at a low temperature
-        t = shrink * tl.fma(step, s, t) + tl.sum(e * y, axis=0)
+        t = shrink * tl.fma(tl.maximum(step, NEGLIGIBLE), s, t) + tl.sum(e * y, axis=0)
     return top, tl.fma(shrink, s, tl.sum(e, axis=0)), t
 
 
@@ -127,7 +126,6 @@ def row_stats(
     bias: Tensor | None = None,
 ) -> None:
     """See ``portable.row_stats``. ``bias``, [stride] in any floating dtype, is added to each row of logits."""
-    require_contiguous(actions, *out, bias)
     n, vocab = logits.shape
     config = ROW_STATS[logits.element_size()]
     with on_device(logits):

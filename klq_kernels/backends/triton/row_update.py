@@ -4,7 +4,8 @@ The gradient by a row needs the row's normaliser, so a row is read twice. Here a
 and reads the row again at once: while a row per multiprocessor fits into the L2 cache, the second read does not reach
 memory. So memory is read once and written once, in place of two reads and a write by two kernels. On-policy there is no
 such kernel, since the loss of a row needs all rows after it; soft-capped rows, their entropy and other dtypes, which
-would not leave a thread the registers it needs, take the three kernels as well (``updates``).
+would not leave a thread the registers it needs, take the three kernels as well (``updates``). So does a head whose bias
+is learnt (``token_major``): the sum over rows, which ``row_grad`` makes as it writes, would be another read here.
 """
 
 from __future__ import annotations
