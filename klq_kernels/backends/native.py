@@ -11,6 +11,7 @@ environment variables are for testing it: ``KLQ_NATIVE_ISA`` names an instructio
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,24 +48,34 @@ def use_isa(name: str | None = None) -> str:
     try:
         return ISAS[torch.ops.klq_native.use_isa(-1 if name is None else ISAS.index(name))]
     except RuntimeError as error:
-        raise ValueError(f"KLQ_NATIVE_ISA: this processor does not have {name}") from error
+        others = ", ".join(isa for isa in ISAS if isa != name)
+        raise ValueError(f"KLQ_NATIVE_ISA: this processor does not have {name}; choose one of {others}") from error
 
 
 def _load() -> str | None:
-    """Loads the library; returns None, or the reason why there is none in a few words."""
+    """Loads the library; returns None, or the reason why there is none in a few words, with a warning where there is a
+    file that cannot be used. Raises the ValueError of ``use_isa``.
+    """
     given = os.environ.get("KLQ_NATIVE_LIBRARY")
     built = [Path(given)] if given else sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
         return f"not built; {REPEAT}"
-    try:
-        torch.ops.load_library(str(built[0]))
-        missing = [name for name in OPERATIONS if not hasattr(torch.ops.klq_native, name)]
-        if missing:
-            return f"{built[0].name} is of older sources, without {', '.join(missing)}; {REPEAT}"
-        use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"{built[0].name} does not load: {error}"
+    reason = _why_unusable(built[0])
+    if reason is not None:
+        warnings.warn(f"klq_kernels: plain PyTorch runs in place of the native backend: {reason}", stacklevel=2)
+        return reason
+    use_isa(os.environ.get("KLQ_NATIVE_ISA") or None)
     return None
+
+
+def _why_unusable(library: Path) -> str | None:
+    """Loads this library; returns None, or the reason why it cannot be used."""
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"{library.name} does not load: {error}"
+    missing = [name for name in OPERATIONS if not hasattr(torch.ops.klq_native, name)]
+    return f"{library.name} is of older sources, without {', '.join(missing)}; {REPEAT}" if missing else None
 
 
 WHY_UNAVAILABLE = _load()

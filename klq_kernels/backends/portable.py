@@ -2,8 +2,9 @@
 
 A backend is a module with the functions below; ``triton`` holds the same as kernels, and ``native`` has functions on
 strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the rows of a
-buffer of logits begin at multiples of 64 elements (``chunking.row_stride``), ``ADDS_BIAS`` whether the first three take
-a bias which the product left out (``token_major``). Per-row vectors are contiguous fp32, all
+buffer of logits begin at multiples of 64 elements (``chunking.row_stride``; under a bias, where V is
+one, multiples of 16 do), ``ADDS_BIAS`` whether the first three take a bias which the product left out
+(``token_major``). Per-row vectors are contiguous fp32, all
 arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
@@ -420,12 +421,13 @@ def lambda_errors(
     Args:
         terms: [M] each.
         tail: fp32 [B].
-        mask: bool [M] or None.
+        mask: bool [M] or None, as it must be of a piece, with a ``first_row`` or a ``carry``.
         cu_seqlens: int32 [B + 1]; element j here is position ``first_row + j`` there.
         out: fp32 [M], written.
         carry: fp32 [1], in and out: S beyond the last element (where no sequence ends there), then S of the first.
         kept_logp, kept_values: fp32 [M] or None, written: logp and values at valid tokens, 0 at masked ones.
     """
+    assert mask is None or (first_row == 0 and carry is None), "a piece has no mask"
     logp, ref_logp, values, rewards, trace = terms
     keep, ends, owners = _ends(mask, cu_seqlens, first_row, values.numel())
 

@@ -186,7 +186,7 @@ def _check_seed(seed: int | Tensor | None, device: torch.device) -> None:
         require_tensor("seed", seed)
         given = f"{seed.dtype} {list(seed.shape)}"
         require(seed.numel() == 1 and seed.dtype == torch.int64, "seed", f"must be one int64 number, got {given}")
-        here = seed.device.type in (device.type, "cpu")
+        here = seed.device == device or seed.device.type == "cpu"
         require(here, "seed", f"must be on {device} or the CPU, got {seed.device}")
     elif seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63):
         raise ValueError(f"seed: must be None, an int64 tensor or an int of 64 bits, got {seed!r}")

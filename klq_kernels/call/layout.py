@@ -149,7 +149,8 @@ def layout_of(
         )
         require(mask.device == tokens.device, "mask", f"must be on {tokens.device}, got {mask.device}")
         mask = mask.reshape(-1).contiguous()
-    require(tokens.numel() < 2**31, name, "must hold fewer than 2**31 tokens")
+    # positions are counted in 32 bits, and a scan's last tile of 1024 may begin at the last token
+    require(tokens.numel() <= 2**31 - 1024, name, "must hold at most 2**31 - 1024 tokens")
     return Layout(name, shape, mask, cu_seqlens.contiguous(), None)
 
 

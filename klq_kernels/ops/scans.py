@@ -151,4 +151,5 @@ def _write_lambda_errors(
 ) -> None:
     layout.check_cu_seqlens(cu_seqlens, out.numel())
     if out.numel():
-        backend_for(out.device).lambda_errors(each(terms, Tensor.contiguous), tail, mask, cu_seqlens, out, **options)
+        terms, tail = each(terms, Tensor.contiguous), tail.contiguous()
+        backend_for(out.device).lambda_errors(terms, tail, mask, cu_seqlens, out, **options)

@@ -127,12 +127,12 @@ class VocabularyMajor(VocabularyForm):
     def select(self, chunk: slice, pull: Pull, selection: Selection) -> None:
         if self._kept is None:
             self._hidden = self._rows.take(chunk).to(self._computed)
+        actions = self._rows.actions[chunk].clamp(0, self._head.weight.shape[0] - 1)  # as in ``portable.row_select``
         for strip in self._strips:
             logits = self._project(strip) if self._kept is None else self._stored(strip)
             self._backend.strip_select(
-                logits, strip.start, self._rows.actions[chunk], pull, selection, scale=self._head.scale,
-                softcap=self._head.softcap,
-            )  # fmt: skip
+                logits, strip.start, actions, pull, selection, scale=self._head.scale, softcap=self._head.softcap
+            )
 
     def _stored(self, strip: slice) -> Tensor | None:
         """Where a strip's logits are in the model's dtype; None where the products run in it, and nothing is kept."""

@@ -329,6 +329,13 @@ def test_actions_out_of_range_where_nobody_looks(device: torch.device, monkeypat
             assert gradient == "sampled" or by_hidden.isnan().any(-1).nonzero().tolist() == [[1, 2]]
         loss = fused_klq_loss(case.hidden, case.weight, actions, case.values, targets=case.targets).loss
         assert loss.isnan()
+        for sampling in ({}, {"gradient": "sampled", "samples": 4, "seed": 1}):
+            leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight)]
+            linear_logprobs(*leaves, actions, **sampling).logprobs.sum().backward()
+            by_hidden, by_weight = (leaf.grad for leaf in leaves)
+            assert by_hidden[1, 2].isnan().all()
+            assert by_weight.isnan().any()
+            assert sampling or by_hidden.isnan().any(-1).nonzero().tolist() == [[1, 2]]
         if device.type == "cpu":
             continue
         with monkeypatch.context() as checking:

@@ -12,6 +12,7 @@ from cases import Case, Outcome, assert_same_bits, differentiate, make_case, rag
 from conftest import Place
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from watch import OPERATORS
 
@@ -163,6 +164,30 @@ def test_opcheck(device: torch.device, call: str) -> None:
         operator, arguments = operator.definition, operator.packed(*arguments)
     results = torch.library.opcheck(operator, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_fake_results_lie_as_the_real_ones(device: torch.device, call: str) -> None:
+    """Compiled code relies on it, however the arguments lie."""
+
+    def strided(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+            return value
+        found = value.detach().mT.contiguous().mT if value.dim() > 1 else torch.stack([value.detach()] * 2, -1)[:, 0]
+        return found.requires_grad_(value.requires_grad)
+
+    operator, arguments = operator_calls(make_case(ragged_mask(3, 6), device=device, **SMALL))[call]
+    arguments = tuple(map(strided, arguments))
+    if isinstance(operator, Operator):
+        operator, arguments = operator.definition, operator.packed(*arguments)
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    described = [
+        [(t.dtype, t.device, t.shape, t.stride()) for t in (found if isinstance(found, tuple) else (found,))]
+        for found in (real, fake)
+    ]
+    assert described[0] == described[1]
 
 
 # ------------------------------------------------------------------------------------------------------- torch.compile

@@ -60,7 +60,7 @@ def run(
     function: Callable[..., Tensor], case: Case, ref: Reference, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(divergence, {leaf name: gradient}) of a random combination of the valid tokens' divergences."""
-    leaves = {name: getattr(case, name).detach().clone().requires_grad_() for name in LEAVES}
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in LEAVES}
     hidden, weight, bias = leaves.values()
     out = function(hidden, weight, ref.ref_hidden, ref.ref_weight, bias=bias, ref_bias=ref.ref_bias, **options)
     total = (torch.where(case.valid, out, 0) * case.advantages).sum()
@@ -269,6 +269,19 @@ def test_the_references_temperature_and_cap_are_the_policys_by_default(device: t
         gold, _ = oracle(case, ref, **options)
         out, _ = ours(case, ref, **options)
         torch.testing.assert_close(out.cpu().double(), torch.where(case.valid.cpu(), gold, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_non_contiguous_inputs(device: torch.device) -> None:
+    case = make_case(ragged_mask(4, 9), device=device).with_exact_logits()
+    ref = near(case, 0.3)
+
+    def strided(t: Tensor) -> Tensor:
+        return t.T.contiguous().T if t.dim() == 2 else torch.stack([t, t], -1)[..., 0]
+
+    expected, gradients = ours(case, ref)
+    out, same = ours(case.map(strided), ref.map(strided))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same, gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_each_head_has_its_own_dtype(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -157,6 +158,24 @@ def test_settings_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert settings.fp32_precision == before
+
+
+def test_settings_of_overlapping_calls() -> None:
+    """A call that ends takes nothing away from another that still runs; the last one restores."""
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, cpu = settings.fp32_precision, torch.device("cpu")
+    settings.fp32_precision = "bf16"
+    try:
+        first, second = own_settings(cpu), own_settings(cpu)
+        on_other_thread = ThreadPoolExecutor(1).submit
+        first.__enter__()
+        on_other_thread(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert settings.fp32_precision == "ieee"
+        on_other_thread(second.__exit__, None, None, None).result()
+        assert settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before
 
 
 def entropies(head: str, steps: int = 200) -> torch.Tensor:

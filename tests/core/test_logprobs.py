@@ -32,7 +32,7 @@ LEAVES = ("hidden", "weight", "bias")
 
 def run(function: Callable[..., Any], case: Case, parts: tuple[int, ...] = (1, 1, 1), **options: Any) -> Any:
     """({output name: tensor}, {leaf name: gradient}) of a random combination of the outputs that ``parts`` selects."""
-    leaves = [getattr(case, name).detach().clone().requires_grad_() for name in LEAVES]
+    leaves = [getattr(case, name).detach().requires_grad_() for name in LEAVES]
     hidden, weight, bias = leaves
     outputs = function(hidden, weight, case.actions, bias=bias, **options)
     upstream = (case.advantages, case.rewards, case.values)
@@ -172,6 +172,17 @@ def test_int32_actions(device: torch.device) -> None:
     case = make_case(ragged_mask(3, 6), device=device)
     narrow = replace(case, actions=case.actions.int())
     assert torch.equal(ours(case)[0]["logprobs"], ours(narrow)[0]["logprobs"])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"gradient": "sampled", "samples": 4, "seed": 1}], ids=["dense", "sampled"])
+def test_non_contiguous_inputs(device: torch.device, sampling: dict[str, Any]) -> None:
+    case = make_case(ragged_mask(4, 9), device=device).with_exact_logits()
+    strided = case.map(lambda t: torch.stack([t, t], -1)[..., 0] if t.dim() != 2 else t.T.contiguous().T)
+    assert not any(t.is_contiguous() for t in (strided.hidden, strided.weight, strided.bias, strided.actions))
+    parts = (1, 1, 0) if sampling else (1, 1, 1)
+    for got, expected in zip(ours(strided, parts, **sampling), ours(case, parts, **sampling), strict=True):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_no_entropy_unless_asked_for(device: torch.device) -> None:

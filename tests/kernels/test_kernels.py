@@ -150,6 +150,18 @@ def test_row_stats_of_impossible_tokens_and_masked_vocabulary(device: str) -> No
     torch.testing.assert_close(entropy[:3].double(), -(z.softmax(1) * z.log_softmax(1)).sum(1), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30])
+def test_row_stats_of_a_policy_without_entropy(device: str, temperature: float) -> None:
+    logits, actions = logits_like_a_model(4, 131, torch.float32, device)
+    out = Statistics(*(nans(4, device) for _ in range(4)))
+    kernel_module("row_stats").row_stats(logits, actions, out, scale=1 / temperature, softcap=None)
+    assert out.entropy is not None
+    assert out.entropy.tolist() == [0.0] * 4
+    logits[2, 100] = float("nan")
+    kernel_module("row_stats").row_stats(logits, actions, out, scale=1 / temperature, softcap=None)
+    assert out.entropy.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter mis-rounds bf16 stores
 @pytest.mark.parametrize("vocab", [1, 64, 131])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1 / 0.7, 30.0)])
@@ -473,6 +485,30 @@ def test_weighted_sums(device: str, dtype: torch.dtype, out_dtype: torch.dtype, 
     )
     rounding = torch.finfo(out_dtype).eps
     torch.testing.assert_close(out.cpu().double(), wanted, rtol=2 * rounding + 1e-5, atol=1e-5)
+
+
+def test_a_kernel_refuses_what_does_not_lie_side_by_side(device: str) -> None:
+    bounds = torch.tensor([0, 2], device=device)
+    sums = Sums(bounds[:1], bounds[1:], torch.zeros(2, dtype=torch.int32, device=device), torch.ones(2, device=device))
+    source, out = torch.ones(4, 3, device=device), torch.zeros(1, 3, device=device)
+    kernel_module("weighted_sums").weighted_sums(sums, source, out)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        kernel_module("weighted_sums").weighted_sums(sums, source.T.contiguous().T, out)
+
+
+def test_a_sampled_gradient_reads_a_turned_weight(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLQ_BACKEND", "triton")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).to(device) for shape in ((6, 8), (40, 8)))
+    actions = torch.randint(40, (6,), generator=g).to(device)
+    ends = torch.tensor([0, 6], dtype=torch.int32, device=device)
+    found = []
+    for rows in (weight, weight.T.contiguous().T):
+        leaf = hidden.clone().requires_grad_()
+        options = {"gradient": "sampled", "samples": 40, "seed": 1}
+        klq_kernels.linear_logprobs(leaf, rows, actions, cu_seqlens=ends, **options).logprobs.sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)])

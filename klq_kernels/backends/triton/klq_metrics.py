@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import LossShape, Terms
-from .launch import KLQ_METRICS, on_device
+from .launch import KLQ_METRICS, on_device, require_contiguous
 from .math import LOG2E
 
 ABSENT = tl.constexpr(-1)
@@ -152,6 +152,7 @@ def klq_metrics(
     decay_next: Tensor | None = None,
 ) -> Tensor:
     """See ``portable.klq_metrics``."""
+    require_contiguous(*terms, ref_logp, entropy, decay_next)
     out = loss.new_empty(len(names))
     slots = dict.fromkeys(SLOTS, ABSENT.value) | {name.upper(): slot for slot, name in enumerate(names)}
     logp, values, old_logp, old_values, advantages, _ = terms

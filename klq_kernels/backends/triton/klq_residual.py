@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import LossShape, Residuals, Terms
-from .launch import KLQ_RESIDUAL, on_device
+from .launch import KLQ_RESIDUAL, on_device, require_contiguous
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def klq_residual(terms: Terms, out: Residuals, *, grad_scale: Tensor, shape: Los
     n = terms.logp.numel()
     if n == 0:
         return
+    require_contiguous(*terms, *out)
     with on_device(terms.logp):
         klq_residual_kernel[(triton.cdiv(n, KLQ_RESIDUAL.sizes["BLOCK"]),)](
             *terms, *out, grad_scale, n, shape.tau, shape.alpha, shape.huber_delta, shape.value_clip,

@@ -51,6 +51,15 @@ SCALE = Config({"BLOCK": 8192}, num_warps=8)
 SCAN = Config({"TILE": 1024, "SLOTS": 128}, num_warps=4)
 
 
+def require_contiguous(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where the elements of a tensor are not side by side in memory, as a kernel that is told no
+    stride takes them to be.
+    """
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise RuntimeError(f"a kernel takes contiguous tensors; got strides {tensor.stride()}")
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU current: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

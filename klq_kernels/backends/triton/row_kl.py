@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Divergence, Pair
-from .launch import ROW_KL, ROW_KL_GRAD, on_device
+from .launch import ROW_KL, ROW_KL_GRAD, on_device, require_contiguous
 from .math import LN2, LOG2E, soft_cap
 from .row_stats import statistics
 
@@ -117,6 +117,7 @@ def row_kl_grad_kernel(
 
 def row_kl(logits: Tensor, ref_logits: Tensor, out: Divergence, *, pair: Pair) -> None:
     """See ``portable.row_kl``."""
+    require_contiguous(*out)
     n, vocab = logits.shape
     config = ROW_KL[max(logits.element_size(), ref_logits.element_size())]
     with on_device(logits):
@@ -130,6 +131,7 @@ def row_kl_grad(
     logits: Tensor, ref_logits: Tensor, found: Divergence, d_kl: Tensor, out: Tensor, *, pair: Pair
 ) -> None:
     """See ``portable.row_kl_grad``."""
+    require_contiguous(*found, d_kl)
     n, vocab = logits.shape
     narrow = out.dtype != logits.dtype
     with on_device(logits):

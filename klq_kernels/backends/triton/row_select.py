@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Pull, Selection
-from .launch import ROW_SELECT, on_device
+from .launch import ROW_SELECT, on_device, require_contiguous
 from .row_grad import gradient
 from .row_stats import biased
 
@@ -124,6 +124,7 @@ def row_select(
     bias: Tensor | None = None,
 ) -> None:
     """See ``portable.row_select``, and ``row_stats`` for ``bias``."""
+    require_contiguous(actions, *pull, *selection, bias)
     n, vocab = logits.shape
     segments = triton.cdiv(vocab, ROW_SELECT.sizes["SEGMENT"])
     sums = torch.empty(n, segments, dtype=torch.int64, device=logits.device)

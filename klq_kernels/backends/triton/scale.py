@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SCALE, on_device
+from .launch import SCALE, on_device, require_contiguous
 
 MOST_PROGRAMS = 4096
 
@@ -33,6 +33,7 @@ def scale(source: Tensor, factor: Tensor, out: Tensor) -> None:
     n = source.numel()
     if n == 0:
         return
+    require_contiguous(source, out)
     in_place = source.data_ptr() == out.data_ptr()
     with on_device(source):
         scale_kernel[(min(triton.cdiv(n, SCALE.sizes["BLOCK"]), MOST_PROGRAMS),)](

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import ScanTerms
-from .launch import SCAN, on_device
+from .launch import SCAN, on_device, require_contiguous
 
 # Triton makes a constant of an integer that is 1. A batch of one sequence would be one, and Triton 3.6 cannot compile
 # the bisection then. One kernel for all counts is also compiled once.
@@ -232,9 +232,8 @@ def lambda_errors_kernel(
     if SUMMARISE:
         tl.store(pairs_a + tile, _first(a, lane == 0))
         tl.store(pairs_b + tile, _first(b, lane == 0))
-        if (
-            tile == 0
-        ):  # the last slot keeps the value from beyond the last tile, before the first tile overwrites the carry
+        # the last slot keeps the value from beyond the last tile, before the first tile overwrites the carry
+        if tile == 0:
             last = 0.0
             if carry is not None:
                 last = tl.load(carry)
@@ -268,6 +267,7 @@ def _pairs(n: int, device: torch.device) -> tuple[int, Tensor | None, Tensor | N
 
 def reverse_scan(delta: Tensor, decay: Tensor, mask: Tensor | None, cu_seqlens: Tensor, out: Tensor) -> None:
     """See ``portable.reverse_scan``."""
+    require_contiguous(delta, decay, mask, cu_seqlens, out)
     n, batch = delta.numel(), cu_seqlens.numel() - 1
     tiles, pairs_a, pairs_b = _pairs(n, delta.device)
     with on_device(delta):
@@ -295,6 +295,7 @@ def lambda_errors(
     kept_values: Tensor | None = None,
 ) -> None:
     """See ``portable.lambda_errors``."""
+    require_contiguous(*terms, tail, mask, cu_seqlens, out, kept_logp, kept_values)
     n, batch = out.numel(), cu_seqlens.numel() - 1
     if n == 0:
         return

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Chosen
-from .launch import SELECTED_LOGITS, on_device
+from .launch import SELECTED_LOGITS, on_device, require_contiguous
 from .math import soft_cap
 
 
@@ -60,8 +60,7 @@ def selected_logits(
 ) -> None:
     """See ``portable.selected_logits``."""
     (hidden, positions), ids, atoms = chosen
-    assert hidden.is_contiguous()
-    assert weight.is_contiguous()
+    require_contiguous(hidden, positions, ids, weight, bias, out, slope)
     n, k = ids.shape
     config = SELECTED_LOGITS[weight.element_size()]
     with on_device(out):

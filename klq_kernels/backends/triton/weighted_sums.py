@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...vocabulary.chunks import Sums
-from .launch import WEIGHTED_SUMS, on_device
+from .launch import WEIGHTED_SUMS, on_device, require_contiguous
 
 
 @triton.jit
@@ -33,8 +33,7 @@ def weighted_sums_kernel(begins, ends, index, values, source, out, width, ENTRIE
 
 def weighted_sums(sums: Sums, source: Tensor, out: Tensor) -> None:
     """See ``portable.weighted_sums``."""
-    assert source.is_contiguous()
-    assert out.is_contiguous()
+    require_contiguous(*sums, source, out)
     rows, width = out.shape
     with on_device(out):
         weighted_sums_kernel[(rows, triton.cdiv(width, WEIGHTED_SUMS.sizes["BLOCK"]))](
