@@ -88,12 +88,15 @@ def test_one_guide_serves_other_etas_through_generate(learnt: QSharpTrainer) -> 
 
 @pytest.mark.parametrize(("law", "guide_type"), [("categorical", "value"), ("mse", "value"), ("categorical", "action")])
 def test_other_laws_and_q_type_guides_learn_too(tmp_path: Path, law: str, guide_type: str) -> None:
+    """More than a guide that knows nothing, 0. Of four seeds each, the least is 0.09: with 32 prompts and a quarter of the
+    samples it hung on the seed, from 0.02 to 0.22.
+    """
     run = trainer(
-        tmp_path, {"eval_dataset": tiny.prompts(32)}, law=law, guide_type=guide_type, steps_per_round=40, rounds=1,
-        samples_per_prompt=16, prompts_per_round=None, per_device_train_batch_size=32, rollout_forward_batch_size=256,
+        tmp_path, {"eval_dataset": tiny.prompts(256)}, law=law, guide_type=guide_type, steps_per_round=40, rounds=1,
+        samples_per_prompt=64, prompts_per_round=None, per_device_train_batch_size=32, rollout_forward_batch_size=256,
     )  # fmt: skip
     run.train()
-    assert run.evaluate()["eval_explained_variance"] > 0.1
+    assert run.evaluate()["eval_explained_variance"] > 0.05
 
 
 # ---- the data of a round -------------------------------------------------------------------------------------------
