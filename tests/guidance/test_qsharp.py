@@ -88,8 +88,8 @@ def test_one_guide_serves_other_etas_through_generate(learnt: QSharpTrainer) -> 
 
 @pytest.mark.parametrize(("law", "guide_type"), [("categorical", "value"), ("mse", "value"), ("categorical", "action")])
 def test_other_laws_and_q_type_guides_learn_too(tmp_path: Path, law: str, guide_type: str) -> None:
-    """More than a guide that knows nothing, 0. Of four seeds each, the least is 0.09: with 32 prompts and a quarter of the
-    samples it hung on the seed, from 0.02 to 0.22.
+    """More than a guide that knows nothing, 0. Of four seeds each, the least is 0.09: with 32 prompts and a quarter of
+    the samples it hung on the seed, from 0.02 to 0.22.
     """
     run = trainer(
         tmp_path, {"eval_dataset": tiny.prompts(256)}, law=law, guide_type=guide_type, steps_per_round=40, rounds=1,
