@@ -64,6 +64,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def plan(
+    context: typer.Context,
     config: Annotated[str | None, typer.Option(help="A Hugging Face config: directory, file or id.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="A known model in place of a config; a wrong name lists them.")
@@ -133,10 +134,16 @@ def plan(
     """Predict memory, traffic and time of a training step on one GPU or many, with the naive and the fused loss."""
     import json as encoder
 
+    from ..call.checks import require
     from ..call.head import check_sampling
     from .plan import options, run, shapes, table, timing
     from .plan.memory import problem
 
+    if config is not None or preset is not None:
+        shape = ("hidden", "vocab", "layers", "intermediate", "kv_share")
+        given = [n for n in shape if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"]
+        options_given = ", ".join("--" + n.replace("_", "-") for n in given)
+        require(not given, options_given, "the --config or --preset says it already; give one or the other")
     check_sampling("gradient", gradient, "samples", samples)
     options.require_one("preset", preset, "config", config)
     model = shapes.Model(hidden, vocab, layers, intermediate, kv_share=kv_share)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..call.checks import require
 from .means import Means
@@ -52,14 +53,36 @@ class BaseTrainer(Trainer):
     # ---- a run --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``."""
+        """As in transformers. ``True`` resumes from the last *complete* checkpoint in ``output_dir``. A run that has
+        taken ``max_steps`` already is loaded as it is, and takes no step.
+        """
         if resume_from_checkpoint is True:
             folder = str(self.args.output_dir)
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
         self._forget_means()
         self._begin()
+        if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))) is not None:
+            return done
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """Loads a checkpoint that is at ``max_steps``, or past it; None of one that has steps left.
+
+        transformers' loop would take one more step before it looks.
+        """
+        file = Path(checkpoint) / TRAINER_STATE_NAME
+        state = TrainerState.load_from_json(str(file)) if file.exists() else None
+        if state is None or not 0 < self.args.max_steps <= state.global_step:
+            return None
+        done = f"{checkpoint} has taken {state.global_step} steps, and max_steps is {self.args.max_steps}"
+        # an engine that shards weights loads them inside of transformers' loop
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        require(not sharded, "resume_from_checkpoint", f"{done}: nothing is left to train")
+        warnings.warn(f"{done}: it is loaded, and nothing is trained", stacklevel=3)
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _begin(self) -> None:
         """Forgets what else belongs to another run."""

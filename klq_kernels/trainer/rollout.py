@@ -31,6 +31,8 @@ from ..call.checks import require, require_number
 from .batches import Sequence
 from .data import tokenize_prompt
 
+ROUNDING = 1e-2  # that a sampler's log-probability of a certain token may exceed 0 by
+
 
 class RolloutContext(Protocol):
     """The part of the trainer that a rollout function may read."""
@@ -360,7 +362,10 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
         ]
         for row, entry in enumerate(chosen):
             finite = torch.tensor(entry, dtype=torch.float32).isfinite().all()
-            require(bool(finite), f"rollout_func: logprobs[{row}]", "must be finite at the trained tokens")
+            argument = f"rollout_func: logprobs[{row}]"
+            require(bool(finite), argument, "must be finite at the trained tokens")
+            most = max(entry, default=0.0)
+            require(most <= ROUNDING, argument, f"must be logarithms of probabilities, at most 0; got {most}")
         sampled = torch.tensor([x for entry in chosen for x in entry], dtype=torch.float32)
     ages = None
     if staleness is not None:

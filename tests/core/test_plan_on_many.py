@@ -281,6 +281,10 @@ def test_the_guide_names_every_rate() -> None:
     [
         (["--preset", "gpt-5"], "preset: must be one of llama-3.1-8b"),
         (["--preset", "qwen3-32b", "--config", "x"], "preset: is given beside config"),
+        (
+            ["--preset", "qwen3-32b", "--vocab", "7", "--kv-share", "1"],
+            "--vocab, --kv-share: the --config or --preset says",
+        ),
         (["--gpus", "8", "--link-bandwidth", "0"], "link_bandwidth: must be"),
         (["--gpus", "8", "--ref-dtype", "int8"], "ref_dtype: must be one of"),
         (["--gpus", "8", "--budget-gib", "-1"], "budget_gib: must be"),

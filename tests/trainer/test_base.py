@@ -177,3 +177,15 @@ def test_a_value_function_that_is_not_trained_has_no_loss(tmp_path: Path) -> Non
     trainer.train()
     logs = next(logs for logs in trainer.state.log_history if "loss" in logs)
     assert not {"loss/value_avg", "val/clipfrac_avg"} & logs.keys()
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 2, "lr_scheduler_type": "constant", **SAVING}
+    finished = tiny.trainer(tmp_path, **options)
+    finished.train()
+    again = tiny.trainer(tmp_path, {"model": tiny.model(seed=5)}, **options)
+    with pytest.warns(UserWarning, match="nothing is trained"):
+        assert again.train(resume_from_checkpoint=True).global_step == 2
+    for ours, theirs in zip(again.actor_critic.parameters(), finished.actor_critic.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

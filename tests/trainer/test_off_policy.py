@@ -280,6 +280,7 @@ def test_a_correction_needs_the_samplers_log_probs(tmp_path: Path) -> None:
     [
         (Completions([[1], [2]], logprobs=[[math.nan], [-1.0]]), r"logprobs\[0\]: must be finite"),
         (Completions([[1], [2]], logprobs=[[-1.0], [-math.inf]]), r"logprobs\[1\]: must be finite"),
+        (Completions([[1], [2]], logprobs=[[-1.0], [0.5]]), r"logprobs\[1\]: must be logarithms"),
         (Completions([[1], [2]], staleness=-1), "staleness: must be an int or float in"),
         (Completions([[1], [2]], staleness=[1.0]), "staleness: must have 2 entries"),
     ],
