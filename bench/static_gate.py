@@ -13,8 +13,8 @@ accesses where bulk data moves.
 
 The budget of the row kernels comes from bandwidth. A Hopper SM moves about 8 bf16 logits per clock from memory, issues
 4 warp instructions (128 lanes) and evaluates 16 special functions. So 16 issue slots and 2 special functions per logit
-keep up with memory; the inner loops have to stay below. A soft cap costs one special function and about twelve
-slots more, so those variants have 1.75 times the budget: they run at more than half of the memory rate. ``row_select``
+keep up with memory; the inner loops have to stay below. A soft cap costs one special function and about thirteen
+slots more, so those variants have 1.8 times the budget: they run at more than half of the memory rate. ``row_select``
 adds up integers of 64 bits besides, for which it has another 1.75 times; ``row_kl`` has another 1.25 times, for the two
 forms of each term; ``row_grad`` writes each logit as well, so that it has twice the time. A bias is another load, from
 a cache, and an addition: 1.2 times.
@@ -370,7 +370,7 @@ def broken_rules(variant: Variant, target: str, report: Report) -> list[str]:
         out.append(f"uses {report.stack} bytes of stack")
     if variant.wide and report.wide_accesses == 0 and target.startswith("sm_"):
         out.append("has no 16-byte access")
-    allowance = 1.75 if "softcap" in variant.name else 1.0
+    allowance = 1.8 if "softcap" in variant.name else 1.0
     slots = (
         allowance
         * (1.2 if "bias" in variant.name else 1.0)

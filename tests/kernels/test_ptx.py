@@ -70,7 +70,7 @@ def on_the_machine(*arguments: str, cases: str = "pairs", oldest: bool = False) 
     for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "KLQ_BACKEND"):
         environment.pop(name, None)
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=3600)
 
 
 def passes(suite: Suite, *, oldest: bool = False) -> str:
@@ -93,7 +93,7 @@ def passes(suite: Suite, *, oldest: bool = False) -> str:
 
 
 @pytest.mark.lengthy
-@pytest.mark.timeout(1800)  # of all cases
+@pytest.mark.timeout(3600)  # of all cases
 @pytest.mark.parametrize("suite", SUITES)
 def test_compiled_kernels_pass_the_suite(suite: str) -> None:
     passes(SUITES[suite])
