@@ -105,11 +105,11 @@ def test_other_laws_and_q_type_guides_learn_too(tmp_path: Path, law: str, guide_
 def test_the_first_round_is_the_references_and_the_second_goes_on_from_cuts(tmp_path: Path) -> None:
     run = trainer(tmp_path, drop_constant=False)
     run.collect()
-    assert all(e.first == 0 for e in run.examples._examples)
+    assert all(e.first == 0 for e in run.examples)
     assert len(run.examples) == 8 * 4
     torch.nn.init.normal_(run.guide.head.weight)
     run.collect()
-    second = run.examples._examples[32:]
+    second = list(run.examples)[32:]
     assert len(second) == 32
     assert len({e.first for e in second}) > 2
     for example in second:
@@ -127,8 +127,8 @@ def test_the_rest_is_the_references_own(tmp_path: Path) -> None:
     run = trainer(tmp_path, {"model": model}, drop_constant=False, generation_kwargs={"suppress_tokens": [1]})
     torch.nn.init.normal_(run.guide.head.weight, std=5.0)
     run.collect()
-    kept = [e.first + 1 for e in run.examples._examples]
-    assert all(len(e.completion) == 6 for e in run.examples._examples)
+    kept = [e.first + 1 for e in run.examples]
+    assert all(len(e.completion) == 6 for e in run.examples)
     assert min(kept) == 1
     assert max(kept) == 6  # a cut after the last token needs nobody to go on
 

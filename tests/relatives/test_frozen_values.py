@@ -40,12 +40,16 @@ def test_the_policy_learns_as_beside_a_value_model_that_stands_still(tmp_path: P
 
 @pytest.mark.parametrize("algorithm", ["klq", "ppo"])
 def test_it_is_read_once_in_a_cycle_and_stays_as_it_is(tmp_path: Path, algorithm: str) -> None:
-    run = frozen(tmp_path, algorithm=algorithm, max_steps=24, learning_rate=3e-3, num_generations=2)
+    """That it learns is said of 64 completions a step: of six seeds the least gain is 0.22, with each algorithm."""
+    run = frozen(
+        tmp_path, algorithm=algorithm, max_steps=48, learning_rate=3e-3, num_generations=2,
+        per_device_train_batch_size=64,
+    )  # fmt: skip
     before = copy.deepcopy(run.actor_critic.value.state_dict())
     passes = []
     run.actor_critic.value.backbone.register_forward_hook(lambda *_: passes.append(1))  # type: ignore[union-attr]
     run.train()
-    assert len(passes) == run.cycle == 6
+    assert len(passes) == run.cycle == 12
     for name, tensor in run.actor_critic.value.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}  # type: ignore[union-attr]
