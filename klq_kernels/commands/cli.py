@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import rich  # noqa: F401  (what the commands print with; checked here so that none fails half-way)
     import typer
+    import typer.core
 except ImportError:
     raise SystemExit("klq needs typer and rich: pip install 'klq_kernels[cli]'") from None
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands, with an EOFError of theirs kept from click, which would print "Aborted." and nothing else."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # a file that is cut short, or a reward function's
+            raise RuntimeError(f"EOFError: {error}") from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +57,9 @@ def demo(
 ) -> None:
     """Train a small model with the fused loss, and compare it with the naive implementation."""
     from ..lab import demo as demonstration
+    from .folders import usable_folder
 
+    usable_folder("--out", out)
     demonstration.run(out, steps, seed)
 
 

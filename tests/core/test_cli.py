@@ -108,3 +108,23 @@ def test_demo_passes_on_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert done.exit_code == 0, done.output
     assert calls == [(tmp_path, 3, 7)]
     assert CliRunner().invoke(app, ["demo", "--steps", "0"]).exit_code == 2
+
+
+def test_a_file_that_ends_too_early_is_not_shown_as_an_abort(monkeypatch: pytest.MonkeyPatch):
+    def cut_short() -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("klq_kernels.commands.info.environment", cut_short)
+    shown = CliRunner().invoke(app, ["info"])
+    assert "Aborted" not in shown.output
+    assert isinstance(shown.exception, RuntimeError)
+    assert str(shown.exception) == "EOFError: Ran out of input"
+    assert isinstance(shown.exception.__cause__, EOFError)
+
+
+def test_demo_refuses_a_folder_that_it_cannot_write_into(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        shown = CliRunner().invoke(app, ["demo", "--out", str(out)])
+        assert isinstance(shown.exception, ValueError)
+        assert str(shown.exception).startswith(f"--out: cannot write into {out} as a folder: ")
