@@ -184,7 +184,7 @@ def test_demonstrations_come_from_a_file(material: list[str], tmp_path: Path):
     scores = [logs["demonstrations/scores"] for logs in history if "demonstrations/scores" in logs]
     assert scores == [tiny.even([[*tiny.tokenizer()("bd").input_ids, tiny.EOS]])[0]] * 2
     with pytest.raises(ValueError, match=r"^demonstrations: there is no file"):
-        train([*flags, "--replay_cycles", "2", "--demonstrations", str(tmp_path / "none.jsonl")])
+        train([*flags, "--resume", "--replay_cycles", "2", "--demonstrations", str(tmp_path / "none.jsonl")])
 
 
 def test_a_guide_is_trained_for_a_model_that_stays(material: list[str], tmp_path: Path):
@@ -259,6 +259,19 @@ def test_resume_goes_on_from_the_last_checkpoint(material: list[str], tmp_path: 
     assert [logs["step"] for logs in history("parts")] == [1, 2, 3, 4]
     for name in ("objective/scores", "objective/kl", "loss"):
         assert [logs[name] for logs in history("parts")] == [logs[name] for logs in history("whole")]
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_any_work(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that cannot be written into; and one with checkpoints, which a later --resume could take for this run's."""
+    flags = [*material, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    train(flags)
+    monkeypatch.setattr(run, "build_trainer", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=r"^output_dir: .*out holds checkpoints of another run: pass --resume to go"):
+        train(flags)
+    with pytest.raises(ValueError, match=r"^output_dir: cannot write into .*a_file as a folder: File exists"):
+        train([*material, "--output_dir", str(write(tmp_path / "a_file", ""))])
 
 
 @pytest.mark.parametrize(

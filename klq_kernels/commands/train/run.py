@@ -32,6 +32,7 @@ from ...trainer.qsharp import QSharpConfig, QSharpTrainer, load_guide
 from ...trainer.relatives import CYCLES
 from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
+from ..folders import usable_folder
 from .arguments import COPY, GuideArguments, ScriptArguments
 from .held_out import HeldOut
 
@@ -252,12 +253,22 @@ def run(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> dict[st
 
     Returns:
         the held-out results, ``{"before": {...}, "after": {...}}``; empty without held-out prompts.
+
+    Raises:
+        ValueError: before any work, where ``output_dir`` cannot be written into, or holds complete checkpoints that
+            the run is not told to go on from: a later ``--resume`` could not tell them from its own.
     """
     out = Path(str(config.output_dir))
+    usable_folder("output_dir", out)
+    checkpoint = last_complete_checkpoint(out)
+    require(
+        checkpoint is None or arguments.resume,
+        "output_dir",
+        f"{out} holds checkpoints of another run: pass --resume to go on, or choose another folder",
+    )
     trainer = build_trainer(arguments, config)
     trainer.remove_callback(ProgressCallback)  # transformers' bar
     console = Console(quiet=not trainer.is_world_process_zero())
-    checkpoint = last_complete_checkpoint(out) if arguments.resume else None
     console.print(f"Going on from {checkpoint}" if checkpoint else f"Training into {out}", soft_wrap=True)
     held_out = HeldOut(trainer, None if arguments.task is None else load_task(arguments.task), console)
     if shards_weights(trainer.accelerator):  # no process can run the model before
