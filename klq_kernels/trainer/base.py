@@ -80,8 +80,11 @@ class BaseTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         require(not sharded, "resume_from_checkpoint", f"{done}: nothing is left to train")
         warnings.warn(f"{done}: it is loaded, and nothing is trained", stacklevel=3)
-        self._load_from_checkpoint(checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
 
     def _begin(self) -> None:

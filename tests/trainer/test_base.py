@@ -189,3 +189,13 @@ def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path: Path) -> None:
     for ours, theirs in zip(again.actor_critic.parameters(), finished.actor_critic.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, max_steps=2, **SAVING).train()
+    larger = tiny.trainer(tmp_path, {"model": tiny.model(num_hidden_layers=3)}, max_steps=4, **SAVING)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: does not fit the model"):
+        larger.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2" / "value_function.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no value_function\.safetensors"):
+        tiny.trainer(tmp_path, max_steps=4, **SAVING).train(resume_from_checkpoint=True)

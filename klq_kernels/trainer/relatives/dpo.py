@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from ...call.checks import require, require_number
 from ...logprobs import linear_logprobs
 from ...returns import reverse_scan
-from .. import loading
+from .. import loading, sharding
 from ..actor_critic import States, held
 from ..base import BaseTrainer
 from ..batches import Inputs, collate
@@ -255,6 +255,7 @@ class DPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         self.args: DPOConfig
+        sharding.check_parallelism(self.accelerator)
         check_whole(self.accelerator, "args", "KLQTrainer")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the pairs of a micro-batch
         self.tokenizer, self.padding_free = tokenizer, padding_free
