@@ -331,6 +331,7 @@ def _denominator(denom: Tensor | float | None, device: torch.device) -> Tensor |
         return None
     if isinstance(denom, Tensor):
         require_tensor("denom", denom)
+        require(not denom.requires_grad, "denom", "carries no gradient; pass denom.detach()")
         require(denom.numel() == 1, "denom", f"must be a number or a 0-d tensor, got shape {list(denom.shape)}")
         here = denom.device in (device, torch.device("cpu"))
         require(here, "denom", f"must be on {device} or the CPU, got {denom.device}")

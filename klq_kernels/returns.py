@@ -10,7 +10,7 @@ from torch import Tensor
 from .call.checks import require_float, require_number, require_tensor
 from .call.group import agree, group_of
 from .call.layout import Layout, Packing, layout_of
-from .call.transforms import refuse_tangents
+from .call.transforms import refuse_derivatives, refuse_tangents
 from .ops import scans, spans
 from .types import KLQTargets
 
@@ -99,10 +99,11 @@ def gae(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
+        RuntimeError: in forward mode, and under ``torch.func.grad``.
     """
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
     inputs = _scan_inputs(
-        layout, None, None, values, rewards, None, bootstrap_values,
+        "gae", layout, None, None, values, rewards, None, bootstrap_values,
         process_group, tau=0.0, gamma=gamma, lam=lam,
     )  # fmt: skip
     return scans.lambda_errors(*inputs).reshape(layout.shape)
@@ -123,7 +124,7 @@ def lambda_returns(
     """TD(lambda) returns: ``gae`` + values (arguments, result and errors as there), without gradient."""
     layout = layout_of(values, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="values")
     inputs = _scan_inputs(
-        layout, None, None, values, rewards, None, bootstrap_values,
+        "lambda_returns", layout, None, None, values, rewards, None, bootstrap_values,
         process_group, tau=0.0, gamma=gamma, lam=lam,
     )  # fmt: skip
     if layout.mask is None:
@@ -170,17 +171,19 @@ def klq_targets(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
+        RuntimeError: in forward mode, and under ``torch.func.grad``.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     require_tensor("ref_logprobs", ref_logprobs)
     inputs = _scan_inputs(
-        layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, process_group,
+        "klq_targets", layout, logprobs, ref_logprobs, values, rewards, trace, bootstrap_values, process_group,
         tau=tau, gamma=gamma, lam=lam,
     )  # fmt: skip
     return KLQTargets(*(t.reshape(layout.shape) for t in scans.klq_targets(*inputs)))
 
 
 def _scan_inputs(
+    function: str,
     layout: Layout,
     logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
@@ -210,6 +213,10 @@ def _scan_inputs(
         per_token,
         layout.flat_or_none("trace", trace),
     )
+    refuse_derivatives(
+        function, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, rewards=rewards, trace=trace,
+        bootstrap_values=bootstrap_values,
+    )  # fmt: skip
     group = group_of(process_group)
     if group is not None:
         names = ("logprobs", "ref_logprobs", "values", "rewards", "trace")

@@ -86,7 +86,9 @@ def _check_ids(ids: Tensor, hidden: Tensor) -> None:
     require_tensor("ids", ids)
     tokens = list(hidden.shape[:-1])
     fits = ids.dim() == hidden.dim() and ids.shape[:-1] == hidden.shape[:-1]
-    require(fits, "ids", f"must be {[*tokens, 'k']}, as hidden has the tokens {tokens}; got {list(ids.shape)}")
+    if not fits:  # formatted only on failure, as below
+        shape = ", ".join([*map(str, tokens), "k"])
+        raise ValueError(f"ids: must be [{shape}], as hidden has the tokens {tokens}; got {list(ids.shape)}")
     require(ids.dtype in (torch.int64, torch.int32), "ids", f"must be int64 or int32, got {ids.dtype}")
     require(ids.device == hidden.device, "ids", f"must be on {hidden.device}, where hidden is")
     require_alike("ids", ids, "hidden", hidden)

@@ -1,14 +1,15 @@
 """Function transforms (``torch.func``, forward-mode differentiation): the tensors they wrap, and those to refuse.
 
 An operator that has a backward alone is silent where PyTorch asks it for something else: under ``vmap`` its inputs do
-not show that they need a gradient, and in forward mode the tangent is dropped, as if the derivative were 0.
+not show that they need a gradient, and in forward mode the tangent is dropped, as if the derivative were 0. One that
+has no derivative, since its results are constants of a loss, is silent under ``torch.func.grad`` too.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor, maybe_current_level
 from torch.autograd import forward_ad
 
 
@@ -24,18 +25,44 @@ def needs_gradient(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and _peeled(tensor).requires_grad
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    # what is being compiled does not show its tangents
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(_peeled(tensor)).tangent is not None
+
+
 def refuse_tangents(**inputs: Tensor | None) -> None:
     """Raises RuntimeError where forward mode asks for the derivative by one of them."""
-    if forward_ad._current_level < 0:
-        return
     for name, tensor in inputs.items():
-        # what is being compiled does not show its tangents
-        if tensor is not None and (
-            torch.compiler.is_compiling() or forward_ad.unpack_dual(_peeled(tensor)).tangent is not None
-        ):
+        if tensor is not None and _has_tangent(tensor):
             raise RuntimeError(
                 f"{name}: forward-mode differentiation (jvp) is not supported; use backward, or klq_kernels.reference"
             )
+
+
+def refuse_derivatives(function: str, **inputs: Tensor | None) -> None:
+    """Raises RuntimeError where a transform asks ``function``, whose results are constants, for a derivative by one.
+
+    Backward is not refused: a result that requires no gradient says so itself.
+    """
+    for name, tensor in inputs.items():
+        if tensor is not None and (_has_tangent(tensor) or _is_differentiated(tensor)):
+            raise RuntimeError(
+                f"{name}: {function} is computed without gradient, and neither forward-mode differentiation (jvp) nor "
+                "torch.func.grad gets one; use klq_kernels.reference"
+            )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether ``torch.func.grad``, or what is made of it, follows this tensor."""
+    if maybe_current_level() is None:  # torch.compile cannot trace the rest
+        return False
+    while is_gradtrackingtensor(tensor) or is_batchedtensor(tensor):
+        if is_gradtrackingtensor(tensor) and needs_gradient(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ class ValueFunction(nn.Module):
     """V of a state: a linear head, on the policy's hidden states or on those of a model of its own.
 
     Args:
-        width: size of the policy's hidden states.
+        width: size of the hidden states that it reads, the policy's or the model's.
         model: None (the lean default: share the policy's backbone), a sequence-classification model with one label
             (a reward model, say: its head becomes the value head, in fp32), or a bare or causal-LM backbone.
 
@@ -53,7 +53,6 @@ class ValueFunction(nn.Module):
         head = None
         if model is not None:
             self.backbone = getattr(model, "base_model", model)
-            width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
             head = trained_head(model, width)
         self.head = zero_head(width) if head is None else head.float()
 

@@ -52,7 +52,8 @@ def proven_parts(
             ref_dtype=args.torch_dtype("ref_dtype"),
         )  # fmt: skip
         language_model = policies.language_model
-        value = ValueFunction(language_model.config.hidden_size, critic)
+        read: Any = language_model.backbone if critic is None else getattr(critic, "base_model", critic)
+        value = ValueFunction(probe.width_of(read), critic)
         if not args.learns_values:
             value.requires_grad_(False)
         loading.warn_of_16_bit("value_model", value.backbone)

@@ -57,6 +57,17 @@ def logits_of(language_model: LanguageModel) -> Tensor:
         return language_model.model(input_ids=ids, use_cache=False).logits.float()
 
 
+def width_of(backbone: Any) -> int:
+    """The size of a backbone's last hidden states: some families project them to another than ``hidden_size``."""
+    device = next(backbone.parameters()).device
+    with mode(backbone, training=False):
+        try:
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            return backbone(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
+        except FAILURES:  # ``prove_padding`` says of what it fails
+            return backbone.config.get_text_config().hidden_size
+
+
 def prove_head(language_model: LanguageModel) -> None:
     """Holds softcap(lm_head(hidden) * scale), as the trainer computes it, against the model's own logits.
 

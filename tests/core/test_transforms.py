@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from klq_kernels import fused_klq_loss, klq_loss, linear_logprobs, pack, reverse_scan
+from klq_kernels import (
+    fused_klq_loss,
+    gae,
+    klq_loss,
+    klq_targets,
+    lambda_returns,
+    linear_logprobs,
+    pack,
+    reverse_scan,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*performance drop.*")
 CASE = make_case(ragged_mask(3, 6), vocab=17, width=4)
@@ -92,6 +101,50 @@ def test_transforms_that_differentiate_are_refused(name: str) -> None:
     function, x = DIFFERENTIABLE[name]
     with pytest.raises(RuntimeError):
         torch.func.grad(function)(x.detach())
+
+
+CONSTANTS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "rewards: gae": (lambda x: gae(x, CASE.values, mask=CASE.mask), CASE.rewards),
+    "values: lambda_returns": (lambda x: lambda_returns(CASE.rewards, x, mask=CASE.mask), CASE.values),
+    "trace: klq_targets": (lambda x: targets(trace=x), CASE.trace),
+    "bootstrap_values: klq_targets": (lambda x: targets(bootstrap_values=x), CASE.bootstrap_values),
+}
+
+
+def targets(**given: Tensor) -> Tensor:
+    return klq_targets(CASE.old_logprobs, CASE.ref_logprobs, CASE.values, CASE.rewards, mask=CASE.mask, **given)[2]
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_transforms_of_what_has_no_gradient_are_refused(name: str) -> None:
+    """Their derivative would silently be 0. What is detached is a constant, as under backward."""
+    function, x = CONSTANTS[name][0], CONSTANTS[name][1].detach()
+    refused = f"^{name} is computed without gradient"
+    with pytest.raises(RuntimeError, match=refused):
+        jvp(function, (x,), (torch.ones_like(x),))
+    for differentiated in (torch.func.grad(lambda x: function(x).sum()), torch.func.jacrev(function)):
+        with pytest.raises(RuntimeError, match=refused):
+            differentiated(x)
+        with pytest.raises(RuntimeError, match=refused):
+            vmap(differentiated)(x[None])
+    assert not function(x.requires_grad_()).requires_grad
+    slope = torch.func.grad(lambda y: (function(y.detach()) * 2.0 + y.sum()).sum())(x.detach())
+    torch.testing.assert_close(slope, torch.full_like(x, function(x).numel()))
+    torch.testing.assert_close(vmap(function)(x.detach()[None])[0], function(x))
+
+
+def test_what_has_no_gradient_is_refused_under_compiled_transforms() -> None:
+    function, x = CONSTANTS["rewards: gae"]
+    torch.compile(function, backend="aot_eager", fullgraph=True)(x.detach())
+    for call in (torch.func.grad(lambda x: function(x).sum()), lambda x: jvp(function, (x,), (x,))):
+        with pytest.raises(Exception, match="computed without gradient"):
+            torch.compile(call, backend="aot_eager")(x.detach())
+
+
+def test_a_denominator_has_no_gradient() -> None:
+    denom = torch.tensor(3.0, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^denom: carries no gradient"):
+        klq_loss(CASE.old_logprobs, CASE.values, CASE.targets, mask=CASE.mask, denom=denom)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

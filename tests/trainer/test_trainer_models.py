@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from klq_kernels import linear_logprobs
 from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
@@ -208,6 +209,20 @@ def test_a_value_model_whose_head_reads_something_else_is_refused() -> None:
 def test_a_value_model_that_reads_later_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^value_model: "):
         tiny.trainer(tmp_path, {"value_model": classifier_of("bert")})
+
+
+@pytest.mark.parametrize("critic", [None, AutoModelForSequenceClassification, AutoModel])
+def test_values_are_read_from_states_of_another_width_than_the_layers(critic: Any, tmp_path: Path) -> None:
+    config = transformers.OPTConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4,
+        ffn_dim=64, max_position_embeddings=128, pad_token_id=tiny.PAD, bos_token_id=None, eos_token_id=tiny.EOS,
+        num_labels=1,
+    )  # fmt: skip
+    value_model = None if critic is None else critic.from_config(config)
+    given = {"model": transformers.OPTForCausalLM(config), "value_model": value_model}
+    trainer = tiny.trainer(tmp_path, given, max_steps=1)
+    assert trainer.actor_critic.value.head.in_features == 16
+    trainer.train()
 
 
 def test_sampling_is_proven_only_where_the_policy_itself_samples(tmp_path: Path) -> None:
