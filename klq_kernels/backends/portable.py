@@ -2,10 +2,10 @@
 
 A backend is a module with the functions below; ``triton`` holds the same as kernels, and ``native`` has functions on
 strips of logits in place of the first three, which ``VOCABULARY_MAJOR`` says. ``PADS_ROWS`` says whether the rows of a
-buffer of logits begin at multiples of 64 elements (``chunking.row_stride``; under a bias, where V is
-one, multiples of 16 do), ``ADDS_BIAS`` whether the first three take a bias which the product left out
-(``token_major``). Per-row vectors are contiguous fp32, all
-arithmetic is fp32 whatever the logits' dtype, and results are written into the caller's buffers.
+buffer of logits are padded to multiples of 64 elements (``chunking.row_stride``); under a bias they are not, where V is
+a multiple of 16. ``ADDS_BIAS`` says whether the first three take a bias which the product left out (``token_major``).
+Per-row vectors are contiguous fp32, all arithmetic is fp32 whatever the logits' dtype, and results are written into the
+caller's buffers.
 
 Vocabulary rows are visited a few at a time, in a scratch block small enough to stay in cache, so that a chunk of
 logits is read from memory once per operation and never copied whole.

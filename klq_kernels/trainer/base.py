@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..call.checks import require
 from .means import Means
+from .sharding import check_parallelism
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class BaseTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
+        check_parallelism(self.accelerator)
         self._forget_means()
 
     def _forget_means(self) -> None:
@@ -92,6 +94,11 @@ class BaseTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # compute_loss puts on the device what belongs there
+
+    def _evaluate_each(self, data: dict[str, Any], ignore_keys: list[str] | None, prefix: str) -> dict[str, float]:
+        """``evaluate`` of several datasets, their names behind the prefix."""
+        parts = (self.evaluate(d, ignore_keys, f"{prefix}_{name}") for name, d in data.items())
+        return {name: value for part in parts for name, value in part.items()}
 
     # ---- what is logged -----------------------------------------------------------------------------------------
 

@@ -36,8 +36,7 @@ class Evaluation(Cycle):
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
-            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
-            return {name: value for part in parts for name, value in part.items()}
+            return self._evaluate_each(data, ignore_keys, metric_key_prefix)
         loading.check_dataset("eval_dataset", data)
         sharding.check_sharded(self.accelerator, self.model, self.model_wrapped)
         means, mine = Means(), self.turns(len(data))

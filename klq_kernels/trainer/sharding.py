@@ -54,7 +54,6 @@ def check_engine(accelerator: Any) -> None:
     Raises:
         ValueError: naming the setting of the engine that the trainer does not support.
     """
-    check_parallelism(accelerator)
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin

@@ -39,8 +39,8 @@ def own_settings(device: torch.device) -> Iterator[None]:
     """Runs products on this device with the settings above. Of calls in several threads at once the first sets them,
     and the last restores what it found.
     """
-    _enter(device.type)
     try:
+        _enter(device.type)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:

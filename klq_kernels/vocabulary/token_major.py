@@ -116,13 +116,13 @@ class Logits:
 
     def _multiply_back(self, chunk: slice, dlogits: Tensor) -> None:
         """GEMM 2. On a GPU it writes its rows where they belong, unless they are scattered."""
-        total = self.hidden
-        inside = total is not None and total.is_cuda and self._states.positions is None
-        rows = total[chunk] if total is not None and inside else None
-        product = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype, rows)
+        total, place = self.hidden, None
+        if total is not None and total.is_cuda and self._states.positions is None:
+            place = rows_of(total, chunk)
+        product = products.project_back(dlogits, self._head.weight, self._head.hidden_dtype, place)
         if total is None:
             self.hidden = product
-        elif not inside:
+        elif place is None:
             self._states.put(total, chunk, product)
 
 

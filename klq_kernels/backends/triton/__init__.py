@@ -3,8 +3,9 @@
 Conventions of every kernel here: arithmetic in fp32 whatever is loaded; 64-bit offsets wherever rows meet the
 vocabulary; exponentials as exp2; no atomics, so the same inputs give the same bits.
 
-Rows of logits come from ``token_major``: they begin at multiples of 64 elements, and what lies between V and the
-next row is padding that ``row_grad`` may overwrite. So every access is 16 bytes wide whatever V is.
+Rows of logits come from ``token_major``: they begin at multiples of 64 elements, or, under a bias and where V is a
+multiple of 16, right behind each other. What lies between V and the next row is padding that ``row_grad`` may
+overwrite. So every access is 16 bytes wide whatever V is.
 """
 
 from .klq_metrics import klq_metrics

@@ -221,8 +221,7 @@ class QSharpTrainer(BaseTrainer):
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
-            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
-            return {name: value for part in parts for name, value in part.items()}
+            return self._evaluate_each(data, ignore_keys, metric_key_prefix)
         loading.check_dataset("eval_dataset", data)
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         held_out = self._held_out if own else None

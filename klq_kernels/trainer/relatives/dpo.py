@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from ...call.checks import require, require_number
 from ...logprobs import linear_logprobs
 from ...returns import reverse_scan
-from .. import loading, sharding
+from .. import loading
 from ..actor_critic import States, held
 from ..base import BaseTrainer
 from ..batches import Inputs, collate
@@ -255,7 +255,6 @@ class DPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         self.args: DPOConfig
-        sharding.check_parallelism(self.accelerator)
         check_whole(self.accelerator, "args", "KLQTrainer")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the pairs of a micro-batch
         self.tokenizer, self.padding_free = tokenizer, padding_free
@@ -317,8 +316,7 @@ class DPOTrainer(BaseTrainer):
         """``eval_loss`` and the means that training logs, over held-out pairs; the same on any number of processes."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
-            parts = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items())
-            return {name: value for part in parts for name, value in part.items()}
+            return self._evaluate_each(data, ignore_keys, metric_key_prefix)
         loading.check_dataset("eval_dataset", data)
         check_pairs("eval_dataset", data)
         means, accelerator, policy = Means(), self.accelerator, self.trained_policy
