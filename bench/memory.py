@@ -96,6 +96,11 @@ def _status_bytes(field: str) -> int:
 
 def _settle() -> None:
     gc.collect()
+    give_back()
+
+
+def give_back() -> None:
+    """What malloc keeps of freed memory goes back to the system: it stands in nobody's way and is not resident."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
