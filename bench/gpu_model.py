@@ -179,8 +179,8 @@ STEPS = (
     ),
     Step("gradient of the bias, added up", "small", lambda call: call.learns_bias, "1 + c"),
     Step("gradient of the bias rounded", "small", lambda call: call.bias and call.path == "log-probs, backward", "1"),
-    Step("denominator, sum and mean of the loss", "small", on(*LOSSES), "7"),
-    Step("ends of sequences", "small", on("on-policy"), "7"),
+    Step("denominator, sum and mean of the loss", "small", on(*LOSSES), "6"),
+    Step("ends of sequences", "small", on("on-policy"), "4"),
     Step("metrics", "klq_metrics", on(*LOSSES), "1"),
     Step("normaliser, or its gradient", "small", on("log-probs", "log-probs, backward"), "1"),
     Step("unknown tokens made NaN", "small", on("log-probs, backward"), "4"),
@@ -201,7 +201,7 @@ STEPS = (
 SCANS = {
     "reverse_scan": ("t", "1", "4 n t + 4 n"),
     "gae, lambda_returns": ("t", "1", "8 n t + 4 n"),
-    "klq_targets": ("t", "4", "12 n t + 4 n + 16 n"),
+    "klq_targets": ("t", "2", "12 n t + 4 n + 16 n"),
 }
 
 

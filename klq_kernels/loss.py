@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call.checks import require, require_alike, require_number, require_tensor
-from .call.group import check_spans, group_of, share_head, split_head
+from .call.group import SplitHead, check_spans, group_of, share_head, split_head
 from .call.head import check_head
 from .call.layout import Layout, Packing, layout_of
 from .call.tokens import AllTokens, mean_count
@@ -124,49 +124,37 @@ def fused_klq_loss(
     """
     head, spans = split_head(hidden, weight, bias, process_group, sharding), group_of(time_group)
     require(time_group is None or targets is None, "time_group", "is for on-policy calls; klq_targets takes the spans'")
-    if spans is not None and head.apart is not None:
-        check_spans(spans, head.apart)
     if spans is not None:
-        require(ref_logprobs is not None and rewards is not None, "time_group", "needs ref_logprobs and rewards")
-        own_layout: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "packing": packing}
-        with torch.no_grad():
-            logp = linear_logprobs(
-                hidden, weight, actions, bias=bias, temperature=temperature, softcap=softcap,
-                logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
-                sharding=sharding, **own_layout,
-            ).logprobs  # fmt: skip
-        targets = klq_targets(
-            logp, ref_logprobs, values.detach(), rewards,  # type: ignore[arg-type]
-            tau=tau, gamma=gamma, lam=lam, bootstrap_values=bootstrap_values, trace=trace, process_group=spans,
-            **own_layout,
+        targets = _targets_over_spans(
+            spans, head, hidden, weight, actions, values, ref_logprobs, rewards,
+            head_options={
+                "bias": bias, "temperature": temperature, "softcap": softcap, "logits_dtype": logits_dtype,
+                "workspace_bytes": workspace_bytes, "process_group": process_group, "sharding": sharding,
+            },
+            returns={
+                "tau": tau, "gamma": gamma, "lam": lam, "bootstrap_values": bootstrap_values, "trace": trace,
+            },
+            lengths={"mask": mask, "cu_seqlens": cu_seqlens, "packing": packing},
         )  # fmt: skip
         rewards = bootstrap_values = trace = None
-    hidden = head.hidden
-    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=hidden)
+    layout = layout_of(actions, mask=mask, cu_seqlens=cu_seqlens, packing=packing, states=head.hidden)
     inputs = check_head(
-        layout, hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
+        layout, head.hidden, head.weight, actions, head.bias, temperature=temperature, softcap=softcap,
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
         workspace_bytes=workspace_bytes, split=head.split,
     )  # fmt: skip
     _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     if targets is None:
-        require(ref_logprobs is not None, "ref_logprobs", "is needed where no targets are given")
-        require(rewards is not None, "rewards", "is needed where no targets are given")
-        require_number("gamma", gamma, low=0.0, high=1.0)
-        require_number("lam", lam, low=0.0, high=1.0)
-        assert rewards is not None
-        per_token, scores = layout.rewards(rewards)
-        old: dict[str, Any] = dict.fromkeys(("old_logp", "old_values", "advantages"))
+        _check_on_policy(ref_logprobs, rewards, gamma, lam)
     else:
         for name, given in (("rewards", rewards), ("bootstrap_values", bootstrap_values), ("trace", trace)):
             require(given is None, name, "is already in targets; give one or the other")
-        per_token = scores = None
-        old = _flat_targets(layout, targets)
+    per_token, scores = (None, None) if rewards is None else layout.rewards(rewards)
     flat_values = layout.flat("values", values)
-    require_alike("values", flat_values, "hidden", hidden)
+    require_alike("values", flat_values, "hidden", head.hidden)
     _check_weights(weights)
     refuse_tangents(values=values)
-    settings = {
+    settings: dict[str, Any] = {
         "gamma": gamma, "lam": lam, "tau": tau, "alpha": alpha, "loss_type": loss_type, "huber_delta": huber_delta,
         "value_clip": value_clip, "log_ratio_clip": log_ratio_clip, "temperature": temperature, "softcap": softcap,
         "return_entropy": return_entropy, "workspace_bytes": workspace_bytes,
@@ -174,7 +162,7 @@ def fused_klq_loss(
     arguments: dict[str, Any] = {
         **inputs._asdict(),
         "values": flat_values,
-        **old,
+        **_flat_targets(layout, targets),
         "ref_logp": layout.flat_or_none("ref_logprobs", ref_logprobs),
         "rewards": per_token,
         "scores": scores,
@@ -182,46 +170,18 @@ def fused_klq_loss(
         "trace": layout.flat_or_none("trace", trace),
         "weights": layout.flat_or_none("weights", weights),
         **layout.row_args(),
-        "denom": _denominator(denom, hidden.device),
+        "denom": _denominator(denom, head.hidden.device),
     }
-    group, peers, counts = head.group, "", []
-    if spans is not None and head.apart is None:
-        peers, counts = spans.group_name, AllTokens(spans, layout, arguments, settings).counts
-        if denom is None:
-            arguments["denom"] = mean_count(counts, hidden.device)
-    if head.apart is not None:
-        tokens = AllTokens(head.apart, layout, arguments, settings)
-        if tokens.move_head(sharding, split_again=group is not None):
-            arguments, peers, counts = tokens.with_whole_head(head.vocab), head.apart.group_name, tokens.counts
-        else:
-            arguments, group = tokens.arguments(), head.apart
-    found = fused_loss.Results(
-        *fused_loss.fused_klq_loss(
-            *fused_loss.Arguments(
-                **arguments,
-                **share_head(group, arguments, settings)._asdict(),
-                peers=peers,
-                counts=counts,
-                gamma=gamma,
-                lam=lam,
-                tau=tau,
-                alpha=alpha,
-                loss_type=loss_type,
-                huber_delta=huber_delta,
-                value_clip=value_clip,
-                log_ratio_clip=log_ratio_clip,
-                temperature=temperature,
-                softcap=softcap,
-                return_entropy=return_entropy,
-                workspace_bytes=workspace_bytes,
-                own_gradients=True,  # the gradients among the results are autograd's alone: they are dropped here
-                need_hidden=needs_gradient(inputs.hidden),
-                need_weight=needs_gradient(inputs.weight),
-                need_bias=inputs.bias is not None and needs_gradient(inputs.bias),
-                need_values=needs_gradient(flat_values),
-            )
-        )
+    call = fused_loss.Arguments(
+        **_shared(arguments, settings, layout, head, spans, sharding),
+        **settings,
+        own_gradients=True,  # the gradients among the results are autograd's alone: they are dropped here
+        need_hidden=needs_gradient(inputs.hidden),
+        need_weight=needs_gradient(inputs.weight),
+        need_bias=inputs.bias is not None and needs_gradient(inputs.bias),
+        need_values=needs_gradient(flat_values),
     )
+    found = fused_loss.Results(*fused_loss.fused_klq_loss(*call))
     names = metric_names(
         on_policy=targets is None,
         reference=ref_logprobs is not None,
@@ -230,6 +190,56 @@ def fused_klq_loss(
         sampled=gradient == "sampled",
     )
     return KLQLoss(found.loss, dict(zip(names, found.metrics.detach().unbind(), strict=True)))
+
+
+def _targets_over_spans(
+    spans: ProcessGroup,
+    head: SplitHead,
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    values: Tensor,
+    ref_logprobs: Tensor | None,
+    rewards: Tensor | None,
+    *,
+    head_options: dict[str, Any],
+    returns: dict[str, Any],
+    lengths: dict[str, Any],
+) -> KLQTargets:
+    """The on-policy targets of this rank's span of time. The options are those of ``linear_logprobs``, of
+    ``klq_targets`` and of both.
+    """
+    if head.apart is not None:
+        check_spans(spans, head.apart)
+    if ref_logprobs is None or rewards is None:
+        raise ValueError("time_group: needs ref_logprobs and rewards")
+    with torch.no_grad():
+        logp = linear_logprobs(hidden, weight, actions, **head_options, **lengths).logprobs
+    return klq_targets(logp, ref_logprobs, values.detach(), rewards, process_group=spans, **returns, **lengths)
+
+
+def _shared(
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+    layout: Layout,
+    head: SplitHead,
+    spans: ProcessGroup | None,
+    sharding: str | None,
+) -> dict[str, Any]:
+    """The operator's arguments once what processes share is where it is needed, and who shares it."""
+    group, peers, counts = head.group, "", []
+    if spans is not None and head.apart is None:
+        peers, counts = spans.group_name, AllTokens(spans, layout, arguments, settings).counts
+        if arguments["denom"] is None:
+            arguments = {**arguments, "denom": mean_count(counts, head.hidden.device)}
+    if head.apart is not None:
+        tokens = AllTokens(head.apart, layout, arguments, settings)
+        if tokens.move_head(sharding, split_again=group is not None):
+            arguments, peers, counts = tokens.with_whole_head(head.vocab), head.apart.group_name, tokens.counts
+        else:
+            arguments, group = tokens.arguments(), head.apart
+    shards = share_head(group, arguments, settings)
+    return {**arguments, **shards._asdict(), "peers": peers, "counts": counts}
 
 
 def klq_loss(
@@ -305,6 +315,13 @@ def _check_loss(
         require_number(name, value, positive=True)
 
 
+def _check_on_policy(ref_logprobs: Tensor | None, rewards: Tensor | None, gamma: float, lam: float) -> None:
+    for name, given in (("ref_logprobs", ref_logprobs), ("rewards", rewards)):
+        require(given is not None, name, "is needed where no targets are given")
+    require_number("gamma", gamma, low=0.0, high=1.0)
+    require_number("lam", lam, low=0.0, high=1.0)
+
+
 def _check_weights(weights: Tensor | None) -> None:
     if weights is None:
         return
@@ -312,14 +329,16 @@ def _check_weights(weights: Tensor | None) -> None:
     require(not weights.requires_grad, "weights", "carry no gradient; pass weights.detach()")
 
 
-def _flat_targets(layout: Layout, targets: KLQTargets) -> dict[str, Any]:
-    """The targets as the operators name them."""
+def _flat_targets(layout: Layout, targets: KLQTargets | None) -> dict[str, Any]:
+    """The targets as the operators name them; on-policy there are none."""
+    names = {"old_logprobs": "old_logp", "old_values": "old_values", "advantages": "advantages"}
+    if targets is None:
+        return dict.fromkeys(names.values())
     require(
         isinstance(targets, tuple) and len(targets) == 3,
         "targets",
         "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns",
     )
-    names = {"old_logprobs": "old_logp", "old_values": "old_values", "advantages": "advantages"}
     return {
         inside: layout.flat(f"targets.{name}", tensor).detach()
         for (name, inside), tensor in zip(names.items(), targets, strict=True)

@@ -70,6 +70,6 @@ def require_number(
         raise ValueError(f"{name}: must be an int or float in [{low:g}, {high:g}], got {found}")
 
 
-def checks_on_device() -> bool:
-    """Whether ``KLQ_CHECK=1`` asks for the checks that cost a GPU synchronisation."""
-    return os.environ.get("KLQ_CHECK", "0") == "1"
+def looks_into(tensor: Tensor) -> bool:
+    """Whether what a tensor holds is checked: on a CPU; on a GPU, where it synchronises, under ``KLQ_CHECK=1``."""
+    return tensor.device.type == "cpu" or os.environ.get("KLQ_CHECK", "0") == "1"

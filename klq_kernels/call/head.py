@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..vocabulary import chunking
 from .checks import DTYPES, require, require_alike, require_flag, require_number, require_tensor
-from .layout import Layout
+from .layout import Layout, constant, flattened
 from .transforms import needs_gradient, refuse_tangents
 
 # Asked once, here, since torch.compile of torch 2.11 cannot trace the question.
@@ -76,10 +76,10 @@ def check_head(
     sampled = gradient == "sampled"
     needed = any(needs_gradient(tensor) for tensor in (hidden, weight, bias) if tensor is not None)
     return HeadInputs(
-        hidden.reshape(-1, width),
+        hidden if hidden.dim() == 2 else hidden.reshape(-1, width),
         weight,
         bias,
-        actions.reshape(-1).long().contiguous(),
+        constant(flattened(actions), torch.int64).contiguous(),
         fp32_logits,
         samples if sampled else 0,
         _seed_tensor(seed, device) if sampled and needed else None,

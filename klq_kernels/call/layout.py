@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import checks_on_device, require, require_float, require_tensor
+from .checks import looks_into, require, require_float, require_tensor
 
 
 class Packing(NamedTuple):
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
         if tensor.device != device:
             raise ValueError(f"{name}: must be on {device}, got {tensor.device}")
         require_float(name, tensor)
-        return tensor.reshape(-1)
+        return flattened(tensor)
 
     def flat_or_none(self, name: str, tensor: Tensor | None) -> Tensor | None:
         """``flat`` for an argument that may be left out; a constant."""
@@ -187,8 +187,8 @@ def _check_packing(packing: Packing, device: torch.device) -> None:
 
 
 def _check_rows(rows: Tensor, cu_seqlens: Tensor, positions: int) -> None:
-    """Values of a packing's rows: checked on the CPU, on a GPU only under ``KLQ_CHECK=1``."""
-    if rows.device.type != "cpu" and not checks_on_device():
+    """Values of a packing's rows, as far as they are looked at (``checks.looks_into``)."""
+    if not looks_into(rows):
         return
     count = int(cu_seqlens[-1])
     require(count == rows.numel(), "packing", f"has {rows.numel()} rows, and sequences that end at {count}")
@@ -198,16 +198,16 @@ def _check_rows(rows: Tensor, cu_seqlens: Tensor, positions: int) -> None:
 
 
 def check_denom(denom: Tensor | None) -> None:
-    """The value of ``denom``: checked on the CPU, on a GPU only under ``KLQ_CHECK=1`` (it would synchronise)."""
-    if denom is None or (denom.device.type != "cpu" and not checks_on_device()):
+    """The value of ``denom``, as far as it is looked at."""
+    if denom is None or not looks_into(denom):
         return
     value = float(denom)
     require(0 < value < math.inf, "denom", f"must be a positive number, got {value}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
-    """Values of ``cu_seqlens``: checked on the CPU, on a GPU only under ``KLQ_CHECK=1`` (it would synchronise)."""
-    if cu_seqlens.device.type != "cpu" and not checks_on_device():
+    """Values of ``cu_seqlens``, as far as they are looked at."""
+    if not looks_into(cu_seqlens):
         return
     ends = cu_seqlens.cpu().numpy()  # in a tenth of the time that tensors take, where a scan takes no longer
     if ends[0] != 0 or ends[-1] != positions or (ends[1:] < ends[:-1]).any():
@@ -216,13 +216,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, positions: int) -> None:
 
 
 def check_actions(actions: Tensor, vocab: int, *, name: str = "actions") -> None:
-    """Token ids of the valid rows: on the CPU a ValueError, on a GPU only under ``KLQ_CHECK=1`` (else NaN rows)."""
+    """Token ids of the valid rows, as far as they are looked at; ids out of range make NaN rows where they are not."""
     check_extremes(*extremes(actions), vocab, name=name)
 
 
 def extremes(actions: Tensor) -> tuple[int, int]:
     """The smallest and the largest token id, as far as they are looked at; (0, 0) where they are not, or are none."""
-    if actions.numel() == 0 or (actions.device.type != "cpu" and not checks_on_device()):
+    if actions.numel() == 0 or not looks_into(actions):
         return 0, 0
     low, high = actions.aminmax()
     return int(low), int(high)
@@ -272,6 +272,17 @@ def pack(mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Packing:
     return Packing(layout.shape, layout.mask.clone(), layout.cu_seqlens.clone(), rows, row_cu_seqlens)
 
 
+def flattened(tensor: Tensor) -> Tensor:
+    """A per-token tensor as [M]."""
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
+
+
+def constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor apart from autograd, in ``dtype``. What is so already costs the host nothing."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def take_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
     """The valid rows of a flat tensor; the tensor itself where all rows are valid."""
     return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
@@ -280,9 +291,10 @@ def take_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
 def fp32_rows(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
     """The valid rows of a flat per-token tensor, contiguous fp32."""
     taken = take_rows(tensor, rows)
-    if taken is None or (taken.dtype == torch.float32 and taken.is_contiguous() and not taken.requires_grad):
-        return taken
-    return taken.detach().float().contiguous()
+    if taken is None:
+        return None
+    taken = constant(taken, torch.float32)
+    return taken if taken.is_contiguous() else taken.contiguous()
 
 
 def put_rows(values: Tensor, rows: Tensor | None, positions: int) -> Tensor:
@@ -290,12 +302,6 @@ def put_rows(values: Tensor, rows: Tensor | None, positions: int) -> Tensor:
     if rows is None:
         return values
     return values.new_zeros(positions, *values.shape[1:]).index_copy_(0, rows, values)
-
-
-def sequence_ends(cu_seqlens: Tensor, n: int) -> Tensor:
-    """bool [n]: True at the last row of each sequence. ``cu_seqlens`` is over these n rows."""
-    flags = torch.zeros(n + 1, dtype=torch.bool, device=cu_seqlens.device)
-    return flags.index_fill_(0, cu_seqlens[1:].long(), True)[1:]
 
 
 def _short(items: list[int]) -> str:

@@ -30,22 +30,22 @@ class GradientScale:
     """
 
     def __init__(self, denom: Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> None:
-        if denom is None:
-            denom = torch.full((), max(n, 1), dtype=torch.float32, device=device)
-        if denom.device != device:  # a number on the host: a fill does not synchronise, a copy would
-            denom = torch.full((), float(denom), dtype=torch.float32, device=device)
-        denom = denom.detach().to(torch.float32).reshape(())
+        if denom is None or denom.device != device:  # on the host: a fill does not synchronise, a copy would
+            number = max(n, 1) if denom is None else float(denom)
+            denom = torch.full((), number, dtype=torch.float32, device=device)
+        denom = layout.constant(denom, torch.float32)
         self.unit = torch.ones_like(denom)
+        self.grad_scale = self._inverse = denom.reciprocal()
         if dtype == torch.float16:
             denom, power = torch.frexp(denom)
             self.unit = torch.ldexp(self.unit, -power)
-        self.grad_scale = denom.reciprocal()
+            self.grad_scale = denom.reciprocal()
 
     def mean(self, losses: Tensor) -> Tensor:
         """sum(losses) / denom; 0 where there is no row at all."""
         if losses.numel() == 0:
             return torch.zeros((), dtype=torch.float32, device=losses.device)
-        return losses.sum() * self.grad_scale * self.unit
+        return losses.sum() * self._inverse
 
 
 class Everyones:
@@ -205,7 +205,7 @@ def _forward(given: Arguments) -> Results:
     layout.check_actions(taken, vocabulary(given))
     layout.check_denom(given.denom)
     head = make_head(given, weight_gradient_dtype(given))
-    rows = Rows(given.hidden.detach().to(head.weight.dtype), index, taken)
+    rows = Rows(layout.constant(given.hidden, head.weight.dtype), index, taken)
     terms = _terms(given, index)
     ref_logp = layout.fp32_rows(given.ref_logp, index)
     scan = _scan_inputs(given, terms, ref_logp, index, row_cu_seqlens) if given.on_policy else None
@@ -283,8 +283,9 @@ def _scan_inputs(
 def _decay_to_next(given: Arguments, scan: ScanInputs, n: int) -> Tensor:
     """fp32 [n]: how much of the next row's lambda-error enters a row's; 0 at the end of a sequence."""
     factors, decay = scan.terms.trace, given.gamma * given.lam
-    constant = torch.full_like(scan.terms.values, decay) if factors is None else decay * factors.roll(-1)
-    return constant.masked_fill(layout.sequence_ends(scan.cu_seqlens, n), 0.0)
+    found = torch.full_like(scan.terms.values, decay) if factors is None else decay * factors.roll(-1)
+    last_rows = scan.cu_seqlens[1:].long() - 1  # -1, the last row of all, for empty sequences before the first row
+    return found.index_fill_(0, last_rows, 0.0) if n else found
 
 
 PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import vocabulary_major
+from ..call import layout
 from ..vocabulary import chunking
 from ..vocabulary.chunks import Head, Shard
 
@@ -43,8 +44,8 @@ def make_head(given: HeadArguments, gradient_dtype: torch.dtype) -> Head:
     bias is added to the logits, in their dtype.
     """
     dtypes = head_dtypes(given)
-    weight = given.weight.detach().to(dtypes.products)
-    bias = None if given.bias is None else given.bias.detach().to(dtypes.logits)
+    weight = layout.constant(given.weight, dtypes.products)
+    bias = None if given.bias is None else layout.constant(given.bias, dtypes.logits)
     shard = None
     if given.shard_sizes:
         group = group_named(given.group)

@@ -118,7 +118,7 @@ def _heads(given: Arguments | BackwardArguments) -> tuple[_OneHead, _OneHead]:
 
 def _side(given: _OneHead, index: Tensor | None, gradient_dtype: torch.dtype) -> Side:
     head = make_head(given, gradient_dtype)
-    return Side(States(given.hidden.detach().to(head.weight.dtype), index), head)
+    return Side(States(layout.constant(given.hidden, head.weight.dtype), index), head)
 
 
 def _weight_gradient_dtype(policy: _OneHead) -> torch.dtype:

@@ -74,7 +74,7 @@ def _gradients(given: BackwardArguments) -> Gradients:
     with own_settings(hidden.device):
         gradients = logprobs_backward_pass(
             backend_for(hidden.device),
-            Rows(hidden.detach().to(head.weight.dtype), index, taken),
+            Rows(layout.constant(hidden, head.weight.dtype), index, taken),
             head,
             Needs(given.need_hidden, given.need_weight, given.need_bias),
             Pull(top, log_total, by_logp, by_lse, take(given.d_entropy), take(given.entropy)),
@@ -183,7 +183,7 @@ def _forward(given: Arguments) -> Results:
     with own_settings(given.hidden.device):
         found = logprobs_pass(
             backend_for(given.hidden.device),
-            Rows(given.hidden.detach().to(head.weight.dtype), index, taken),
+            Rows(layout.constant(given.hidden, head.weight.dtype), index, taken),
             head,
             entropy=given.return_entropy,
             workspace_bytes=given.workspace_bytes,

@@ -436,6 +436,13 @@ def test_columns_of_wider_tensors(device: torch.device) -> None:
     plain = column.map(lambda t: t.contiguous())
     for on_policy in (False, True):
         assert_same_bits(fused(column, on_policy=on_policy), fused(plain, on_policy=on_policy))
+    zero, numbers = torch.zeros_like(column.values), torch.randn(6, 2, device=device)
+    losses = [
+        fused_klq_loss(column.hidden, column.weight, column.actions, column.values, ref_logprobs=zero, rewards=scores,
+                       bootstrap_values=further).loss
+        for scores, further in (numbers.unbind(1), numbers.T.contiguous())
+    ]  # fmt: skip
+    assert torch.equal(*losses)
     ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     strided, plain_actions = case.actions[:, 0], case.actions[:, 0].contiguous()
     got, wanted = (
