@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -159,6 +160,30 @@ class BaseTrainer(Trainer):
         """The tokenizer and the arguments, beside a model."""
         self.tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Weights that do not fit the model that they are loaded into are a ValueError about the checkpoint."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error).lower():
+            raise
+        raise ValueError(f"resume_from_checkpoint: does not fit the model: {error}") from error
+
+
+def check_loaded(model: nn.Module, load_result: Any) -> None:
+    """Refuses the weights of another architecture, where transformers warns.
+
+    Tied weights are stored by one of their names; so a parameter is missing where all of its names are.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    stored = {id(p) for name, p in named.items() if name not in load_result.missing_keys}
+    missing = [n for n in load_result.missing_keys if n not in named or id(named[n]) not in stored]
+    for names, problem in ((missing, "it lacks"), (load_result.unexpected_keys, "the model lacks")):
+        found = f"does not fit the model: {problem} {len(names)} weights, {', '.join(names[:3])}"
+        require(not names, "resume_from_checkpoint", f"{found}{' …' * (len(names) > 3)}")
 
 
 def _take_apart(checkpoint: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..call.checks import require
 from . import sharding
+from .base import check_loaded, fitting
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, changes, conditions
@@ -73,25 +74,12 @@ class Checkpoints(Cycle):
             return
         values = Path(resume_from_checkpoint) / VALUE_FILE
         require(values.exists(), "resume_from_checkpoint", f"{resume_from_checkpoint} has no {VALUE_FILE}")
-        try:
+        with fitting():
             super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
             self.actor_critic.value.load_state_dict(load_file(values))
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
-            raise ValueError(f"resume_from_checkpoint: does not fit the model: {error}") from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuses the policy of another architecture, where transformers warns.
-
-        Tied weights are stored by one of their names; so a parameter is missing where all of its names are.
-        """
-        named = dict(self.policy.named_parameters(remove_duplicate=False))
-        stored = {id(p) for name, p in named.items() if name not in load_result.missing_keys}
-        missing = [n for n in load_result.missing_keys if n not in named or id(named[n]) not in stored]
-        for names, problem in ((missing, "it lacks"), (load_result.unexpected_keys, "the model lacks")):
-            found = f"does not fit the model: {problem} {len(names)} weights, {', '.join(names[:3])}"
-            require(not names, "resume_from_checkpoint", f"{found}{' …' * (len(names) > 3)}")
+        check_loaded(self.policy, load_result)
 
     def _save_progress(self, folder: str) -> None:
         """Running spreads, what is replayed, what is sampled ahead, the experience of a cycle that is not over yet."""

@@ -65,6 +65,7 @@ class Cycle(BaseTrainer):
     rollout_func: RolloutFunction | None
     generation_config: Any
     padding_free: bool  # concatenates sequences instead of padding them
+    positions: int | None  # that the models have learned
     means: Means
     memory: Memory  # of earlier cycles
     ahead: Ahead  # what is sampled for the next cycle
@@ -236,6 +237,7 @@ class Cycle(BaseTrainer):
                     completions = generate(
                         model, prompts, self.generation_config,
                         batch_size=self.args.rollout_forward_batch_size, device=self.args.device,
+                        positions=self.positions,
                     )  # fmt: skip
             else:
                 completions = ask(self.rollout_func, rows, number, self)
@@ -243,7 +245,8 @@ class Cycle(BaseTrainer):
 
     def check(self, completions: Completions, prompts: list[list[int]]) -> Rollout:
         """``check_completions`` for this policy."""
-        return check_completions(completions, prompts, eos_ids(self.generation_config), self.language_model.vocab_size)
+        ends, vocab = eos_ids(self.generation_config), self.language_model.vocab_size
+        return check_completions(completions, prompts, ends, vocab, self.positions)
 
     @contextmanager
     def _inference(self) -> Iterator[ActorCritic]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -235,6 +235,25 @@ def hh_turns(transcript: str) -> list[dict[str, str]]:
         else:
             turns.append({"role": ROLES[speaker], "content": said.strip()})
     return turns
+
+
+# Rows as a trainer reads them
+
+
+def columns_of(rows: Sequence[Row], repeats: int = 1) -> dict[str, list[Any]]:
+    """The columns of rows but for ``prompt``, with ``repeats`` entries for each row.
+
+    Raises:
+        ValueError: where a row lacks a column that the first one has, or has one more, as rows in a list may.
+    """
+    names = dict.fromkeys(name for name in rows[0] if name != "prompt") if rows else {}
+    for row in rows:
+        odd = ", ".join(sorted(set(row) ^ {"prompt", *names}))
+        if odd:
+            raise ValueError(
+                f"dataset: some rows have the column {odd}, and some have not; give it to all, None where there is none"
+            )
+    return {name: [row[name] for row in rows for _ in range(repeats)] for name in names}
 
 
 # Tokens

@@ -19,12 +19,19 @@ from .rollout import check_ids
 from .sharding import gathered
 
 
+class Reading(NamedTuple):
+    """How the backbones of a run read tokens."""
+
+    padding_free: bool  # sequences are concatenated
+    positions: int | None  # so many tokens at most: they have learned no further positions
+
+
 class Parts(NamedTuple):
     """The policy and its value function in one module, the reference where it is a model of its own, and the layout."""
 
     actor_critic: ActorCritic
     reference: FrozenPolicy | None
-    padding_free: bool  # whether sequences are concatenated
+    reading: Reading
 
 
 def proven_parts(
@@ -66,12 +73,12 @@ def proven_parts(
             loading.check_vocabulary("value_model", embeddings.num_embeddings, language_model.vocab_size)
             if trained_head(critic, value.head.in_features) is not None:
                 probe.prove_value_head(critic, value, language_model)
-        padding_free = prove_backbones(
+        reading = prove_backbones(
             actor_critic, backbones, policies, disable_dropout=args.disable_dropout, padding_free=args.padding_free
         )
         if samples:
             probe.prove_sampling(language_model)
-        return Parts(actor_critic, policies.reference, padding_free)
+        return Parts(actor_critic, policies.reference, reading)
 
 
 class Policies(NamedTuple):
@@ -114,8 +121,8 @@ def prove_backbones(
     *,
     disable_dropout: bool,
     padding_free: bool | None,
-) -> bool:
-    """Probes what reads tokens: padding, causality, dropout; returns whether sequences are concatenated.
+) -> Reading:
+    """Probes what reads tokens: padding, causality, dropout, positions.
 
     Args:
         trained: all that is trained.
@@ -133,7 +140,9 @@ def prove_backbones(
         probe.check_head_dropout(language_model)
     if reference is not None:
         backbones = {**backbones, "ref_model": reference.language_model.backbone}
-    return _padding_free(padding_free, backbones, language_model)
+    known = [probe.positions_of(backbone, language_model) for backbone in backbones.values()]
+    positions = min((number for number in known if number is not None), default=None)
+    return Reading(_padding_free(padding_free, backbones, language_model), positions)
 
 
 def _reference(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LogitsProcessor
 
 from ..call.checks import require
@@ -371,6 +372,41 @@ def prove_sampling(language_model: LanguageModel) -> None:
         f"{name} samples by other log-probabilities than those it is scored by: they differ by {error:.3g} on a probe, "
         f"so padding on the left or its KV cache changes what it computes; {advice}",
     )
+
+
+def positions_of(backbone: nn.Module, language_model: LanguageModel) -> int | None:
+    """How many tokens a backbone has learned positions for; None where it looks positions up in no table.
+
+    The table shows itself: its rows are read one after another, whatever the tokens are.
+    """
+    lookups = _Lookups()
+    ids = probe_ids(language_model).unsqueeze(0).to(next(backbone.parameters()).device)
+    with mode(backbone, training=False), lookups:
+        try:
+            backbone(input_ids=ids, use_cache=False)
+        except FAILURES:  # ``prove_padding`` says of what it fails
+            return None
+    counting = torch.arange(LENGTH, device=ids.device)
+    known = [
+        len(table) - int(rows[0])
+        for rows, table in lookups.found
+        if rows.shape == counting.shape and torch.equal(rows - rows[0], counting)
+    ]
+    return min(known, default=None)
+
+
+class _Lookups(TorchFunctionMode):
+    """Notes the rows that embeddings are asked for, flat, and their tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.embedding:
+            rows, table = args[:2]
+            self.found.append((rows.flatten(), table))
+        return function(*args, **(kwargs or {}))
 
 
 def keeps_sequences_apart(backbone: nn.Module, language_model: LanguageModel) -> bool:

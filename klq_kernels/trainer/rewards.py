@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .data import columns_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -165,10 +167,10 @@ def scores_of(
         [{"role": "assistant", "content": text}] if not isinstance(prompt, str) else text
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} if rows else {}
     return rewards(
-        prompts=prompts, completions=completions, completion_ids=completion_ids, columns=columns, context=context
-    )
+        prompts=prompts, completions=completions, completion_ids=completion_ids, columns=columns_of(rows),
+        context=context,
+    )  # fmt: skip
 
 
 # Reading the arguments

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from ..call.checks import require, require_number
 from .batches import Sequence
-from .data import tokenize_prompt
+from .data import columns_of, tokenize_prompt
 
 ROUNDING = 1e-2  # that a sampler's log-probability of a certain token may exceed 0 by
 
@@ -150,13 +150,12 @@ def _called(function: Any, rows: list[dict[str, Any]], number: int, trainer: Rol
     every = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name: p.default is p.empty for p in parameters[2:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     extra: dict[str, Any] = {"num_generations": number} if "num_generations" in named else {}
-    asked = rows if extra else [row for row in rows for _ in range(number)]
+    repeats = 1 if extra else number
     for name, needed in named.items():
         lacks = needed and name not in extra and name not in rows[0]
         require(not lacks, "rollout_func", f"asks for the column {name!r}; the dataset has {', '.join(rows[0])}")
-    columns = [name for name in rows[0] if name != "prompt" and (every or name in named)]
-    extra |= {name: [row[name] for row in asked] for name in columns}
-    return function([row["prompt"] for row in asked], trainer, **extra)
+    extra |= {name: column for name, column in columns_of(rows, repeats).items() if every or name in named}
+    return function([row["prompt"] for row in rows for _ in range(repeats)], trainer, **extra)
 
 
 @dataclass
@@ -192,15 +191,18 @@ def generate(
     device: torch.device,
     processor: Callable[[Tensor], Any] | None = None,
     max_new_tokens: int | None = None,
+    positions: int | None = None,
 ) -> Completions:
     """Samples one completion for each prompt (token ids), ``batch_size`` at a time; EOS is part of a completion.
 
     ``processor`` makes a ``LogitsProcessor`` for each batch, of its attention mask. ``max_new_tokens`` takes the place
-    of that of ``generation_config``.
+    of that of ``generation_config``. ``positions`` as in ``check_room``, whose ValueError it raises.
     """
     if max_new_tokens is not None:
         generation_config = copy.copy(generation_config)
         generation_config.max_new_tokens = max_new_tokens
+    for prompt in prompts:
+        check_room(len(prompt), generation_config.max_new_tokens or 0, positions)
     pad, ends = generation_config.pad_token_id, eos_ids(generation_config)
     completions: list[list[int]] = []
     for begin in range(0, len(prompts), batch_size):
@@ -307,7 +309,21 @@ def check_ids(name: str, ids: Any, vocab: int) -> None:
         require(whole and 0 <= token < vocab, name, f"must hold ints in [0, {vocab}), the policy's ids; got {token!r}")
 
 
-def check_completions(completions: Completions, prompts: list[list[int]], ends: set[int], vocab: int) -> Rollout:
+def check_room(prompt: int, completion: int, positions: int | None) -> None:
+    """Raises a ValueError where prompt and completion have more tokens than the models have learned ``positions`` for
+    (None: any number). On a GPU the lookup itself would end the process.
+    """
+    require(
+        positions is None or prompt + completion <= positions,
+        "max_prompt_length",
+        f"a prompt of {prompt} tokens and a completion of {completion} are longer than the {positions} positions that "
+        "the models have learned; lower max_prompt_length or max_completion_length",
+    )
+
+
+def check_completions(
+    completions: Completions, prompts: list[list[int]], ends: set[int], vocab: int, positions: int | None = None
+) -> Rollout:
     """Completions as sequences.
 
     Args:
@@ -315,6 +331,7 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
         prompts: token ids of the prompts it was given.
         ends: EOS ids.
         vocab: the policy's number of tokens.
+        positions: as in ``check_room``.
 
     Raises:
         ValueError: where numbers or lengths do not fit, or an id is none of the policy's.
@@ -350,6 +367,8 @@ def check_completions(completions: Completions, prompts: list[list[int]], ends: 
     for name, column in given:
         for row, entry in enumerate(column):
             check_ids(f"rollout_func: {name}[{row}]", entry, vocab)
+    for prompt, completion in zip(prompt_ids, ids, strict=True):
+        check_room(len(prompt), len(completion), positions)
     sequences = [
         Sequence(torch.tensor(p), torch.tensor(c, dtype=torch.long), torch.tensor(t, dtype=torch.bool))
         for p, c, t in zip(prompt_ids, ids, trained, strict=True)

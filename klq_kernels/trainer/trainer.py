@@ -171,7 +171,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         self._check_launch()
         self.model_accepts_loss_kwargs = True  # the losses are normalised over the whole step
         self.tokenizer = tokenizer
-        self.padding_free = parts.padding_free
+        self.padding_free, self.positions = parts.reading
         self.reference = None
         if parts.reference is not None:
             self.reference = Placed(parts.reference, args.ref_placement, self.accelerator, "ref_placement")
@@ -227,6 +227,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         reader = Reader(
             self.tokenizer, self.language_model.vocab_size, max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length, template=template, ends=eos_ids(self.generation_config),
+            positions=self.positions,
         )  # fmt: skip
         return Demonstrations(
             dataset, reader, number=self._demonstrations_per_pass(), passes=args.replay_passes,

@@ -16,7 +16,7 @@ import torch
 from ..call.checks import require
 from .batches import Sequence
 from .data import is_message, tokenize_chat
-from .rollout import check_ids, prompt_ids
+from .rollout import check_ids, check_room, prompt_ids
 
 
 class Reader:
@@ -29,6 +29,7 @@ class Reader:
         max_completion_length: longer completions are cut on the right.
         template: further arguments of ``apply_chat_template``.
         ends: ids that end a completion of the policy; by default the tokenizer's EOS.
+        positions: that the models have learned (``rollout.check_room``).
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Reader:
         max_completion_length: int | None = None,
         template: Mapping[str, Any] | None = None,
         ends: Collection[int] | None = None,
+        positions: int | None = None,
     ) -> None:
+        self.positions = positions
         self.tokenizer, self.vocab, self.template = tokenizer, vocab, template
         self.ends = {tokenizer.eos_token_id} if ends is None else set(ends)
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
@@ -61,6 +64,7 @@ class Reader:
         ids = self._ended(said, row[column], column)[: self.max_completion_length]
         check_ids("processing_class", ids, self.vocab)
         start = 0 if self.max_prompt_length is None else max(len(prompt) - self.max_prompt_length, 0)
+        check_room(len(prompt) - start, len(ids), self.positions)
         return Sequence(torch.tensor(prompt[start:]), torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
 
     def _ended(self, ids: list[int], said: Any, column: str) -> list[int]:

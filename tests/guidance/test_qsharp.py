@@ -72,6 +72,13 @@ def test_the_guide_comes_to_know_the_law(learnt: QSharpTrainer) -> None:
     assert logged(learnt, "eval_calibration_error")[-1] < logged(learnt, "eval_calibration_error")[0]
 
 
+def test_a_checkpoint_of_another_guide_is_refused_by_name(tmp_path: Path) -> None:
+    trainer(tmp_path, rounds=1, save_strategy="steps", save_steps=2).train()
+    other = trainer(tmp_path, {"guide": tiny.model(hidden_size=16).base_model}, rounds=2)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: does not fit the model"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_one_guide_serves_other_etas_through_generate(learnt: QSharpTrainer) -> None:
     prompt = torch.tensor([tiny.tokenizer()("bb")["input_ids"]]).repeat(256, 1)
     means = []

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from klq_kernels.trainer.relatives import DPOConfig, DPOTrainer
 from klq_kernels.trainer.relatives.pairs import PairReader
@@ -81,6 +81,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
     for ours, theirs in zip(saved.parameters(), whole.policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    for other in (tiny.model(num_hidden_layers=3), tiny.model(hidden_size=16)):
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: does not fit the model"):
+            trainer(tmp_path, {"model": other}).train(resume_from_checkpoint=True)
+
+
+def test_pairs_beyond_learned_positions_are_refused_by_name(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=9, n_embd=32, n_layer=1, n_head=2, eos_token_id=tiny.EOS)
+    with pytest.raises(ValueError, match=r"^max_prompt_length: .* the 9 positions"):
+        trainer(tmp_path, {"model": GPT2LMHeadModel(config)}).train()
 
 
 def test_the_reference_of_adapters_is_the_base_model(tmp_path: Path) -> None:

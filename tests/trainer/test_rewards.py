@@ -69,6 +69,12 @@ def test_logged_rewards_hide_nothing_whatever_they_are_called(tmp_path: Path):
 # Callables
 
 
+def test_rows_with_other_columns_are_refused_by_name() -> None:
+    for rows in ([{"prompt": "a", "x": 1}, {"prompt": "b"}], [{"prompt": "a"}, {"prompt": "b", "x": 1}]):
+        with pytest.raises(ValueError, match=r"^dataset: some rows have the column x"):
+            scores_of(Rewards(length), tiny.tokenizer(), rows, [[5], [6]])
+
+
 def test_functions_get_prompts_completions_tokens_and_columns():
     seen: dict[str, Any] = {}
 

@@ -17,7 +17,8 @@ from klq_kernels import linear_logprobs
 from klq_kernels.trainer.actor_critic import ActorCritic, ValueFunction
 from klq_kernels.trainer.batches import Inputs, Sequence, collate
 from klq_kernels.trainer.models import LanguageModel
-from klq_kernels.trainer.probe import prove_head, prove_value_head, silence
+from klq_kernels.trainer.probe import positions_of, prove_head, prove_value_head, silence
+from klq_kernels.trainer.rollout import Completions
 
 
 def sequences(seed: int = 0, trained: float = 1.0) -> list[Sequence]:
@@ -223,6 +224,36 @@ def test_values_are_read_from_states_of_another_width_than_the_layers(critic: An
     trainer = tiny.trainer(tmp_path, given, max_steps=1)
     assert trainer.actor_critic.value.head.in_features == 16
     trainer.train()
+
+
+def learned_positions(number: int) -> transformers.PreTrainedModel:
+    config = transformers.GPT2Config(
+        vocab_size=tiny.VOCAB, n_positions=number, n_embd=32, n_layer=1, n_head=2, bos_token_id=None,
+        eos_token_id=tiny.EOS, pad_token_id=tiny.PAD,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_tables_of_learned_positions_are_found() -> None:
+    opt = transformers.OPTConfig(  # whose table has two more rows, in front
+        vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32,
+        max_position_embeddings=50,
+    )  # fmt: skip
+    models = [learned_positions(30), transformers.OPTForCausalLM(opt), tiny.model(), tiny.model("gpt_neox")]
+    found = [positions_of(known.backbone, known) for known in map(LanguageModel, models)]
+    assert found == [30, 50, None, None]
+
+
+def test_sequences_beyond_learned_positions_are_refused_by_name(tmp_path: Path) -> None:
+    def written(prompts: list[str], trainer: Any) -> Completions:
+        return Completions([[5] * (23 if len(p) == 4 else 3) for p in prompts])
+
+    for rollout_func, completion in ((None, 22), (written, 30)):
+        given = {"model": learned_positions(26), "rollout_func": rollout_func}
+        with pytest.raises(ValueError, match=r"^max_prompt_length: a prompt of [45] tokens .* the 26 positions"):
+            tiny.trainer(tmp_path, given, max_completion_length=completion).train()
+    given = {"model": learned_positions(26)}
+    tiny.trainer(tmp_path, given, max_completion_length=22, max_prompt_length=4, max_steps=1).train()
 
 
 def test_sampling_is_proven_only_where_the_policy_itself_samples(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Collection:
         reference: a causal LM on its device, not trained.
         guide: a function that returns the guide as it is.
         generation_config: how the reference samples.
+        positions: that reference and guide have learned (``rollout.check_room``).
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Collection:
         vocab: int,
         generation_config: Any,
         accelerator: Any,
+        positions: int | None,
     ) -> None:
         self.args, self.reference, self._guide, self.tokenizer = args, reference, guide, tokenizer
         self.rewards, self._vocab, self.accelerator = rewards, vocab, accelerator
-        self.generation_config = generation_config
+        self.generation_config, self._positions = generation_config, positions
 
     @property
     def guide(self) -> ValueGuide:
@@ -85,6 +87,7 @@ class Collection:
             out = generate(
                 self.reference, prompts, self.generation_config, batch_size=len(prompts), device=self.args.device,
                 processor=processor if guided else None, max_new_tokens=max_new_tokens,
+                positions=self._positions,
             )  # fmt: skip
         kl = processors[0].kl.cpu() if processors else torch.zeros(len(prompts))
         return Samples(out.completion_ids, kl)

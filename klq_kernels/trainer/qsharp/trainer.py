@@ -24,7 +24,7 @@ from ...call.checks import require
 from ...guidance import GuidedLogits, ValueGuide, sequence_mean
 from ...guidance.guide import SETTINGS
 from .. import loading, probe
-from ..base import EXAMPLES, BaseTrainer
+from ..base import EXAMPLES, BaseTrainer, fitting
 from ..batches import Inputs, collate
 from ..means import Means
 from ..models import LanguageModel
@@ -82,6 +82,7 @@ class QSharpTrainer(BaseTrainer):
         tokenizer = loading.tokenizer(processing_class, reference)
         language_model = LanguageModel(reference)
         proven = proven_guide(guide, args, language_model)
+        learned = [probe.positions_of(each, language_model) for each in (language_model.backbone, proven.backbone)]
         super().__init__(
             model=proven,
             args=args,
@@ -111,6 +112,7 @@ class QSharpTrainer(BaseTrainer):
         self.collection = Collection(
             args, reference=self.reference, guide=lambda: self.guide, tokenizer=tokenizer, rewards=rewards,
             vocab=language_model.vocab_size, generation_config=generation_config, accelerator=self.accelerator,
+            positions=min((number for number in learned if number is not None), default=None),
         )  # fmt: skip
         self.examples = Examples()
         self._held_out: list[Example] | None = None
@@ -305,7 +307,8 @@ class QSharpTrainer(BaseTrainer):
         self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.guide.load_state_dict(ValueGuide.from_pretrained(resume_from_checkpoint).state_dict())
+        with fitting():
+            self.guide.load_state_dict(ValueGuide.from_pretrained(resume_from_checkpoint).state_dict())
 
     def _save_progress(self, folder: str) -> None:
         if self.args.should_save:

@@ -36,7 +36,7 @@ from ...logprobs import linear_logprobs
 from ...returns import reverse_scan
 from .. import loading
 from ..actor_critic import States, held
-from ..base import BaseTrainer
+from ..base import BaseTrainer, check_loaded, fitting
 from ..batches import Inputs, collate
 from ..config import DATA_LOADER, FLOATS, check_counts, check_template, check_unused, option
 from ..frozen import Placed, Policy, reference_policy
@@ -240,7 +240,7 @@ class DPOTrainer(BaseTrainer):
             ref_dtype=None if args.ref_dtype is None else getattr(torch, args.ref_dtype),
         )  # fmt: skip
         trained = TrainedPolicy(policies.language_model.model)
-        padding_free = prove_backbones(
+        reading = prove_backbones(
             trained, {"model": policies.language_model.backbone}, policies, disable_dropout=args.disable_dropout,
             padding_free=args.padding_free,
         )  # fmt: skip
@@ -257,13 +257,14 @@ class DPOTrainer(BaseTrainer):
         self.args: DPOConfig
         check_whole(self.accelerator, "args", "KLQTrainer")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the pairs of a micro-batch
-        self.tokenizer, self.padding_free = tokenizer, padding_free
+        self.tokenizer, self.padding_free = tokenizer, reading.padding_free
         self.reference = None
         if policies.reference is not None:
             self.reference = Placed(policies.reference, args.ref_placement, self.accelerator, "ref_placement")
         self.reader = PairReader(
             tokenizer, policies.language_model.vocab_size, max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length, template=args.chat_template_kwargs,  # type: ignore[arg-type]
+            positions=reading.positions,
         )  # fmt: skip
         self.reader.sequences([train_dataset[0]])  # complains now of what it cannot read
 
@@ -343,4 +344,8 @@ class DPOTrainer(BaseTrainer):
         self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
+        with fitting():
+            super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        check_loaded(self.policy, load_result)
