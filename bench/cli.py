@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from klq_kernels.commands.cli import Commands
+from klq_kernels.commands.folders import usable_file
+
 from . import report
 from .environment import describe, timed_package
 from .session import run_task
@@ -26,6 +29,7 @@ NOT_QUICK = ("torch.compile", "doubling, compiled", "F.linear_cross_entropy", "n
 PRESET_HELP = f"tiny, quick, full; for what reads the vocabulary also {', '.join(RECORDS)}."
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +40,19 @@ app = typer.Typer(
 def command_line() -> str:
     """The command as it was typed, without the folder of the program."""
     return " ".join(["klq bench", *(a for a in sys.argv[1:] if a != "bench")])
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name, by default the GPU where there is one. ValueError where it is unknown or not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be cpu or cuda; got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: there is no GPU here that PyTorch can use; leave --device out, or give cpu")
+    return device
 
 
 def chosen_shapes(task: Task, preset: str, dtype: str | None, sweep: str | None) -> list[Any]:
@@ -53,6 +70,8 @@ def chosen_shapes(task: Task, preset: str, dtype: str | None, sweep: str | None)
             points = [int(v) for v in values.split(",")]
         except ValueError:
             raise ValueError(f"sweep: must look like vocab=8192,32768; got {sweep!r}") from None
+        if min(points) < 1:
+            raise ValueError(f"sweep: {axis} must be at least 1; got {values}")
         shapes = [scaled(shapes[0], axis, point) for point in points]
     return shapes
 
@@ -90,7 +109,9 @@ def _bench(
 ) -> None:
     from rich.console import Console
 
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for option, file in (("--json", json), ("--csv", csv), ("--plot", plot)):
+        usable_file(option, file)
+    on = chosen_device(device)
     shapes = chosen_shapes(TASKS[name], preset, dtype, sweep)
     task = chosen_contenders(TASKS[name], contenders, preset, on)
     environment = describe(on, command_line())

@@ -28,8 +28,11 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """A document of ``save_json``. Raises ValueError where the file holds something else."""
-    content = json.loads(path.read_text())
+    """A document of ``save_json``. Raises ValueError where the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a benchmark: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a benchmark of schema {SCHEMA}")
     return content

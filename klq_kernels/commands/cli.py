@@ -224,7 +224,10 @@ def experiment(
 ) -> None:
     """Run the paper's first experiments on built-in tasks; one that was interrupted goes on where it stopped."""
     from ..lab import experiments
+    from .folders import usable_folder
 
+    if name in (*experiments.NAMES, *experiments.GROUPS):  # no folder is made for a wrong name
+        usable_folder("--out", out)
     experiments.run([name], out, seeds=seeds, workers=workers, quick=quick)
 
 

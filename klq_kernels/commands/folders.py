@@ -18,3 +18,11 @@ def usable_folder(option: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{option}: cannot write into {folder} as a folder: {error.strerror}") from error
+
+
+def usable_file(option: str, file: Path | None) -> None:
+    """``usable_folder`` of the folder that a file is to be written into; the file itself is left as it is."""
+    if file is not None:
+        if file.is_dir():
+            raise ValueError(f"{option}: {file} is a folder; name a file in it")
+        usable_folder(option, file.parent)

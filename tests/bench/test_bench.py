@@ -624,6 +624,32 @@ def test_klq_bench_is_the_same_command() -> None:
     assert "train-step" in CliRunner().invoke(app, ["bench", "--help"]).output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "none.json", "none.json"], "none.json: cannot be read as a benchmark"),
+        (["scan", "--device", "tpu"], "device: must be cpu or cuda"),
+        (["scan", "--json", "."], "--json: . is a folder"),
+        (["scan", "--csv", "file/below.csv"], "--csv: cannot write into file as a folder"),
+        (["loss", "--sweep", "vocab=0"], "sweep: vocab must be at least 1"),
+        (["loss", "--sweep", "vocab"], "sweep: must look like"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from klq_kernels.commands.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.cli.run_task", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    shown = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(shown.exception, ValueError), shown.output
+    assert str(shown.exception).startswith(message)
+
+
 def test_klq_bench_says_that_it_needs_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -122,9 +122,10 @@ def test_a_file_that_ends_too_early_is_not_shown_as_an_abort(monkeypatch: pytest
     assert isinstance(shown.exception.__cause__, EOFError)
 
 
-def test_demo_refuses_a_folder_that_it_cannot_write_into(tmp_path: Path):
+@pytest.mark.parametrize("command", [["demo"], ["experiment", "all"]])
+def test_a_folder_that_cannot_be_written_into_is_refused(command: list[str], tmp_path: Path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        shown = CliRunner().invoke(app, ["demo", "--out", str(out)])
+        shown = CliRunner().invoke(app, [*command, "--out", str(out)])
         assert isinstance(shown.exception, ValueError)
         assert str(shown.exception).startswith(f"--out: cannot write into {out} as a folder: ")

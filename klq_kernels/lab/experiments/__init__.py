@@ -19,7 +19,7 @@ walkthrough       all of it, from start to end; what is done is not done again
 
 from __future__ import annotations
 
-from .spec import NAMES
+from .spec import GROUPS, NAMES
 from .walkthrough import run
 
-__all__ = ["NAMES", "run"]
+__all__ = ["GROUPS", "NAMES", "run"]
