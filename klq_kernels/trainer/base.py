@@ -63,11 +63,24 @@ class BaseTrainer(Trainer):
             folder = str(self.args.output_dir)
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
+        if not resume_from_checkpoint:
+            self._warn_of_checkpoints()
         self._forget_means()
         self._begin()
         if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))) is not None:
             return done
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _warn_of_checkpoints(self) -> None:
+        """A run that begins beside another one's checkpoints could later be resumed from those, which are further."""
+        newest = last_complete_checkpoint(Path(str(self.args.output_dir)))
+        if newest is not None and self.accelerator.is_main_process:
+            warnings.warn(
+                f"output_dir: holds checkpoints of an earlier run, as {newest}, and this one begins anew; "
+                "resume_from_checkpoint=True would go on from whichever is further. Give this run another folder, or "
+                "resume the earlier one",
+                stacklevel=3,
+            )
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """Loads a checkpoint that is at ``max_steps``, or past it; None of one that has steps left.

@@ -191,6 +191,19 @@ def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_run_beside_the_checkpoints_of_another_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def warned() -> bool:
+        return any("checkpoints of an earlier run" in str(w.message) for w in recwarn)
+
+    tiny.trainer(tmp_path, max_steps=1, **SAVING).train()
+    assert not warned()
+    with pytest.warns(UserWarning, match=r"^output_dir: .*checkpoint-1, and this one begins anew"):
+        tiny.trainer(tmp_path, max_steps=1, **SAVING).train()
+    recwarn.clear()
+    tiny.trainer(tmp_path, max_steps=2, **SAVING).train(resume_from_checkpoint=True)
+    assert not warned()
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     tiny.trainer(tmp_path, max_steps=2, **SAVING).train()
     larger = tiny.trainer(tmp_path, {"model": tiny.model(num_hidden_layers=3)}, max_steps=4, **SAVING)
