@@ -1,6 +1,7 @@
 """A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
 
-config                       the settings of a run
+options config               the arguments that several trainers have, and those of ``KLQTrainer``
+base                         what all trainers share: resuming, logging
 trainer                      the seams to transformers: updates, logs, optimiser
 cycle                        a cycle up to its updates: rollout, rewards, scoring, targets
 checkpoints evaluation       saving and resuming; held-out prompts

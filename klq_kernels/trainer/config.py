@@ -15,15 +15,15 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from transformers import TrainingArguments
 
 from ..call.checks import require, require_number
 from ..call.head import check_sampling
 from ..loss import LOSS_TYPES
+from .options import PolicyConfig, SamplingConfig, check_counts, option
 
 OFF_POLICY = ("none", "retrace")
 ENGINES = ("transformers", "vllm")
@@ -32,24 +32,6 @@ CORRECTION = ("trace_clip", "importance_clip", "dppo_divergence", "dppo_delta") 
 PRIORITIES = ("error", "uniform")
 DPPO_DELTAS = {"tv": 0.15, "kl": 0.05}  # DPPO's thresholds, by divergence
 PLACEMENTS = ("device", "cpu", "sharded")  # of frozen weights
-FLOATS = ("float32", "bfloat16", "float16")
-UNUSED = {  # arguments of the parent without effect here, and what to set instead
-    "auto_find_batch_size": "lower per_device_train_batch_size and raise gradient_accumulation_steps instead",
-    "neftune_noise_alpha": "noise on the embeddings would make another policy learn than the one that sampled",
-    "label_smoothing_factor": "the losses of reinforcement learning have no labels",
-    "per_device_eval_batch_size": "evaluation takes its batches from rollout_forward_batch_size",
-    "train_sampling_strategy": "the order of the prompts is a function of the seed",
-    "dataloader_drop_last": "every cycle, and every round, is whole",
-    "dataloader_num_workers": "rows are read by the trainer itself, those of a cycle as it begins",
-    "dataloader_persistent_workers": "rows are read by the trainer itself",
-    "dataloader_prefetch_factor": "rows are read by the trainer itself",
-    "bf16_full_eval": "evaluation samples and scores in the precision of training; set bf16",
-    "fp16_full_eval": "evaluation samples and scores in the precision of training; set fp16",
-}
-DATA_LOADER = (  # those of them that a trainer does use which leaves the data to transformers
-    "train_sampling_strategy", "dataloader_drop_last", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-)  # fmt: skip
 # Arguments that only the other algorithm reads.
 IGNORED = {
     "klq": ("cliprange", "vf_coef", "whiten_advantages", "importance_clip", "dppo_divergence", "dppo_delta"),
@@ -57,38 +39,8 @@ IGNORED = {
 }
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with the help text that the command line shows."""
-    return field(default=default, metadata={"help": text})
-
-
-def check_unused(args: TrainingArguments, *, but: Iterable[str] = ()) -> None:
-    """Raises a ValueError where an argument of ``UNUSED`` is set, ``but`` for those that a trainer does use."""
-    for name, instead in UNUSED.items():
-        default = getattr(TrainingArguments, name)
-        unset = name in but or getattr(args, name) == default
-        require(unset, name, f"has no effect and must stay {default}: {instead}")
-    given = args.accelerator_config
-    split = given.get("split_batches") if isinstance(given, dict) else getattr(given, "split_batches", False)
-    require(not split, "accelerator_config", "must not set split_batches: counts here are those of one process")
-
-
-def check_template(args: Any) -> None:
-    """Raises a ValueError where ``chat_template_kwargs``, already parsed, holds what a trainer sets itself."""
-    for name in ("add_generation_prompt", "tokenize"):
-        given = name in (args.chat_template_kwargs or {})
-        require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
-
-
-def check_counts(args: TrainingArguments, names: Iterable[str]) -> None:
-    """Raises a ValueError unless each of these is None or a whole number of 1 or more."""
-    for name in names:
-        value = getattr(args, name)
-        require(value is None or (isinstance(value, int) and value >= 1), name, f"must be at least 1, got {value}")
-
-
 @dataclass
-class KLQConfig(TrainingArguments):
+class KLQConfig(SamplingConfig, PolicyConfig):
     """Arguments of ``KLQTrainer``; the defaults are the paper's (arXiv 2508.17000), where it names one.
 
     ``auto_find_batch_size`` and ``per_device_eval_batch_size`` would have no effect and must keep their defaults.
@@ -99,7 +51,6 @@ class KLQConfig(TrainingArguments):
 
     learning_rate: float = option(1.41e-5, "Initial learning rate.")
     logging_steps: float = option(0, "Log every so many optimizer steps; 0: once per cycle.")
-    remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
     ddp_find_unused_parameters: bool | None = option(False, "True for a policy with parameters it does not use.")
 
     algorithms: ClassVar[tuple[str, ...]] = ("klq", "ppo")  # those whose arguments these are
@@ -175,19 +126,7 @@ class KLQConfig(TrainingArguments):
         "Share of V's gradient that enters a backbone shared with the policy, in [0, 1]. By default tau for KLQ, whose "
         "loss falls 1/tau times as steeply in V as in the log-probability; 1 for PPO, where vf_coef balances the two.",
     )
-    disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
 
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Further arguments of the tokenizer's apply_chat_template for prompts, such as enable_thinking."
-    )
-    max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
-    max_completion_length: int = option(128, "Tokens to generate at most.")
-    temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
-    generation_kwargs: dict[str, Any] | str | None = option(
-        None,
-        "Further GenerationConfig arguments, but for the temperature. top_k, top_p and penalties sample from another "
-        "policy than the trained one.",
-    )
     engine: str = option(
         "transformers",
         "What samples: 'transformers', the policy's own generate, or 'vllm', in a process of its own or at engine_url.",
@@ -206,14 +145,10 @@ class KLQConfig(TrainingArguments):
         "An engine, or a rollout_func with a method begin, samples the next cycle's completions while this one's are "
         "learnt; its weights are then those of one cycle ago (off_policy='retrace' corrects for that).",
     )
-    rollout_forward_batch_size: int = option(
-        64, "Sequences per generate call and per scoring pass, also in evaluation."
-    )
     bootstrap_truncated: bool = option(
         True, "A completion cut off by max_completion_length gets V of its last state in place of a score."
     )
     missing_eos_penalty: float | None = option(None, "Taken off the score of a completion without EOS.")
-    reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
     scale_rewards: bool = option(False, "Divide scores by their running standard deviation. tau prices the result.")
     reward_clip: float | None = option(None, "Scores, after any scaling, are clipped to +-this. > 0.")
 
@@ -222,19 +157,8 @@ class KLQConfig(TrainingArguments):
         "Where the reference's weights are: on the 'device'; on the 'cpu' between uses; 'sharded' over the processes. "
         "By default sharded where the engine shards the policy (FSDP2, ZeRO-3), else on the device.",
     )
-    ref_dtype: str | None = option(
-        None, "Weights of the reference, such as 'bfloat16' for half the memory; by default those of the model."
-    )
     reward_placement: str | None = option(None, "Where the weights of reward models are, as ref_placement.")
 
-    padding_free: bool | None = option(
-        None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
-    )
-    fp32_head: bool = option(
-        False,
-        "Logits in fp32 where the model runs in 16 bits, as samplers with an fp32 head have them (logits_dtype of "
-        "fused_klq_loss).",
-    )
     head_gradient: str = option(
         "dense",
         "'sampled' estimates the gradient through the head without bias from a few entries per token, for little more "
@@ -246,21 +170,11 @@ class KLQConfig(TrainingArguments):
         "Under FSDP2: 'tokens' leaves the lm_head sharded, and the tokens of all processes come to its parts (sharding "
         "of fused_klq_loss); 'head', the default, leaves it to the engine, which gathers it.",
     )
-    workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
-    )
     log_completions: bool = option(False, "Show a few completions at every log, and append all to completions.jsonl.")
     num_completions_to_print: int = option(4, "How many of them.")
     watch_failures: bool = option(True, "Warn of KL explosion, value divergence, length collapse and the like.")
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "chat_template_kwargs",
-        "engine_kwargs",
-        "generation_kwargs",
-        "model_init_kwargs",
-    ]
+    _VALID_DICT_FIELDS = [*SamplingConfig._VALID_DICT_FIELDS, "engine_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         self._check()
@@ -278,22 +192,12 @@ class KLQConfig(TrainingArguments):
             self.logging_steps = self.steps_per_cycle
         super().__post_init__()
         self._check_engine()
-        check_template(self)
         counted, processes = self._processes(), self.world_size
         require(
             self.total_episodes is None or counted == processes,
             "total_episodes",
             f"was counted for {counted} processes (WORLD_SIZE), and there are {processes}; give max_steps instead",
         )
-
-    def torch_dtype(self, name: str) -> torch.dtype | None:
-        """The dtype that an argument names."""
-        return getattr(torch, getattr(self, name)) if getattr(self, name) else None
-
-    @property
-    def logits_dtype(self) -> torch.dtype | None:
-        """``logits_dtype`` of ``fused_klq_loss`` and ``linear_logprobs``."""
-        return torch.float32 if self.fp32_head else None
 
     @property
     def mask_delta(self) -> float:
@@ -361,36 +265,19 @@ class KLQConfig(TrainingArguments):
         for name, only in self.fixed.items():
             given = getattr(self, name)
             require(given == only, name, f"must be {only!r} in {type(self).__name__}; got {given!r}")
-        require(
-            self.loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {self.loss_type!r}"
-        )
-        for name, choices in (
-            ("engine", ENGINES),
-            ("off_policy", OFF_POLICY),
-            ("dppo_divergence", tuple(DPPO_DELTAS)),
-            ("replay_priority", PRIORITIES),
-        ):
-            value = getattr(self, name)
-            require(value in choices, name, f"must be one of {', '.join(choices)}; got {value!r}")
-        require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
-        check_unused(self)
+        placements = (None, *PLACEMENTS)
+        choices: dict[str, Iterable[str | None]] = {
+            "loss_type": LOSS_TYPES, "engine": ENGINES, "off_policy": OFF_POLICY, "dppo_divergence": DPPO_DELTAS,
+            "replay_priority": PRIORITIES, "ref_placement": placements, "reward_placement": placements,
+            "head_sharding": (None, "tokens", "head"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            self._check_choice(name, known)
         self._warn_of_ignored(self.ignored, f"algorithm={self.algorithm!r}")
         self._check_values()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model, self.greater_is_better = "reward", True
-        for name in ("ref_placement", "reward_placement"):
-            value = getattr(self, name)
-            require(value in (None, *PLACEMENTS), name, f"must be one of {', '.join(PLACEMENTS)}; got {value!r}")
-        require(
-            self.ref_dtype in (None, *FLOATS),
-            "ref_dtype",
-            f"must be one of {', '.join(FLOATS)}; got {self.ref_dtype!r}",
-        )
-        known = self.head_sharding in (None, "tokens", "head")
-        require(known, "head_sharding", f"must be tokens, head or None; got {self.head_sharding!r}")
         check_sampling("head_gradient", self.head_gradient, "head_samples", self.head_samples)
         positive = (
-            "tau", "temperature", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
+            "tau", "huber_delta", "value_clip", "log_ratio_clip", "cliprange", "trace_clip",
             "importance_clip", "dppo_delta", "advantage_spread", "reward_clip", "engine_timeout",
         )  # fmt: skip
         for name in positive:
@@ -406,12 +293,9 @@ class KLQConfig(TrainingArguments):
             require_number("value_learning_rate", self.value_learning_rate, low=0.0)
         if self.missing_eos_penalty is not None:
             require_number("missing_eos_penalty", self.missing_eos_penalty)
-        counts = (
-            "num_update_epochs", "num_mini_batches", "max_completion_length", "rollout_forward_batch_size",
-            "per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "max_prompt_length",
-            "num_generations", "replay_epochs",
-        )  # fmt: skip
-        check_counts(self, counts)
+        check_counts(
+            self, ("num_update_epochs", "num_mini_batches", "total_episodes", "num_generations", "replay_epochs")
+        )
         for name in ("value_warmup_steps", "replay_cycles"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")

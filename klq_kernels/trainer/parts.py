@@ -56,7 +56,7 @@ def proven_parts(
     with gathered(p for model in given for p in model.parameters()):
         policies = proven_policies(
             policy, ref_model, tokenizer=tokenizer, peft_config=peft_config, temperature=args.temperature,
-            ref_dtype=args.torch_dtype("ref_dtype"),
+            ref_dtype=args.torch_ref_dtype,
         )  # fmt: skip
         language_model = policies.language_model
         read: Any = language_model.backbone if critic is None else getattr(critic, "base_model", critic)

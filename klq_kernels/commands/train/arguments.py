@@ -19,8 +19,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ...call.checks import require
 from ...lab.tasks import TASKS, load_task
-from ...trainer.config import KLQConfig, option
+from ...trainer.config import KLQConfig
 from ...trainer.loading import read_yaml
+from ...trainer.options import option
 from ...trainer.qsharp import QSharpConfig
 from ...trainer.relatives import CYCLES
 

@@ -10,21 +10,20 @@ How the numbers hang together:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import TrainingArguments
 
 from ...call.checks import require, require_number
 from ...guidance import ActionGuide, Law, ValueGuide
 from ...guidance.decoding import OTHERS
-from ..config import check_counts, check_template, check_unused, option
+from ..options import SamplingConfig, check_counts, option
 
 GUIDES = {"value": ValueGuide, "action": ActionGuide}
 LAW_ARGUMENTS = {"kind": "law", "atoms": "atoms", "low": "reward_low", "high": "reward_high"}  # by Law's names
 
 
 @dataclass
-class QSharpConfig(TrainingArguments):
+class QSharpConfig(SamplingConfig):
     """Arguments of ``QSharpTrainer``; the defaults are the paper's (arXiv 2502.20548), where it names one.
 
     Raises:
@@ -37,7 +36,6 @@ class QSharpConfig(TrainingArguments):
     max_grad_norm: float = option(5.0, "Gradients are clipped to this norm.")
     per_device_train_batch_size: int = option(32, "Examples of a micro-batch.")
     logging_steps: float = option(10, "Log every so many optimizer steps.")
-    remove_unused_columns: bool = option(False, "Must stay False: reward functions read the other columns.")
 
     law: str = option("bernoulli", "The law of the reward: 'bernoulli', 'categorical', or 'mse' (its mean alone).")
     atoms: int = option(11, "law='categorical': number of atoms, evenly from reward_low to reward_high.")
@@ -48,7 +46,6 @@ class QSharpConfig(TrainingArguments):
     )
     reward_low: float = option(0.0, "The lowest reward; a lower one is an error.")
     reward_high: float = option(1.0, "The highest reward; a higher one is an error.")
-    reward_weights: list[float] | None = option(None, "One weight per reward function; by default 1.")
 
     eta: float = option(0.1, "Units of reward per nat, > 0: of the prefixes that are sampled, and in evaluation.")
     top_k: int = option(20, "Candidates of a guided step.")
@@ -60,25 +57,6 @@ class QSharpConfig(TrainingArguments):
     samples_per_prompt: int = option(16, "Completions for each of them.")
     drop_constant: bool = option(True, "Leave out prompts whose completions all earn the same.")
 
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Further arguments of the tokenizer's apply_chat_template for prompts, such as enable_thinking."
-    )
-    max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
-    max_completion_length: int = option(128, "Tokens to generate at most.")
-    temperature: float = option(1.0, "Of the reference policy.")
-    generation_kwargs: dict[str, Any] | str | None = option(None, "Further GenerationConfig arguments.")
-    rollout_forward_batch_size: int = option(64, "Sequences per generate call, also in evaluation.")
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
-    )
-
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "chat_template_kwargs",
-        "generation_kwargs",
-        "model_init_kwargs",
-    ]
-
     def __post_init__(self) -> None:
         self._check()
         steps = self.rounds * self.steps_per_round
@@ -88,10 +66,7 @@ class QSharpConfig(TrainingArguments):
             f"is rounds x steps_per_round, here {steps}; set those, got {self.max_steps}",
         )
         self.max_steps = steps
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model, self.greater_is_better = "reward", True
         super().__post_init__()
-        check_template(self)
 
     @property
     def reward_law(self) -> Law:
@@ -104,15 +79,7 @@ class QSharpConfig(TrainingArguments):
         except ValueError as error:
             name, _, message = str(error).partition(": ")
             raise ValueError(f"{LAW_ARGUMENTS[name]}: {message}") from None
-        require(self.guide_type in GUIDES, "guide_type", f"must be one of {', '.join(GUIDES)}; got {self.guide_type!r}")
-        require(self.others in OTHERS, "others", f"must be one of {', '.join(OTHERS)}; got {self.others!r}")
-        require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: rewards read the columns")
-        check_unused(self)
-        for name in ("eta", "temperature"):
-            require_number(name, getattr(self, name), positive=True)
-        counts = (
-            "top_k", "rounds", "steps_per_round", "prompts_per_round", "samples_per_prompt", "max_prompt_length",
-            "max_completion_length", "rollout_forward_batch_size", "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-        )  # fmt: skip
-        check_counts(self, counts)
+        self._check_choice("guide_type", GUIDES)
+        self._check_choice("others", OTHERS)
+        require_number("eta", self.eta, positive=True)
+        check_counts(self, ("top_k", "rounds", "steps_per_round", "prompts_per_round", "samples_per_prompt"))

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ...call.checks import require, require_number
 from ...logprobs import linear_logprobs
@@ -38,9 +38,9 @@ from .. import loading
 from ..actor_critic import States, held
 from ..base import BaseTrainer, check_loaded, fitting
 from ..batches import Inputs, collate
-from ..config import DATA_LOADER, FLOATS, check_counts, check_template, check_unused, option
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
+from ..options import DATA_LOADER, PolicyConfig, check_counts, option
 from ..parts import prove_backbones, proven_policies
 from ..processes import turns
 from .divergence import check_whole, divergence
@@ -51,7 +51,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(PolicyConfig):
     """Arguments of ``DPOTrainer``; the defaults are the papers', where they name one.
 
     Raises:
@@ -60,65 +60,30 @@ class DPOConfig(TrainingArguments):
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
     logging_steps: float = option(10, "Log every so many optimizer steps.")
-    remove_unused_columns: bool = option(False, "Must stay False: the columns are read as they are.")
 
     loss: str = option("dpo", f"One of {', '.join(LOSSES)}.")
     beta: float = option(0.1, "Price of one nat of KL to the reference, in units of reward. > 0.")
     tdpo_alpha: float = option(0.5, "tdpo2: weight of the divergences. >= 0.")
 
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Further arguments of the tokenizer's apply_chat_template, such as enable_thinking."
-    )
-    max_prompt_length: int | None = option(None, "Longer prompts are cut on the left.")
     max_completion_length: int | None = option(None, "Longer completions are cut on the right.")
-    disable_dropout: bool = option(True, "No dropout: policy and reference are compared token by token.")
     ref_placement: str | None = option(
         None, "Where the reference's weights are: on the 'device', the default, or on the 'cpu' between uses."
     )
-    ref_dtype: str | None = option(
-        None, "Weights of the reference, such as 'bfloat16' for half the memory; by default those of the model."
-    )
-    padding_free: bool | None = option(
-        None, "Concatenate sequences instead of padding them; by default where attention is FlashAttention."
-    )
-    fp32_head: bool = option(False, "Logits in fp32 where the model runs in 16 bits.")
-    workspace_bytes: int | None = option(None, "Memory for one chunk of logits (see fused_klq_loss).")
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "For from_pretrained, where models are given as ids; their dtype is float32 unless given here."
-    )
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  (as the parent declares it)
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "chat_template_kwargs",
-        "model_init_kwargs",
-    ]
+    used: ClassVar[tuple[str, ...]] = ("per_device_eval_batch_size", *DATA_LOADER)
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check_choice("loss", LOSSES)
+        self._check_choice("ref_placement", (None, "device", "cpu"))
+        require_number("beta", self.beta, positive=True)
+        require_number("tdpo_alpha", self.tdpo_alpha, low=0.0)
+        check_counts(self, ("max_completion_length",))
         super().__post_init__()
-        check_template(self)
-
-    @property
-    def logits_dtype(self) -> torch.dtype | None:
-        """``logits_dtype`` of ``linear_logprobs``."""
-        return torch.float32 if self.fp32_head else None
 
     @property
     def alpha(self) -> float | None:
         """Of ``tdpo_loss``."""
         return self.tdpo_alpha if self.loss == "tdpo2" else None
-
-    def _check(self) -> None:
-        choices = {"loss": LOSSES, "ref_placement": (None, "device", "cpu"), "ref_dtype": (None, *FLOATS)}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            names = ", ".join(k for k in known if k is not None)
-            require(value in known, name, f"must be one of {names}; got {value!r}")
-        require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: all columns are read")
-        check_unused(self, but=["per_device_eval_batch_size", *DATA_LOADER])
-        require_number("beta", self.beta, positive=True)
-        require_number("tdpo_alpha", self.tdpo_alpha, low=0.0)
-        check_counts(self, ("max_prompt_length", "max_completion_length", "per_device_train_batch_size"))
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -237,7 +202,7 @@ class DPOTrainer(BaseTrainer):
         policies = proven_policies(
             policy, None if ref_model is None else loading.causal_lm(ref_model, args), tokenizer=tokenizer,
             peft_config=peft_config, temperature=1.0,
-            ref_dtype=None if args.ref_dtype is None else getattr(torch, args.ref_dtype),
+            ref_dtype=args.torch_ref_dtype,
         )  # fmt: skip
         trained = TrainedPolicy(policies.language_model.model)
         reading = prove_backbones(

@@ -33,9 +33,10 @@ from ...call.checks import require_number
 from ...returns import reverse_scan
 from ..actor_critic import States
 from ..batches import Inputs
-from ..config import KLQConfig, option
+from ..config import KLQConfig
 from ..experience import Experience
 from ..objectives import logprobs
+from ..options import option
 from ..trainer import KLQTrainer
 from .divergence import check_whole, divergence
 

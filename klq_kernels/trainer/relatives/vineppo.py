@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ...call.checks import require
 from ..batches import Inputs, Sequence
-from ..config import IGNORED, KLQConfig, option
+from ..config import IGNORED, KLQConfig
 from ..objectives import Scored, ppo
+from ..options import option
 from ..rollout import Completions, Rollout, check_completions, eos_ids, generate
 from ..seeds import Purpose, derived_seed, seeded
 from ..sharding import shards_weights
