@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from klq_kernels.call.checks import renaming
 from klq_kernels.commands.cli import Commands
 from klq_kernels.commands.folders import usable_file
 
@@ -72,7 +73,8 @@ def chosen_shapes(task: Task, preset: str, dtype: str | None, sweep: str | None)
             raise ValueError(f"sweep: must look like vocab=8192,32768; got {sweep!r}") from None
         if min(points) < 1:
             raise ValueError(f"sweep: {axis} must be at least 1; got {values}")
-        shapes = [scaled(shapes[0], axis, point) for point in points]
+        with renaming({"axis": "sweep"}):
+            shapes = [scaled(shapes[0], axis, point) for point in points]
     return shapes
 
 

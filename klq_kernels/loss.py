@@ -122,7 +122,7 @@ def fused_klq_loss(
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
-    head, spans = split_head(hidden, weight, bias, process_group, sharding), group_of(time_group)
+    head, spans = split_head(hidden, weight, bias, process_group, sharding), group_of(time_group, "time_group")
     require(time_group is None or targets is None, "time_group", "is for on-policy calls; klq_targets takes the spans'")
     if spans is not None:
         targets = _targets_over_spans(

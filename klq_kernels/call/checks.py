@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -68,6 +70,18 @@ def require_number(
             f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
         )
         raise ValueError(f"{name}: must be an int or float in [{low:g}, {high:g}], got {found}")
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, an error that names an argument of a function names the caller's own in its place, by ``names``."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, message = str(error).partition(": ")
+        if name not in names:
+            raise
+        raise ValueError(f"{names[name]}: {message}") from error
 
 
 def looks_into(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ GATHER = (
 )
 
 
-def group_of(process_group: object) -> dist.ProcessGroup | None:
+def group_of(process_group: object, name: str = "process_group") -> dist.ProcessGroup | None:
     """The group behind the argument; None for None and for a group of one process, which need no communication.
 
     Raises:
@@ -29,10 +29,10 @@ def group_of(process_group: object) -> dist.ProcessGroup | None:
         return None
     group: Any = process_group
     if hasattr(group, "get_group"):  # a DeviceMesh
-        require(group.ndim == 1, "process_group", f"must have one dimension, got a mesh of {group.ndim}")
+        require(group.ndim == 1, name, f"must have one dimension, got a mesh of {group.ndim}")
         group = group.get_group()
     known = isinstance(group, dist.ProcessGroup)
-    require(known, "process_group", f"must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+    require(known, name, f"must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     return group if group.size() > 1 else None
 
 

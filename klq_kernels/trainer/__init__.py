@@ -1,7 +1,7 @@
 """A thin trainer on the kernels: ``KLQTrainer``, a ``transformers.Trainer`` for KLQ and its PPO baseline.
 
 options config               the arguments that several trainers have, and those of ``KLQTrainer``
-base                         what all trainers share: resuming, logging
+base resuming                what all trainers share: logging; which checkpoints there are, and whether one fits
 trainer                      the seams to transformers: updates, logs, optimiser
 cycle                        a cycle up to its updates: rollout, rewards, scoring, targets
 checkpoints evaluation       saving and resuming; held-out prompts
@@ -35,7 +35,6 @@ try:
 except ImportError as error:
     raise ImportError(f"the trainer needs {error.name}: pip install 'klq_kernels[train]'") from None
 
-from .base import last_complete_checkpoint
 from .config import KLQConfig
 from .engine import EngineRollout
 from .processes import leave_process_group
@@ -50,6 +49,7 @@ from .relatives import (
     VinePPOConfig,
     VinePPOTrainer,
 )
+from .resuming import last_complete_checkpoint
 from .rewards import RewardFunction, Rewards, Scores
 from .rollout import Completions, RolloutFunction
 from .trainer import KLQTrainer

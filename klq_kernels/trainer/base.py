@@ -1,13 +1,7 @@
-"""What all trainers here share: a run that resumes from its last complete checkpoint, and a log of running means.
-
-A checkpoint is complete when its state file is there, which is written last, and so are the means of a process, which
-are written after the optimiser. So whoever writes a checkpoint over an older one, of another run in the same folder or
-of this one before it was resumed from an earlier step, first takes away what would make the mixture of both look whole.
-"""
+"""What all trainers here share: a run that resumes from its last complete checkpoint, and a log of running means."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,26 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..call.checks import require
 from .means import Means
+from .resuming import MEANS, fitting_optimizer, last_complete_checkpoint, set_aside, step_in, take_apart
 from .sharding import check_parallelism
 
 T = TypeVar("T")
-
-MEANS = "means"
-EXAMPLES = "examples.pt"  # of a guide
-PROGRESS = (MEANS, "running", "memory", "ahead", "experience")  # NAME_RANK.pt, of the run in progress
-# What a run writes beside the weights into a checkpoint, the state file, which says that all is there, first.
-STATE_FILES = (
-    TRAINER_STATE_NAME, *(f"{name}_[0-9]*.pt" for name in PROGRESS), EXAMPLES, OPTIMIZER_NAME, SCHEDULER_NAME,
-    SCALER_NAME, "rng_state*.pth",
-)  # fmt: skip
 
 
 class BaseTrainer(Trainer):
@@ -63,24 +49,25 @@ class BaseTrainer(Trainer):
             folder = str(self.args.output_dir)
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
-        if not resume_from_checkpoint:
-            self._warn_of_checkpoints()
+        step = step_in(str(resume_from_checkpoint)) if resume_from_checkpoint else 0
         self._forget_means()
-        self._begin()
+        self._begin(step)
         if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))) is not None:
             return done
+        if step is not None and self.args.save_strategy != "no":
+            self._set_aside(step)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _warn_of_checkpoints(self) -> None:
-        """A run that begins beside another one's checkpoints could later be resumed from those, which are further."""
-        newest = last_complete_checkpoint(Path(str(self.args.output_dir)))
-        if newest is not None and self.accelerator.is_main_process:
+    def _set_aside(self, step: int) -> None:
+        """Renames the checkpoints that another run, or this one before it went back to ``step``, has left."""
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save and (renamed := set_aside(folder, step)):
             warnings.warn(
-                f"output_dir: holds checkpoints of an earlier run, as {newest}, and this one begins anew; "
-                "resume_from_checkpoint=True would go on from whichever is further. Give this run another folder, or "
-                "resume the earlier one",
+                f"output_dir: held checkpoints of an earlier run that are further than step {step}, where this one "
+                f"begins; they are now {', '.join(renamed)} in {folder}",
                 stacklevel=3,
             )
+        self.accelerator.wait_for_everyone()
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """Loads a checkpoint that is at ``max_steps``, or past it; None of one that has steps left.
@@ -103,8 +90,24 @@ class BaseTrainer(Trainer):
             self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
 
-    def _begin(self) -> None:
-        """Forgets what else belongs to another run."""
+    def _begin(self, step: int | None) -> None:
+        """Forgets what else belongs to another run; this one begins at ``step`` (None: unknown)."""
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """transformers' step of a micro-batch, whose loss enters the means, which a checkpoint holds.
+
+        A log says the sum over the micro-batches of an optimizer step. transformers' own sum begins anew in a resumed
+        run, and its mean would miss the steps between the last log and the checkpoint.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.args.logging_nan_inf_filter or loss.isfinite():
+            parts = self.current_gradient_accumulation_steps
+            self.means.add({"loss": loss * parts}, 1 / parts)
+        return loss
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: there are no labels to predict."""
+        raise NotImplementedError("predict: there are no labels to predict; use evaluate, or the model's generate")
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # compute_loss puts on the device what belongs there
@@ -143,7 +146,7 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:
-            _take_apart(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            take_apart(Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
@@ -162,6 +165,13 @@ class BaseTrainer(Trainer):
         if checkpoint is not None and (means := self._file_of_process(checkpoint, MEANS)).exists():
             self.means.load_state(torch.load(means, weights_only=True))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:  # which loads its optimizer with the model
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with fitting_optimizer(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _file_of_process(self, folder: str, name: str) -> Path:
         return Path(folder) / f"{name}_{self.args.process_index}.pt"
 
@@ -173,55 +183,3 @@ class BaseTrainer(Trainer):
         """The tokenizer and the arguments, beside a model."""
         self.tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
-
-
-@contextmanager
-def fitting() -> Iterator[None]:
-    """Weights that do not fit the model that they are loaded into are a ValueError about the checkpoint."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error).lower():
-            raise
-        raise ValueError(f"resume_from_checkpoint: does not fit the model: {error}") from error
-
-
-def check_loaded(model: nn.Module, load_result: Any) -> None:
-    """Refuses the weights of another architecture, where transformers warns.
-
-    Tied weights are stored by one of their names; so a parameter is missing where all of its names are.
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    stored = {id(p) for name, p in named.items() if name not in load_result.missing_keys}
-    missing = [n for n in load_result.missing_keys if n not in named or id(named[n]) not in stored]
-    for names, problem in ((missing, "it lacks"), (load_result.unexpected_keys, "the model lacks")):
-        found = f"does not fit the model: {problem} {len(names)} weights, {', '.join(names[:3])}"
-        require(not names, "resume_from_checkpoint", f"{found}{' …' * (len(names) > 3)}")
-
-
-def _take_apart(checkpoint: Path) -> None:
-    """Removes what a run wrote beside the weights."""
-    for pattern in STATE_FILES:
-        for file in checkpoint.glob(pattern):
-            file.unlink(missing_ok=True)
-
-
-def last_complete_checkpoint(output_dir: Path) -> str | None:
-    """The newest checkpoint that was written to its end and can be resumed from, or None.
-
-    Those of ``save_only_model`` cannot: they have neither the optimiser nor the run in progress.
-    """
-    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(p).isdecimal()]
-    for folder in sorted(found, key=lambda p: int(step_of(p)), reverse=True):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            continue
-        if any(folder.glob(f"{MEANS}_[0-9]*.pt")):
-            return str(folder)
-    return None
-
-
-def step_of(checkpoint: Path) -> str:
-    """The part of the name after ``checkpoint-``, which for those of transformers is the step."""
-    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")

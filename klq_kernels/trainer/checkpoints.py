@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..call.checks import require
 from . import sharding
-from .base import check_loaded, fitting
 from .config import KLQConfig
 from .cycle import Cycle
 from .experience import Experience, changes, conditions
 from .replay import Memory
+from .resuming import check_kind, check_loaded, fitting
 from .running import Running
 
 VALUE_FILE = "value_function.safetensors"
@@ -30,7 +30,10 @@ class Checkpoints(Cycle):
     micro_step: int  # within the optimizer step
     step_rows: Tensor  # trained tokens of each optimizer step of the cycle, over all processes; empty until counted
 
-    def _begin(self) -> None:
+    def _begin(self, step: int | None) -> None:
+        if self.completions_log is not None and step is not None:
+            self.completions_log.begin(step)
+        self.episodes = 0
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
         self.memory = Memory(self.args.replay_cycles, self.args.num_generations)
@@ -72,6 +75,7 @@ class Checkpoints(Cycle):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        check_kind(resume_from_checkpoint, adapters=self.language_model.is_peft)
         values = Path(resume_from_checkpoint) / VALUE_FILE
         require(values.exists(), "resume_from_checkpoint", f"{resume_from_checkpoint} has no {VALUE_FILE}")
         with fitting():
@@ -82,8 +86,9 @@ class Checkpoints(Cycle):
         check_loaded(self.policy, load_result)
 
     def _save_progress(self, folder: str) -> None:
-        """Running spreads, what is replayed, what is sampled ahead, the experience of a cycle that is not over yet."""
-        torch.save({name: r.state() for name, r in self.running.items()}, self._file_of_process(folder, "running"))
+        """Counts and spreads, what is replayed, what is sampled ahead, the experience of a cycle that is not over."""
+        running = {"episodes": self.episodes, "spreads": {name: r.state() for name, r in self.running.items()}}
+        torch.save(running, self._file_of_process(folder, "running"))
         if self.args.replay_cycles:
             torch.save(self.memory.state(), self._file_of_process(folder, "memory"))
         if self.args.async_rollouts:
@@ -97,9 +102,11 @@ class Checkpoints(Cycle):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        running = self._file_of_process(checkpoint, "running")
-        if running.exists():
-            for name, state in torch.load(running, weights_only=True).items():
+        file = self._file_of_process(checkpoint, "running")
+        if file.exists():
+            running = torch.load(file, weights_only=True)
+            self.episodes = running["episodes"]
+            for name, state in running["spreads"].items():
                 self.running[name].load_state(state)
         memory = self._file_of_process(checkpoint, "memory")
         if self.args.replay_cycles and memory.exists():

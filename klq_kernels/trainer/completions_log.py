@@ -1,13 +1,19 @@
-"""A log of completions: a few of each cycle as a table to read, all of them in ``completions.jsonl`` to keep."""
+"""A log of completions: a few of each cycle as a table to read, all of them in ``completions.jsonl`` to keep.
+
+A resumed run samples again what came after its checkpoint. Those rows, and the rows of another run in the same folder,
+are moved to ``earlier-completions.jsonl``, so that the log holds each completion of this run once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .config import KLQConfig
+from .resuming import EARLIER
 from .rewards import Scores
 
 CELL = 300  # characters of a text that the table shows
@@ -20,6 +26,19 @@ class CompletionsLog:
         self._config = config
         suffix = f"_{config.process_index}" if config.process_index else ""
         self._file = Path(str(config.output_dir)) / f"completions{suffix}.jsonl"
+
+    def begin(self, step: int) -> None:
+        """Moves the rows of optimizer step ``step`` and later ones, which this run is going to write."""
+        if not self._file.exists():
+            return
+        lines = self._file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) < step]
+        if len(kept) < len(lines):
+            with self._file.with_name(EARLIER + self._file.name).open("a") as file:
+                file.writelines(line for line in lines if _step_of(line) >= step)
+            whole = self._file.with_suffix(".part")
+            whole.write_text("".join(kept))
+            whole.replace(self._file)
 
     def add(self, step: int, prompts: list[Any], completions: list[str], scores: Scores, names: list[str]) -> None:
         """Logs one cycle: prompts as in the dataset, decoded completions, and ``names`` of the scores' columns."""
@@ -43,6 +62,14 @@ class CompletionsLog:
             text = prompt if isinstance(prompt, str) else said(prompt[-1])
             table.add_row(cell(text), cell(completion), f"{total:.3f}")
         Console().print(table)
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; infinite where a killed run has not written it to its end."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def said(message: dict[str, Any]) -> str:

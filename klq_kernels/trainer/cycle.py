@@ -70,6 +70,7 @@ class Cycle(BaseTrainer):
     memory: Memory  # of earlier cycles
     ahead: Ahead  # what is sampled for the next cycle
     demonstrations: Demonstrations | None
+    episodes: int
     running: dict[str, Running]  # spreads of "scores" and of lambda-"errors"
     completions_log: CompletionsLog | None
 

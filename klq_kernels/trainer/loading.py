@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..call.checks import require
+from .data import check_prompt
 
 
 class Loading(Protocol):
@@ -132,10 +133,12 @@ def tokenizer(given: Any, policy: Any) -> Any:
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Raises a ValueError unless a dataset, or each of a dict of them, has rows with a prompt."""
+    """Raises a ValueError unless a dataset has rows with a prompt; ``eval_dataset`` may be a dict of several."""
     require(dataset is not None, name, "is needed: a dataset with a column 'prompt'")
     require(not isinstance(dataset, str), name, f"must be a dataset, got the text {dataset!r:.80}; load it first")
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+    several = isinstance(dataset, dict)
+    require(not several or name == "eval_dataset", name, "must be one dataset, not a dict of several")
+    for part in dataset.values() if several else [dataset]:
         require(
             hasattr(part, "__len__"),
             name,
@@ -144,6 +147,15 @@ def check_dataset(name: str, dataset: Any) -> None:
         )
         require(len(part) > 0, name, "is empty")
         require("prompt" in part[0], name, f"must have a column 'prompt', has {', '.join(part[0])}")
+        for row, prompt in enumerate(column_of(part, "prompt")):
+            check_prompt(prompt, f"{name}: prompt of row {row}")
+
+
+def column_of(dataset: Any, name: str) -> Iterable[Any]:
+    """A column of a table or of a list of rows; nothing of a dataset that computes its rows as they are asked for."""
+    if hasattr(dataset, "column_names"):
+        return dataset[name]
+    return (row.get(name) for row in dataset) if isinstance(dataset, (list, tuple)) else ()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
     "dataloader_persistent_workers": "rows are read by the trainer itself",
     "dataloader_prefetch_factor": "rows are read by the trainer itself",
     "bf16_full_eval": "evaluation samples and scores in the precision of training; set bf16",
+    "include_num_input_tokens_seen": "tokens are counted as rollouts, in the log's episode",
     "fp16_full_eval": "evaluation samples and scores in the precision of training; set fp16",
 }
 DATA_LOADER = (  # those of them that a trainer does use which leaves the data to transformers
@@ -79,16 +80,16 @@ class BaseConfig(TrainingArguments):
         for name in ("add_generation_prompt", "tokenize"):
             given = name in (self.chat_template_kwargs or {})
             require(not given, "chat_template_kwargs", f"must not hold {name}, which the trainer sets")
+        for name in ("split_batches", "dispatch_batches"):
+            given = bool(getattr(self.accelerator_config, name))
+            require(not given, "accelerator_config", f"must not set {name}: each process reads rows of its own")
 
     def _check_unused(self) -> None:
         require(self.remove_unused_columns is False, "remove_unused_columns", "must be False: all columns are read")
         for name, instead in UNUSED.items():
-            default = getattr(TrainingArguments, name)
-            unset = name in self.used or getattr(self, name) == default
+            value, default = getattr(self, name), getattr(TrainingArguments, name)
+            unset = name in self.used or value == default or (default == "no" and value is False)
             require(unset, name, f"has no effect and must stay {default}: {instead}")
-        given = self.accelerator_config
-        split = given.get("split_batches") if isinstance(given, dict) else getattr(given, "split_batches", False)
-        require(not split, "accelerator_config", "must not set split_batches: counts here are those of one process")
 
     def _check_choice(self, name: str, choices: Iterable[str | None]) -> None:
         """Raises a ValueError unless an argument is one of its ``choices``."""
@@ -117,7 +118,8 @@ class SamplingConfig(BaseConfig):
     def __post_init__(self) -> None:
         check_counts(self, ("max_completion_length", "rollout_forward_batch_size"))
         require_number("temperature", self.temperature, positive=True)
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        measured = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if measured and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "reward", True
         super().__post_init__()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from ..call.checks import require
 from . import loading, probe
@@ -43,11 +44,11 @@ def proven_parts(
     tokenizer: Any,
     peft_config: Any,
     optimizer: torch.optim.Optimizer | None,
-    samples: bool = True,
+    generation_config: GenerationConfig | None = None,
 ) -> Parts:
     """The models of a run. Models that ZeRO-3 sharded as they were loaded are whole meanwhile, as probes run them.
 
-    ``samples`` says that the policy's own ``generate`` samples, and not an engine or a rollout function.
+    ``generation_config``: how the policy's own ``generate`` samples; None where an engine or a rollout function does.
 
     Raises:
         ValueError: naming the argument of the trainer that does not fit, and what would.
@@ -76,8 +77,10 @@ def proven_parts(
         reading = prove_backbones(
             actor_critic, backbones, policies, disable_dropout=args.disable_dropout, padding_free=args.padding_free
         )
-        if samples:
+        if generation_config is not None:
             probe.prove_sampling(language_model)
+            if args.generation_kwargs:
+                probe.prove_settings(language_model, generation_config)
         return Parts(actor_critic, policies.reference, reading)
 
 

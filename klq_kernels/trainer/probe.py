@@ -6,6 +6,7 @@ is run in another way that is right; no list of families decides.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -372,6 +373,25 @@ def prove_sampling(language_model: LanguageModel) -> None:
         f"{name} samples by other log-probabilities than those it is scored by: they differ by {error:.3g} on a probe, "
         f"so padding on the left or its KV cache changes what it computes; {advice}",
     )
+
+
+def prove_settings(language_model: LanguageModel, generation_config: GenerationConfig) -> None:
+    """Samples two tokens after prompts of unequal length under the settings that a user has given.
+
+    Raises:
+        ValueError: naming ``generation_kwargs``, where ``rollout.generate`` cannot.
+    """
+    model, settings = language_model.model, copy.deepcopy(generation_config)
+    settings.max_new_tokens, settings.min_new_tokens, settings.min_length = 2, None, 0
+    prompts = [probe_ids(language_model, number).tolist() for number in (1, LENGTH)]
+    with mode(model, training=False):
+        try:
+            generate(model, prompts, settings, batch_size=len(prompts), device=next(model.parameters()).device)
+        except FAILURES as failure:
+            raise ValueError(
+                "generation_kwargs: generate fails with them on a batch of prompts "
+                f"({type(failure).__name__}: {' '.join(str(failure).split())}); leave out what it cannot do"
+            ) from failure
 
 
 def positions_of(backbone: nn.Module, language_model: LanguageModel) -> int | None:

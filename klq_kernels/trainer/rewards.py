@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 RewardFunction: TypeAlias = (
     "Callable[..., Sequence[float | None]] | Callable[..., Awaitable[Sequence[float | None]]] | str | PreTrainedModel"
 )
+OF_TRAINERS = {"weights": "reward_weights", "processing_classes": "reward_processing_classes"}  # what they name them
 OURS = ("prompts", "completions", "completion_ids", "trainer_state")  # keywords that a column cannot have
 LARGEST = torch.finfo(torch.float32).max
 
@@ -151,7 +152,7 @@ class Rewards:
             self._warned = True
             warnings.warn(
                 f"every reward function ({', '.join(self.names)}) returned None for sample {skipped[0]} of a batch of "
-                f"{len(scores)}; it scores 0. This is said once.",
+                f"{len(scores)}; nothing is learnt from it. This is said once.",
                 RuntimeWarning,
                 stacklevel=3,
             )

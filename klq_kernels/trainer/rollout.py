@@ -19,8 +19,8 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import torch
@@ -321,6 +321,28 @@ def check_room(prompt: int, completion: int, positions: int | None) -> None:
     )
 
 
+def in_lists(completions: Completions) -> Completions:
+    """The completions with lists in place of tensors, arrays and tuples, also inside of lists.
+
+    Raises:
+        ValueError: naming the field that has no such entries.
+    """
+
+    def listed(value: Any) -> Any:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        return [listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    found = {each.name: listed(getattr(completions, each.name)) for each in fields(completions)}
+    for name, value in found.items():
+        deep = name in ("completion_ids", "prompt_ids", "trained", "logprobs")
+        optional = value is None and name != "completion_ids"
+        fits = optional or name == "staleness" or isinstance(value, list)
+        require(fits, f"rollout_func: {name}", f"must be a list with an entry for each completion, got {value!r:.80}")
+        for row, entry in enumerate(value if deep and value is not None else []):
+            require(isinstance(entry, list), f"rollout_func: {name}[{row}]", f"must be a list, got {entry!r:.80}")
+    return Completions(**found)
+
+
 def check_completions(
     completions: Completions, prompts: list[list[int]], ends: set[int], vocab: int, positions: int | None = None
 ) -> Rollout:
@@ -336,7 +358,8 @@ def check_completions(
     Raises:
         ValueError: where numbers or lengths do not fit, or an id is none of the policy's.
     """
-    ids, number = completions.completion_ids, len(prompts)
+    completions, number = in_lists(completions), len(prompts)
+    ids = completions.completion_ids
     prompt_ids = prompts if completions.prompt_ids is None else completions.prompt_ids
     trained = [[True] * len(c) for c in ids] if completions.trained is None else completions.trained
     truncated = completions.truncated
@@ -360,6 +383,10 @@ def check_completions(
             require(
                 len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
             )
+    for name, kinds, what in (("trained", bool, "bools"), ("truncated", bool, "bools"), ("logprobs", Real, "numbers")):
+        for row, entry in enumerate(columns.get(name, [])):
+            fits = all(isinstance(x, kinds) for x in (entry if isinstance(entry, list) else [entry]))
+            require(fits, f"rollout_func: {name}[{row}]", f"must hold {what}, got {entry!r:.80}")
     require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
     given = [("completion_ids", ids)]
     if prompt_ids is not prompts:  # those were checked as they were tokenized

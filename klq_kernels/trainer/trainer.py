@@ -11,7 +11,6 @@ repeats exactly what an uninterrupted one would have done.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ..call.checks import require
+from ..call.checks import renaming, require
 from . import loading, sharding
 from .actor_critic import ActorCritic
 from .ahead import Ahead
@@ -39,7 +38,7 @@ from .frozen import Placed
 from .objectives import OBJECTIVES
 from .parts import proven_parts
 from .replay import Memory
-from .rewards import RewardFunction, Rewards, as_list
+from .rewards import OF_TRAINERS, RewardFunction, Rewards, as_list
 from .rollout import RolloutFunction, check_ahead, eos_ids, sampling_config
 from .running import Running
 from .sampler import CycleSampler
@@ -153,9 +152,13 @@ class KLQTrainer(Evaluation, Checkpoints):
         reward_funcs = as_list(reward_funcs)
         critic = loading.value_model(value_model, args, [policy, ref_model, *reward_funcs])
         reference = None if ref_model is None else loading.causal_lm(ref_model, args)
+        generation_config = sampling_config(
+            policy, tokenizer, temperature=args.temperature, max_new_tokens=args.max_completion_length,
+            extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
+        )  # fmt: skip
         parts = proven_parts(
             args, policy, critic, reference, tokenizer=tokenizer, peft_config=peft_config, optimizer=optimizers[0],
-            samples=rollout_func is None,
+            generation_config=generation_config if rollout_func is None else None,
         )  # fmt: skip
         super().__init__(
             model=parts.actor_critic,
@@ -175,20 +178,18 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.reference = None
         if parts.reference is not None:
             self.reference = Placed(parts.reference, args.ref_placement, self.accelerator, "ref_placement")
-        self.rewards = Rewards(
-            reward_funcs,
-            weights=args.reward_weights,
-            processing_classes=reward_processing_classes,
-            batch_size=args.rollout_forward_batch_size,
-            place=self._place_reward,
-        )
+        with renaming(OF_TRAINERS):
+            self.rewards = Rewards(
+                reward_funcs,
+                weights=args.reward_weights,
+                processing_classes=reward_processing_classes,
+                batch_size=args.rollout_forward_batch_size,
+                place=self._place_reward,
+            )
         self.rollout_func = rollout_func
-        self.generation_config = sampling_config(
-            parts.actor_critic.policy, tokenizer,
-            temperature=args.temperature, max_new_tokens=args.max_completion_length,
-            extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
-        )  # fmt: skip
+        self.generation_config = generation_config
         self.running = {name: Running() for name in ("scores", "errors")}
+        self.episodes = 0  # rollouts of the run so far, on all processes
         self.memory = Memory(args.replay_cycles, args.num_generations)
         self.demonstrations = self._read_demonstrations(demonstrations)
         self.ahead = Ahead(self.accelerator, self.check)
@@ -286,6 +287,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         step_in_cycle = self.state.global_step % self.args.steps_per_cycle
         if self.experience is None or (step_in_cycle == 0 and self.micro_step == 0):
             self.experience = self.collect(self.rows_of(self.cycle))
+            self.episodes += self.args.rollouts_per_device * self.accelerator.num_processes
         if self.micro_step == 0 and (step_in_cycle == 0 or len(self.step_rows) == 0):
             self._begin_updates()
         indices = self._plan.indices[step_in_cycle, self.micro_step]
@@ -294,7 +296,7 @@ class KLQTrainer(Evaluation, Checkpoints):
         self.micro_step = (self.micro_step + 1) % self.args.gradient_accumulation_steps
         denom = self.step_rows[step_in_cycle] / self.accelerator.num_processes  # gradients are averaged over processes
         with self._timed("time/update"):
-            loss = super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)  # type: ignore[arg-type]
+            loss = super().training_step(model, (self.experience.select(indices), denom, seed), num_items_in_batch=1)
         if self.warming_up:  # without a gradient the optimiser leaves a parameter, and what it knows of it, as it is
             for parameter in self.policy.parameters():
                 parameter.grad = None
@@ -354,8 +356,7 @@ class KLQTrainer(Evaluation, Checkpoints):
 
     def _counts(self) -> dict[str, float]:
         """The number of episodes so far."""
-        per_cycle = self.args.rollouts_per_device * self.accelerator.num_processes
-        return {"episode": math.ceil(self.state.global_step / self.args.steps_per_cycle) * per_cycle}
+        return {"episode": self.episodes}
 
     # ---- optimiser, model card ----------------------------------------------------------------------------------
 

@@ -72,6 +72,17 @@ def test_the_guide_comes_to_know_the_law(learnt: QSharpTrainer) -> None:
     assert logged(learnt, "eval_calibration_error")[-1] < logged(learnt, "eval_calibration_error")[0]
 
 
+def test_held_out_completions_are_those_of_the_dataset_that_is_measured(tmp_path: Path) -> None:
+    ours, others = tiny.prompts(6), tiny.prompts(12)[6:]
+    run = trainer(tmp_path, {"eval_dataset": {"ours": ours, "others": others}})
+    both = run.evaluate()
+    for name, data in (("ours", ours), ("others", others)):
+        run.eval_dataset = data
+        found = run.evaluate()
+        assert found["eval_ref_reward"] == both[f"eval_{name}_ref_reward"]
+    assert both["eval_ours_ref_reward"] != both["eval_others_ref_reward"]
+
+
 def test_a_checkpoint_of_another_guide_is_refused_by_name(tmp_path: Path) -> None:
     trainer(tmp_path, rounds=1, save_strategy="steps", save_steps=2).train()
     other = trainer(tmp_path, {"guide": tiny.model(hidden_size=16).base_model}, rounds=2)

@@ -156,13 +156,13 @@ def test_cuts() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen: .*no tokens"),
-        ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected: must be a text"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "train_dataset: chosen of row 0 is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "train_dataset: rejected of row 0 is empty"),
         (
             {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "x"}]},
             "rejected: must be a text",
         ),
-        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt: must be a text"),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "train_dataset: prompt of row 0: must be a text"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -201,7 +201,8 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str, tmp_p
     [
         ({"train_dataset": None}, "train_dataset: is needed"),
         ({"train_dataset": tiny.prompts()}, "train_dataset: must have the columns .* no chosen, rejected"),
-        ({"eval_dataset": {"a": pairs()}}, "eval_dataset: must be one dataset"),
+        ({"train_dataset": {"a": pairs()}}, "train_dataset: must be one dataset"),
+        ({"eval_dataset": {"a": pairs(), "b": tiny.prompts()}}, "eval_dataset: .* no chosen, rejected"),
     ],
 )
 def test_wrong_data_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:

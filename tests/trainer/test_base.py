@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
 
 from klq_kernels.trainer import DPOConfig, KLQConfig, KLQTrainer, QSharpConfig, last_complete_checkpoint
+from klq_kernels.trainer.base import BaseTrainer
 from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.qsharp.examples import Example, Examples
 from klq_kernels.trainer.qsharp.quality import auroc
@@ -191,17 +195,120 @@ def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_run_beside_the_checkpoints_of_another_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    def warned() -> bool:
-        return any("checkpoints of an earlier run" in str(w.message) for w in recwarn)
+def logged(trainer: KLQTrainer, name: str) -> list[tuple[int, Any]]:
+    return [(logs["step"], logs[name]) for logs in trainer.state.log_history if name in logs]
 
-    tiny.trainer(tmp_path, max_steps=1, **SAVING).train()
-    assert not warned()
-    with pytest.warns(UserWarning, match=r"^output_dir: .*checkpoint-1, and this one begins anew"):
+
+def stopped(folder: Path, step: int, **changes: Any) -> KLQTrainer:
+    """A run that fails after a step."""
+
+    class Failure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise ConnectionError("the machine is gone")
+
+    return tiny.trainer(folder, {"callbacks": [Failure()]}, **changes)
+
+
+LONG: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3}  # logs every fourth step
+
+
+def test_a_run_that_goes_back_is_resumed_on_its_own_branch(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path, 11, **LONG).train()
+    with pytest.raises(ConnectionError), pytest.warns(UserWarning, match="further than step 3, where this one begins"):
+        stopped(tmp_path, 8, learning_rate=0.1, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    kept = {path.name for path in tmp_path.glob("*checkpoint-*")}
+    assert kept == {"checkpoint-3", "checkpoint-6", "earlier-checkpoint-6", "earlier-checkpoint-9"}
+
+
+def test_a_run_that_begins_anew_sets_the_checkpoints_of_another_aside(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for number in range(3):
         tiny.trainer(tmp_path, max_steps=1, **SAVING).train()
+        assert any("checkpoints of an earlier run" in str(w.message) for w in recwarn) == (number > 0)
     recwarn.clear()
     tiny.trainer(tmp_path, max_steps=2, **SAVING).train(resume_from_checkpoint=True)
-    assert not warned()
+    tiny.trainer(tmp_path, max_steps=3).train()  # which saves nothing, and so cannot be mistaken
+    assert not any("checkpoints of an earlier run" in str(w.message) for w in recwarn)
+    kept = {path.name for path in tmp_path.glob("*checkpoint-*")}
+    assert kept == {"checkpoint-1", "checkpoint-2", "earlier-checkpoint-1", "earlier-checkpoint-1.1"}
+
+
+def test_a_log_says_the_losses_of_all_its_steps_also_of_those_before_the_checkpoint(tmp_path: Path) -> None:
+    whole = tiny.trainer(tmp_path / "whole", log_completions=True, gradient_accumulation_steps=2, **LONG)
+    whole.train()
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path / "stopped", 11, log_completions=True, gradient_accumulation_steps=2, **LONG).train()
+    resumed = tiny.trainer(tmp_path / "stopped", log_completions=True, gradient_accumulation_steps=2, **LONG)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-6"))
+    for name in ("loss", "objective/kl", "episode"):
+        assert logged(resumed, name) == logged(whole, name), name
+    rows = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+    steps = [json.loads(row)["step"] for row in rows[0].splitlines()]
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 4, 8}
+    again = (tmp_path / "stopped" / "earlier-completions.jsonl").read_text().splitlines()
+    assert {json.loads(row)["step"] for row in again} == {8}
+
+
+def test_the_loss_that_is_logged_is_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=4, logging_steps=3, gradient_accumulation_steps=2)
+    theirs: list[float] = []
+    own = BaseTrainer.log
+
+    def log(self: Any, logs: dict[str, float], *rest: Any) -> None:
+        theirs.extend([logs["loss"]] if "loss" in logs else [])
+        own(self, logs, *rest)
+
+    monkeypatch.setattr(BaseTrainer, "log", log)
+    trainer.train()
+    assert [loss for _, loss in logged(trainer, "loss")] == pytest.approx(theirs)
+
+
+def test_episodes_are_counted_as_they_are_sampled(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path, 5, **LONG | {"save_steps": 4}).train()
+    resumed = tiny.trainer(tmp_path, per_device_train_batch_size=4, **LONG)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed, "episode") == [(4, 8), (8, 12), (12, 16)]
+
+
+def test_a_checkpoint_of_another_optimizer_or_of_adapters_is_refused_by_name(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, max_steps=2, **SAVING).train()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"optim": "sgd"}, "its optimizer is of another kind, without .*momentum"),
+        ({}, {"value_learning_rate": 0.1}, "its optimizer does not fit .*value_learning_rate"),
+        ({"peft_config": lora}, {}, r".* holds a whole model, and this run trains adapters"),
+    ]
+    for given, changes, message in refused:
+        with pytest.raises(ValueError, match=f"^resume_from_checkpoint: {message}"):
+            tiny.trainer(tmp_path, given, **{"max_steps": 4, **SAVING, **changes}).train(resume_from_checkpoint=True)
+    tiny.trainer(tmp_path / "lora", {"peft_config": lora}, max_steps=2, **SAVING).train()
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds adapters \(peft_config\), and this run"):
+        tiny.trainer(tmp_path / "lora", max_steps=4, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_what_has_no_meaning_here_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match=r"^predict: "):
+        tiny.trainer(tmp_path).predict(tiny.prompts())
+    for name, value in (("include_num_input_tokens_seen", "all"), ("accelerator_config", {"dispatch_batches": True})):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            tiny.arguments(tmp_path, **{name: value})
+    tiny.arguments(tmp_path, include_num_input_tokens_seen=False)
+
+
+def test_a_rate_may_fall_where_the_reward_stands_still(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, {"eval_dataset": tiny.prompts(2)}, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps",
+        eval_steps=2, max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.args.greater_is_better
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

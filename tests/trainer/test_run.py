@@ -329,6 +329,17 @@ def test_an_interrupted_run_shows_what_it_has_done(material: list[str], tmp_path
     assert not (tmp_path / "final").exists()
 
 
+def test_a_model_is_saved_before_it_is_measured(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measure(self: run.HeldOut, when: str) -> None:
+        if when == "after":
+            raise ConnectionError("the judge is down")
+
+    monkeypatch.setattr(run.HeldOut, "measure", measure)
+    with pytest.raises(ConnectionError):
+        train([*material, "--output_dir", str(tmp_path), "--max_steps", "1"])
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
 def test_a_task_brings_all_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

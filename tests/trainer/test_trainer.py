@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsdp_process
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -861,6 +862,42 @@ def test_a_rollout_function_must_return_completions(tmp_path: Path) -> None:
     run = tiny.trainer(tmp_path, {"rollout_func": lambda prompts, trainer: ["text"] * len(prompts)})
     with pytest.raises(ValueError, match="rollout_func: must return Completions, got list"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ({"completion_ids": "text"}, "completion_ids: must be a list"),
+        ({"completion_ids": [5, 6]}, r"completion_ids\[0\]: must be a list"),
+        ({"truncated": [None, True]}, r"truncated\[0\]: must hold bools"),
+        ({"trained": [[True], [1, 0]]}, r"trained\[1\]: must hold bools"),
+        ({"logprobs": [[-1.0], [-1.0, None]]}, r"logprobs\[1\]: must hold numbers"),
+        ({"logprobs": [-1.0, -2.0]}, r"logprobs\[0\]: must be a list"),
+    ],
+)
+def test_completions_of_another_kind_are_refused_by_name(completions: dict[str, Any], message: str) -> None:
+    given = Completions(**{"completion_ids": [[5], [6, 7]], **completions})
+    with pytest.raises(ValueError, match=f"^rollout_func: {message}"):
+        check_completions(given, [[3], [4]], {tiny.EOS}, tiny.VOCAB)
+
+
+def test_completions_may_be_tensors_and_arrays() -> None:
+    ids, truncated, trained = [[5, 6], [7, 1]], [True, False], [[True, False], [True, True]]
+    logprobs, ages = [[-1.0, -2.0], [-1.0, -2.0]], [0.0, 1.0]
+    lists = Completions(ids, None, truncated, trained, logprobs, ages)
+    tensors: list[Any] = [torch.tensor(ids), None, np.array(truncated), tuple(map(torch.tensor, trained))]
+    tensors += [np.array(logprobs), torch.tensor(ages)]
+    found = [check_completions(c, [[3], [4]], {tiny.EOS}, tiny.VOCAB) for c in (Completions(*tensors), lists)]
+    assert repr(found[0]) == repr(found[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"return_dict_in_generate": True}, {"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 2}]
+)
+def test_settings_that_generate_cannot_sample_by_are_refused_by_name(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^generation_kwargs: generate fails with them"):
+        tiny.trainer(tmp_path, generation_kwargs=settings)
+    tiny.trainer(tmp_path, generation_kwargs={"min_new_tokens": 4, "top_k": 3}, max_steps=1).train()
 
 
 def test_completions_without_a_token_are_no_error(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ from transformers.utils import logging
 from ...call.checks import require
 from ...lab.tasks import Task, load_task, warm_started
 from ...trainer import loading
-from ...trainer.base import last_complete_checkpoint
 from ...trainer.config import KLQConfig
 from ...trainer.data import keep_short, load_prompts
 from ...trainer.qsharp import QSharpConfig, QSharpTrainer, load_guide
 from ...trainer.relatives import CYCLES
+from ...trainer.resuming import last_complete_checkpoint
 from ...trainer.sharding import shards_weights
 from ...trainer.trainer import KLQTrainer
 from ..folders import usable_folder
@@ -279,9 +279,10 @@ def run(arguments: ScriptArguments, config: KLQConfig | QSharpConfig) -> dict[st
     try:
         with progress_bar(trainer, console):
             trainer.train(resume_from_checkpoint=checkpoint)
-        held_out.measure("after")
         trainer.save_model(str(out / "final"))
-        written = [out / "final", write_json(trainer, out / "summary.json", held_out.results)]
+        written.append(out / "final")
+        held_out.measure("after")
+        written.append(write_json(trainer, out / "summary.json", held_out.results))
     finally:  # also after Ctrl-C: what was learnt so far is there to see
         written += write_history(trainer, out)
         show(console, held_out.results, written)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from ...call.checks import require, require_number
+from ...call.checks import renaming, require, require_number
 from ...guidance import ActionGuide, Law, ValueGuide
 from ...guidance.decoding import OTHERS
 from ..options import SamplingConfig, check_counts, option
@@ -74,11 +74,8 @@ class QSharpConfig(SamplingConfig):
         return Law(self.law, self.atoms, self.reward_low, self.reward_high)
 
     def _check(self) -> None:
-        try:
+        with renaming(LAW_ARGUMENTS):
             self.reward_law  # noqa: B018
-        except ValueError as error:
-            name, _, message = str(error).partition(": ")
-            raise ValueError(f"{LAW_ARGUMENTS[name]}: {message}") from None
         self._check_choice("guide_type", GUIDES)
         self._check_choice("others", OTHERS)
         require_number("eta", self.eta, positive=True)

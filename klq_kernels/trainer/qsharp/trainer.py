@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ...call.checks import require
+from ...call.checks import renaming, require
 from ...guidance import GuidedLogits, ValueGuide, sequence_mean
 from ...guidance.guide import SETTINGS
 from .. import loading, probe
-from ..base import EXAMPLES, BaseTrainer, fitting
+from ..base import BaseTrainer
 from ..batches import Inputs, collate
 from ..means import Means
 from ..models import LanguageModel
 from ..processes import Turn
-from ..rewards import RewardFunction, Rewards, as_list, scores_of
+from ..resuming import EXAMPLES, fitting
+from ..rewards import OF_TRAINERS, RewardFunction, Rewards, as_list, scores_of
 from ..rollout import sampling_config
 from ..seeds import Purpose, derived_seed
 from ..sharding import shards_weights
@@ -77,7 +78,6 @@ class QSharpTrainer(BaseTrainer):
         loading.check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             loading.check_dataset("eval_dataset", eval_dataset)
-            require(not isinstance(eval_dataset, dict), "eval_dataset", "must be one dataset, not a dict of several")
         reference = loading.causal_lm(model, args)
         tokenizer = loading.tokenizer(processing_class, reference)
         language_model = LanguageModel(reference)
@@ -98,24 +98,27 @@ class QSharpTrainer(BaseTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the sequences of a micro-batch
         self.tokenizer = tokenizer
         self.reference: Any = reference.requires_grad_(False).eval().to(args.device)
-        rewards = Rewards(
-            as_list(reward_funcs),
-            weights=args.reward_weights,
-            processing_classes=reward_processing_classes,
-            batch_size=args.rollout_forward_batch_size,
-            device=args.device,
-        )
+        with renaming(OF_TRAINERS):
+            rewards = Rewards(
+                as_list(reward_funcs),
+                weights=args.reward_weights,
+                processing_classes=reward_processing_classes,
+                batch_size=args.rollout_forward_batch_size,
+                device=args.device,
+            )
         generation_config = sampling_config(
             reference, tokenizer, temperature=args.temperature, max_new_tokens=args.max_completion_length,
             extra=dict(args.generation_kwargs or {}),  # type: ignore[arg-type]  # parsed where it was JSON
         )  # fmt: skip
+        if args.generation_kwargs:
+            probe.prove_settings(language_model, generation_config)
         self.collection = Collection(
             args, reference=self.reference, guide=lambda: self.guide, tokenizer=tokenizer, rewards=rewards,
             vocab=language_model.vocab_size, generation_config=generation_config, accelerator=self.accelerator,
             positions=min((number for number in learned if number is not None), default=None),
         )  # fmt: skip
         self.examples = Examples()
-        self._held_out: list[Example] | None = None
+        self._held_out: list[tuple[Any, list[Example]]] = []  # of datasets
 
     @property
     def guide(self) -> ValueGuide:
@@ -225,12 +228,7 @@ class QSharpTrainer(BaseTrainer):
         if isinstance(data, dict):
             return self._evaluate_each(data, ignore_keys, metric_key_prefix)
         loading.check_dataset("eval_dataset", data)
-        own = eval_dataset is None or eval_dataset is self.eval_dataset
-        held_out = self._held_out if own else None
-        if held_out is None:
-            held_out = self._reference_completions(data)
-            self._held_out = held_out if own else self._held_out
-        metrics = {**self._guided(data), **self._quality(held_out)}
+        metrics = {**self._guided(data), **self._quality(self._held_out_completions(data))}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -257,6 +255,17 @@ class QSharpTrainer(BaseTrainer):
                 means.add({name: of[scores.scored].mean() for name, of in columns.items()}, int(scores.scored.sum()))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return means.drain(self.accelerator)
+
+    def _held_out_completions(self, data: Any) -> list[Example]:
+        """``_reference_completions``; those of the run's own datasets, which it measures again and again, once."""
+        known = next((found for dataset, found in self._held_out if dataset is data), None)
+        if known is not None:
+            return known
+        found = self._reference_completions(data)
+        own = self.eval_dataset
+        if any(data is each for each in (own.values() if isinstance(own, dict) else [own])):
+            self._held_out.append((data, found))
+        return found
 
     def _reference_completions(self, data: Any) -> list[Example]:
         """This process's share in the reference's own completions."""
@@ -297,7 +306,7 @@ class QSharpTrainer(BaseTrainer):
 
     # ---- saving, resuming ---------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, step: int | None) -> None:
         self.examples = Examples()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

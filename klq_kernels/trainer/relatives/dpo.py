@@ -36,13 +36,14 @@ from ...logprobs import linear_logprobs
 from ...returns import reverse_scan
 from .. import loading
 from ..actor_critic import States, held
-from ..base import BaseTrainer, check_loaded, fitting
+from ..base import BaseTrainer
 from ..batches import Inputs, collate
 from ..frozen import Placed, Policy, reference_policy
 from ..means import Means
 from ..options import DATA_LOADER, PolicyConfig, check_counts, option
 from ..parts import prove_backbones, proven_policies
 from ..processes import turns
+from ..resuming import check_kind, check_loaded, fitting
 from .divergence import check_whole, divergence
 from .pairs import PairReader, check_pairs
 
@@ -193,7 +194,6 @@ class DPOTrainer(BaseTrainer):
         require(isinstance(args, DPOConfig), "args", f"must be a DPOConfig, got {type(args).__name__}")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None or name == "train_dataset":
-                require(not isinstance(dataset, dict), name, "must be one dataset, not a dict of several")
                 loading.check_dataset(name, dataset)
                 check_pairs(name, dataset)
         policy = loading.causal_lm(model, args)
@@ -309,6 +309,7 @@ class DPOTrainer(BaseTrainer):
         self._save_beside(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_kind(resume_from_checkpoint, adapters=self.trained_policy.language_model.is_peft)
         with fitting():
             super()._load_from_checkpoint(resume_from_checkpoint, self.policy)
 

@@ -9,15 +9,20 @@ from typing import Any
 
 from ...call.checks import require
 from ..batches import Sequence
+from ..loading import column_of
 from ..written import Reader
 
 COLUMNS = ("chosen", "rejected")
 
 
 def check_pairs(name: str, dataset: Any) -> None:
-    """Raises a ValueError unless a dataset that has prompts has pairs too."""
-    missing = [column for column in COLUMNS if column not in dataset[0]]
-    require(not missing, name, f"must have the columns prompt, chosen and rejected; there is no {', '.join(missing)}")
+    """Raises a ValueError unless a dataset that has prompts, or each of a dict of them, has pairs too."""
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        lacks = ", ".join(column for column in COLUMNS if column not in part[0])
+        require(not lacks, name, f"must have the columns prompt, chosen and rejected; there is no {lacks}")
+        for column in COLUMNS:
+            for row, said in enumerate(column_of(part, column)):
+                require(bool(said), name, f"{column} of row {row} is empty, got {said!r}")
 
 
 class PairReader(Reader):
