@@ -145,7 +145,7 @@ def _command(task: Task) -> Callable[..., None]:
         contenders: Annotated[str | None, typer.Option(help="Only these, separated by semicolons.")] = None,
         rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing.")] = None,
         with_memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
-        memory_limit: Annotated[float | None, typer.Option(help="GiB a contender may use (CPU).")] = None,
+        memory_limit: Annotated[float | None, typer.Option(min=0.1, help="GiB a contender may use (CPU).")] = None,
         json: Annotated[Path | None, typer.Option(help="Write the run here.")] = None,
         csv: Annotated[Path | None, typer.Option(help="Write one line per contender and shape here.")] = None,
         plot: Annotated[Path | None, typer.Option(help="Write a PNG here.")] = None,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+WANTED = "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns"
 LOSS_TYPES = ("l2", "huber", "value_clipped", "ratio_clipped", "double_clipped")
 
 
@@ -143,9 +144,12 @@ def fused_klq_loss(
         logits_dtype=logits_dtype, return_entropy=return_entropy, gradient=gradient, samples=samples, seed=seed,
         workspace_bytes=workspace_bytes, split=head.split,
     )  # fmt: skip
-    _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    require_number("gamma", gamma, low=0.0, high=1.0)
+    require_number("lam", lam, low=0.0, high=1.0)
     if targets is None:
-        _check_on_policy(ref_logprobs, rewards, gamma, lam)
+        for name, given in (("ref_logprobs", ref_logprobs), ("rewards", rewards)):
+            require(given is not None, name, "is needed where no targets are given")
     else:
         for name, given in (("rewards", rewards), ("bootstrap_values", bootstrap_values), ("trace", trace)):
             require(given is None, name, "is already in targets; give one or the other")
@@ -279,7 +283,8 @@ def klq_loss(
         RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
-    _check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
+    require(targets is not None, "targets", WANTED)
+    check_loss(tau, alpha, loss_type, huber_delta, value_clip, log_ratio_clip)
     _check_weights(weights)
     refuse_tangents(logprobs=logprobs, values=values)
     found = unfused_loss.Results(
@@ -305,21 +310,15 @@ def klq_loss(
     return KLQLoss(found.loss, dict(zip(names, found.metrics.detach().unbind(), strict=True)))
 
 
-def _check_loss(
+def check_loss(
     tau: float, alpha: float, loss_type: str, huber_delta: float, value_clip: float, log_ratio_clip: float
 ) -> None:
+    """Raises the ValueError that names the setting of the loss which is out of range."""
     require_number("tau", tau, positive=True)
     require_number("alpha", alpha, high=1.0, positive=True)
     require(loss_type in LOSS_TYPES, "loss_type", f"must be one of {', '.join(LOSS_TYPES)}; got {loss_type!r}")
     for name, value in (("huber_delta", huber_delta), ("value_clip", value_clip), ("log_ratio_clip", log_ratio_clip)):
         require_number(name, value, positive=True)
-
-
-def _check_on_policy(ref_logprobs: Tensor | None, rewards: Tensor | None, gamma: float, lam: float) -> None:
-    for name, given in (("ref_logprobs", ref_logprobs), ("rewards", rewards)):
-        require(given is not None, name, "is needed where no targets are given")
-    require_number("gamma", gamma, low=0.0, high=1.0)
-    require_number("lam", lam, low=0.0, high=1.0)
 
 
 def _check_weights(weights: Tensor | None) -> None:
@@ -334,11 +333,7 @@ def _flat_targets(layout: Layout, targets: KLQTargets | None) -> dict[str, Any]:
     names = {"old_logprobs": "old_logp", "old_values": "old_values", "advantages": "advantages"}
     if targets is None:
         return dict.fromkeys(names.values())
-    require(
-        isinstance(targets, tuple) and len(targets) == 3,
-        "targets",
-        "must be a KLQTargets(old_logprobs, old_values, advantages), as klq_targets returns",
-    )
+    require(isinstance(targets, tuple) and len(targets) == 3, "targets", WANTED)
     return {
         inside: layout.flat(f"targets.{name}", tensor).detach()
         for (name, inside), tensor in zip(names.items(), targets, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .call.checks import require_float, require_number, require_tensor
 from .call.group import agree, group_of
 from .call.layout import Layout, Packing, layout_of
-from .call.transforms import refuse_derivatives, refuse_tangents
+from .call.transforms import refuse_derivatives, refuse_tangents, refuse_transforms
 from .ops import scans, spans
 from .types import KLQTargets
 
@@ -61,6 +61,7 @@ def reverse_scan(
         require_number("decay", decay)
         decays = torch.full((1,), decay, dtype=torch.float32, device=delta.device)
     refuse_tangents(delta=delta, decay=decays)
+    refuse_transforms("reverse_scan", (delta, decays))
     group = group_of(process_group)
     if group is None:
         return scans.reverse_scan(flat, decays, *layout.scan_args()).reshape(delta.shape)

@@ -7,6 +7,8 @@ has no derivative, since its results are constants of a loss, is silent under ``
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_gradtrackingtensor, maybe_current_level
@@ -52,6 +54,18 @@ def refuse_derivatives(function: str, **inputs: Tensor | None) -> None:
                 f"{name}: {function} is computed without gradient, and neither forward-mode differentiation (jvp) nor "
                 "torch.func.grad gets one; use klq_kernels.reference"
             )
+
+
+def refuse_transforms(function: str, inputs: Iterable[object]) -> None:
+    """Raises RuntimeError where ``torch.func.grad``, or what is made of it, asks for the gradient by one of them.
+
+    PyTorch's own message would be about the class behind the function.
+    """
+    if any(isinstance(each, Tensor) and _is_differentiated(each) for each in inputs):
+        raise RuntimeError(
+            f"{function}: torch.func.grad and its relatives (vjp, jacrev) are not supported; use backward, "
+            "torch.autograd.grad or klq_kernels.reference"
+        )
 
 
 def _is_differentiated(tensor: Tensor) -> bool:

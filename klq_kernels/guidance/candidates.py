@@ -126,9 +126,21 @@ class CandidateScorer:
             )
             return (mask == 0).sum(1).repeat_interleave(len(input_ids) // len(mask))
         if self.pad_token_id is None:
+            self._refuse_padding(input_ids[:, 0])
             return input_ids.new_zeros(len(input_ids))
         leading = (input_ids[:, :-1] == self.pad_token_id).long().cumprod(1)  # the last token is a token of the prompt
         return leading.sum(1)
+
+    def _refuse_padding(self, first: Tensor) -> None:
+        """Raises a ValueError where some rows, by their ``first`` tokens, are padded and nothing says by what."""
+        pad = self.guide.backbone.config.get_text_config().pad_token_id
+        padded = first == (-1 if pad is None else pad)
+        require(
+            not bool(padded.any()) or bool(padded.all()),
+            "pad_token_id",
+            f"is needed: some prompts begin with the guide's padding token, {pad}, and some do not; give it, or the "
+            "attention_mask that generate gets",
+        )
 
     def _together(self, input_ids: Tensor, candidates: Tensor) -> Tensor:
         """One pass over the new tokens and the candidates, on the cache."""

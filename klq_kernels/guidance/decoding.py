@@ -16,6 +16,7 @@ the guided one is 0): KL(pi || pi_ref) = sum over C of pi(c) log(pi(c) / pi_ref(
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,16 @@ def check_guidance(
     require_number("temperature", temperature, positive=True)
 
 
+def _token_ids(name: str, given: Any) -> list[int]:
+    """One token id, several or None as a list."""
+    given = given.tolist() if isinstance(given, Tensor) else given
+    ids = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    ids = [] if given is None else ids
+    whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    require(whole, name, f"must be a token id, or None; got {given!r:.80}")
+    return ids
+
+
 class GuidedLogits(LogitsProcessor):
     """Tilts a reference policy by a guide: ``model.generate(..., logits_processor=[GuidedLogits(guide, eta=0.1)])``.
 
@@ -56,7 +67,8 @@ class GuidedLogits(LogitsProcessor):
         offset: 'tilt' is Q-sharp's log E[exp(R / eta)], 'mean' is E[R] / eta of controlled decoding (CD).
         temperature: at which ``generate`` samples: the reference that is tilted is the model at this temperature, and
             transformers divides by it after this processor.
-        pad_token_id: of the padding in front of prompts; needed for batches of unequal prompts.
+        pad_token_id: of the padding in front of prompts; needed for batches of unequal prompts. Without it a batch in
+            which some prompts begin with the padding token of the guide's configuration is refused.
         attention_mask: the one that ``generate`` gets, where prompts may begin with the padding token themselves.
         eos_token_id: one or several; what comes after one counts for no divergence.
 
@@ -81,8 +93,12 @@ class GuidedLogits(LogitsProcessor):
         check_guidance(eta, top_k=top_k, others=others, offset=offset, temperature=temperature)
         self.guide, self.eta, self.top_k, self.others, self.offset = guide, eta, top_k, others, offset
         self.temperature = temperature
-        self._ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-        self._scorer = CandidateScorer(guide, pad_token_id, attention_mask)
+        self._ends = _token_ids("eos_token_id", eos_token_id)
+        pads = _token_ids("pad_token_id", pad_token_id)
+        require(len(pads) <= 1, "pad_token_id", f"must be one token id, got {pad_token_id!r}")
+        is_mask = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
+        require(is_mask, "attention_mask", "must be the tensor [B, L] that generate gets")
+        self._scorer = CandidateScorer(guide, pads[0] if pads else None, attention_mask)
         self._ends_there = torch.tensor(self._ends, dtype=torch.long)  # on the device of the last generation
         self._kl: Tensor | None = None
         self._prompt = 0  # tokens before the first that was generated
@@ -109,7 +125,16 @@ class GuidedLogits(LogitsProcessor):
         return law.tilt(outputs, self.eta) if self.offset == "tilt" else law.mean(outputs) / self.eta
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The guided scores [B, V] for the reference's, in their dtype."""
+        """The guided scores [B, V] for the reference's, in their dtype.
+
+        Raises:
+            ValueError: where the two do not fit each other or the guide; where rows are padded and neither
+                ``pad_token_id`` nor ``attention_mask`` says so.
+        """
+        ids = input_ids.dim() == 2 and not input_ids.is_floating_point()
+        require(ids, "input_ids", f"must be token ids [B, L], got {input_ids.dtype} {list(input_ids.shape)}")
+        fits = scores.dim() == 2 and len(scores) == len(input_ids)
+        require(fits, "scores", f"must be [{len(input_ids)}, V], a row for each of input_ids; got {list(scores.shape)}")
         logp = (scores.float() / self.temperature).log_softmax(-1)
         ref, candidates = logp.topk(min(self.top_k, logp.shape[-1]), -1)  # [B, k]
         dead, mass = ref == -torch.inf, ref.logsumexp(-1, keepdim=True)

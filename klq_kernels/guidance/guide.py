@@ -49,12 +49,13 @@ class ValueGuide(nn.Module):
             "backbone",
             f"must be a transformers model, got {type(backbone).__name__}",
         )
+        require(law is None or isinstance(law, Law), "law", f"must be a Law, such as Law('bernoulli'); got {law!r:.80}")
         self.law = Law() if law is None else law
         self.backbone: Any = backbone.base_model
         config = backbone.config.get_text_config()
         require(not config.is_encoder_decoder, "backbone", "is an encoder-decoder; a decoder is needed")
-        first = next(self.backbone.parameters())
-        self.head = nn.Linear(config.hidden_size, self._rows(), dtype=torch.float32, device=first.device)
+        device = next(self.backbone.parameters()).device
+        self.head = nn.Linear(_width(self.backbone), self._rows(), dtype=torch.float32, device=device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -142,6 +143,18 @@ class ValueGuide(nn.Module):
         guide = kind(AutoModel.from_pretrained(str(place), **kwargs), Law(**settings["law"]))
         guide.head.load_state_dict(load_file(place / HEAD))
         return guide
+
+
+def _width(backbone: Any) -> int:
+    """The size of the states, which some families project to another than that of their layers."""
+    was_training, token = backbone.training, torch.zeros(1, 1, dtype=torch.long)
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            states = backbone(input_ids=token.to(next(backbone.parameters()).device), use_cache=False)
+    finally:
+        backbone.train(was_training)
+    return int(states.last_hidden_state.shape[-1])
 
 
 class ActionGuide(ValueGuide):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call.checks import require, require_number
+from ..call.layout import check_cu_seqlens
 
 KINDS = ("bernoulli", "categorical", "mse")
 
@@ -146,7 +147,12 @@ def sequence_mean(losses: Tensor, cu_seqlens: Tensor) -> Tensor:
     Args:
         losses: packed, [N].
         cu_seqlens: int32 [S + 1], where sequences begin and end; empty ones count for nothing.
+
+    Raises:
+        ValueError: where ``cu_seqlens`` does not rise from 0 to N (on a GPU under ``KLQ_CHECK=1``).
     """
+    require(losses.dim() == 1, "losses", f"must be packed, [N]; got {list(losses.shape)}")
+    check_cu_seqlens(cu_seqlens, len(losses))
     lengths = cu_seqlens.diff().to(losses.device)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=losses.device), lengths)
     weights = 1.0 / lengths.clamp(min=1)

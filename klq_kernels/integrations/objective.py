@@ -10,18 +10,23 @@ lambda-error. ``require_klq_rewards`` holds a host's settings to that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from ..call.checks import require
-from ..loss import klq_loss
+from ..loss import check_loss, klq_loss
 from ..types import KLQLoss, KLQTargets
 
 
-class Objective(NamedTuple):
-    """The settings of ``klq_loss`` that a host's config has no place for; ``loss`` calls it."""
+@dataclass(frozen=True)
+class Objective:
+    """The settings of ``klq_loss`` that a host's config has no place for; ``loss`` calls it.
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
 
     tau: float = 0.05
     alpha: float = 1.0
@@ -29,6 +34,9 @@ class Objective(NamedTuple):
     huber_delta: float = 1.0
     value_clip: float = 0.2
     log_ratio_clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_loss(**asdict(self))
 
     def loss(
         self,
@@ -45,7 +53,7 @@ class Objective(NamedTuple):
         zero = torch.zeros_like(logprobs.detach())
         return klq_loss(
             logprobs, zero, KLQTargets(old_logprobs, zero, advantages), mask=mask.bool(), weights=weights,
-            denom=denom, ref_logprobs=ref_logprobs, **self._asdict(),
+            denom=denom, ref_logprobs=ref_logprobs, **asdict(self),
         )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.nn import Parameter
 
+from ..call.transforms import refuse_transforms
+
 
 def _nothing(ctx: Any, given: Any, found: Any) -> None:
     pass
@@ -56,7 +58,7 @@ class Operator:
     """
 
     def __init__(self, name: str, parts: Parts) -> None:
-        self._parts = parts
+        self._parts, self._name = parts, name.partition("::")[2]
         hints = typing.get_type_hints(parts.arguments)
         self._of_type = {kind: [n for n in parts.arguments._fields if hints[n] is kind] for kind in (float, bool)}
         listed = {n for names in self._of_type.values() for n in names}
@@ -67,6 +69,7 @@ class Operator:
 
     def __call__(self, *given: Any) -> tuple[Tensor, ...]:
         if _is_watched(given):
+            refuse_transforms(self._name, given)
             return self.definition(*self.packed(*given))
         arguments = self._parts.arguments(*given)
         if not torch.is_grad_enabled():

@@ -184,6 +184,7 @@ def test_a_split_head_is_never_whole() -> None:
         ({"gpus": 12, "tp": 8}, "gpus"),
         ({"shard": "fsdp1"}, "shard"),
         ({"shard": "none"}, "shard"),
+        ({"gpus": 1, "shard": "fsdp2"}, "shard"),
         ({"gpus": 24, "tp": 3}, "tp"),
         ({"tp": 2, "shard": "zero3"}, "tp"),
         ({"cp": 2, "shard": "zero2"}, "cp"),

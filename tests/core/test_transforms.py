@@ -99,8 +99,11 @@ def test_forward_mode_is_refused_when_compiled() -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_transforms_that_differentiate_are_refused(name: str) -> None:
     function, x = DIFFERENTIABLE[name]
-    with pytest.raises(RuntimeError):
-        torch.func.grad(function)(x.detach())
+    for differentiated in (torch.func.grad(function), lambda x: torch.func.vjp(function, x)):
+        with pytest.raises(RuntimeError, match=r": torch\.func\.grad and its relatives .* are not supported"):
+            differentiated(x.detach())
+        with pytest.raises(RuntimeError, match=r"are not supported|nside"):
+            vmap(differentiated)(x.detach()[None])
 
 
 CONSTANTS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {

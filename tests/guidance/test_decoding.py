@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import AutoModel, LogitsProcessorList
+from transformers import AutoModel, LogitsProcessorList, OPTConfig
 
 from klq_kernels.guidance import ActionGuide, CandidateScorer, GuidedLogits, Law, ValueGuide
 
@@ -312,6 +312,12 @@ def test_wrong_arguments_are_named() -> None:
         ("others", {"others": "drop"}),
         ("offset", {"offset": "max"}),
         ("temperature", {"temperature": -1.0}),
+        ("eos_token_id", {"eos_token_id": "x"}),
+        ("eos_token_id", {"eos_token_id": [[2]]}),
+        ("pad_token_id", {"pad_token_id": 1.5}),
+        ("pad_token_id", {"pad_token_id": [1, 2]}),
+        ("attention_mask", {"attention_mask": [[1]]}),
+        ("attention_mask", {"attention_mask": torch.ones(5)}),
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             GuidedLogits(guide, **kwargs)  # type: ignore[arg-type]
@@ -323,6 +329,38 @@ def test_wrong_arguments_are_named() -> None:
         GuidedLogits(guide, attention_mask=torch.ones(1, 9))(torch.tensor([[3, 4]]), torch.zeros(1, tiny.VOCAB))
     with pytest.raises(ValueError, match=r"^kl: "):
         GuidedLogits(guide).kl  # noqa: B018
+    with pytest.raises(ValueError, match=r"^scores: "):
+        GuidedLogits(guide)(torch.tensor([[3], [4]]), torch.zeros(3, tiny.VOCAB))
+    with pytest.raises(ValueError, match=r"^input_ids: "):
+        GuidedLogits(guide)(torch.tensor([[3.0]]), torch.zeros(1, tiny.VOCAB))
+    with pytest.raises(ValueError, match=r"^law: must be a Law"):
+        ValueGuide(tiny.model(), "bernoulli")  # type: ignore[arg-type]
+    assert GuidedLogits(guide, eos_token_id=torch.tensor(2))._ends == [2]
+
+
+def test_padding_that_nothing_speaks_of_is_refused() -> None:
+    guide, scores = guide_of(), torch.zeros(2, tiny.VOCAB)
+    padded, ids = torch.tensor([[tiny.PAD, tiny.PAD, 5], [6, 7, 8]]), torch.tensor([[4, 4, 5], [6, 7, 8]])
+    with pytest.raises(ValueError, match=r"^pad_token_id: is needed: some prompts begin with .* padding token, 0"):
+        GuidedLogits(guide)(padded, scores)
+    for processor in (
+        GuidedLogits(guide, pad_token_id=tiny.PAD),
+        GuidedLogits(guide, attention_mask=(padded != tiny.PAD).long()),
+    ):
+        processor(padded, scores)
+    GuidedLogits(guide)(ids, scores)
+
+
+def test_a_guide_reads_states_of_another_width_than_the_layers() -> None:
+    config = OPTConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        ffn_dim=32, dropout=0.5,
+    )  # fmt: skip
+    backbone = AutoModel.from_config(config).train()
+    guide = ValueGuide(backbone)
+    assert guide.head.in_features == 16
+    assert backbone.training
+    assert guide(torch.tensor([[3, 4]])).shape == (1, 2, 1)
 
 
 def test_a_later_prompt_that_begins_with_the_last_output_begins_anew() -> None:

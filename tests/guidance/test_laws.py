@@ -91,6 +91,10 @@ def test_a_sequence_counts_once_however_long() -> None:
         ("rewards", lambda: Law().loss(torch.zeros(2, 1), torch.tensor([0.0, 1.5]))),
         ("rewards", lambda: Law().loss(torch.zeros(2, 1), torch.tensor([0.0, math.nan]))),
         ("rewards", lambda: Law().loss(torch.zeros(2, 1), torch.zeros(3))),
+        ("cu_seqlens", lambda: sequence_mean(torch.zeros(6), torch.tensor([1, 2, 6], dtype=torch.int32))),
+        ("cu_seqlens", lambda: sequence_mean(torch.zeros(6), torch.tensor([0, 4, 2, 6], dtype=torch.int32))),
+        ("cu_seqlens", lambda: sequence_mean(torch.zeros(6), torch.tensor([0, 2, 9], dtype=torch.int32))),
+        ("losses", lambda: sequence_mean(torch.zeros(2, 3), torch.tensor([0, 2, 6], dtype=torch.int32))),
     ],
 )
 def test_wrong_arguments_are_named(argument: str, make: object) -> None:

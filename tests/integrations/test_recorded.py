@@ -43,6 +43,12 @@ def arguments(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(settings | changes))
 
 
+def test_settings_out_of_range_are_refused_before_the_host_begins() -> None:
+    for name, value in (("tau", -1.0), ("alpha", 2.0), ("loss_type", "x")):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            slime.klq_functions(**{name: value})  # type: ignore[arg-type]
+
+
 def test_slimes_advantages_are_klqs_targets_sample_by_sample() -> None:
     data = rollout()
     advantages, _ = slime.klq_functions(tau=TAU)

@@ -152,7 +152,7 @@ def _check_step(run: Run) -> None:
     require(run.response <= run.length, "response", f"must not exceed length {run.length}, got {run.response}")
     samples = f"must be in [1, {MOST_SAMPLES}], or 0: dense; got {run.samples}"
     require(0 <= run.samples <= MOST_SAMPLES, "samples", samples)
-    require(run.lora >= 0, "lora", f"must be a rank, or 0 to train every parameter; got {run.lora}")
+    require(run.lora >= 0, "lora_rank", f"must be a rank, or 0 to train every parameter; got {run.lora}")
     known = f"must be one of {', '.join(OPTIMIZER_BYTES)}; got {run.optimizer!r}"
     require(run.optimizer in OPTIMIZER_BYTES, "optimizer", known)
 
@@ -162,6 +162,7 @@ def _check_layout(model: Model, run: Run) -> None:
         require(count >= 1, name, f"must be at least 1, got {count}")
     require(run.shard in SHARDS, "shard", f"must be one of {', '.join(SHARDS)}; got {run.shard!r}")
     require(run.head in HEADS, "head", f"must be one of {', '.join(HEADS)}; got {run.head!r}")
+    require(run.gpus > 1 or run.shard == "none", "shard", "has nothing to share out on one GPU; give gpus as well")
     shared = run.tp * run.cp
     require(run.gpus % shared == 0, "gpus", f"must be a multiple of tp x cp = {shared}, got {run.gpus}")
     require(
