@@ -100,9 +100,9 @@ class BaseTrainer(Trainer):
         run, and its mean would miss the steps between the last log and the checkpoint.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.args.logging_nan_inf_filter or loss.isfinite():
-            parts = self.current_gradient_accumulation_steps
-            self.means.add({"loss": loss * parts}, 1 / parts)
+        parts = self.current_gradient_accumulation_steps
+        counts = not self.args.logging_nan_inf_filter or bool(loss.isfinite())
+        self.means.add({"loss": loss * parts}, counts / parts)
         return loss
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

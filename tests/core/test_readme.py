@@ -18,12 +18,12 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def assert_learns(trainer: Any) -> None:
-    """The run moved, and its rewards rose."""
+    """The run moved, and its rewards rose over those of the first cycle, which nothing has been learnt for."""
     logs = [logs for logs in trainer.state.log_history if "objective/scores" in logs]
     assert all(log["loss"] > 0 for log in logs)
-    scores = [log["objective/scores"] for log in logs]
+    first, *scores = (log["objective/scores"] for log in logs)
     third = len(scores) // 3
-    assert sum(scores[-third:]) / third > sum(scores[:third]) / third + 0.03, scores
+    assert sum(scores[-third:]) / third > first + 0.03, (first, scores)
 
 
 def test_python_snippets_run_in_order(
