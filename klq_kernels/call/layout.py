@@ -304,6 +304,13 @@ def put_rows(values: Tensor, rows: Tensor | None, positions: int) -> Tensor:
     return values.new_zeros(positions, *values.shape[1:]).index_copy_(0, rows, values)
 
 
+def zero_ends(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``values``, [n], with 0 written at the last row of each sequence; ``cu_seqlens`` is over these n rows."""
+    if values.numel():  # an empty sequence before the first row has its last one at -1, the last row of all
+        values.index_fill_(0, cu_seqlens[1:].long() - 1, 0.0)
+    return values
+
+
 def _short(items: list[int]) -> str:
     return (
         str(items)

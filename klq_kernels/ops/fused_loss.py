@@ -227,7 +227,7 @@ def _forward(given: Arguments) -> Results:
             workspace_bytes=given.workspace_bytes,
         )
     loss = scale.mean(found.losses)
-    decay_next = None if scan is None else _decay_to_next(given, scan, taken.numel())
+    decay_next = None if scan is None else _decay_to_next(given, scan)
     entropy, entries = found.entropy, found.entries_per_token
     if given.counts:
         everyones = Everyones(given.peers, given.counts)
@@ -280,12 +280,11 @@ def _scan_inputs(
     return ScanInputs(scan_terms, tail, cu_seqlens, given.gamma, given.lam)
 
 
-def _decay_to_next(given: Arguments, scan: ScanInputs, n: int) -> Tensor:
+def _decay_to_next(given: Arguments, scan: ScanInputs) -> Tensor:
     """fp32 [n]: how much of the next row's lambda-error enters a row's; 0 at the end of a sequence."""
     factors, decay = scan.terms.trace, given.gamma * given.lam
     found = torch.full_like(scan.terms.values, decay) if factors is None else decay * factors.roll(-1)
-    last_rows = scan.cu_seqlens[1:].long() - 1  # -1, the last row of all, for empty sequences before the first row
-    return found.index_fill_(0, last_rows, 0.0) if n else found
+    return layout.zero_ends(found, scan.cu_seqlens)
 
 
 PARTS = Parts(Arguments, Results, _forward, _fake, _setup, _backward)

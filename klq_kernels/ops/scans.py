@@ -78,10 +78,11 @@ reverse_scan.register_autograd(_backward, setup_context=_setup_context)
 def tail_values(cu_seqlens: Tensor, bootstrap_values: Tensor | None, scores: Tensor | None, gamma: float) -> Tensor:
     """fp32 [B]: the term after the last token of each sequence, gamma * bootstrap + score (``lambda_errors``)."""
     bootstrap, score = layout.fp32_rows(bootstrap_values, None), layout.fp32_rows(scores, None)
-    if bootstrap is None:
-        nothing = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float32, device=cu_seqlens.device)
-        return nothing if score is None else score
-    return gamma * bootstrap if score is None else torch.add(score, bootstrap, alpha=gamma)
+    if bootstrap is not None:
+        return gamma * bootstrap if score is None else torch.add(score, bootstrap, alpha=gamma)
+    if score is not None:
+        return score
+    return torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float32, device=cu_seqlens.device)
 
 
 @torch.library.custom_op("klq_kernels::lambda_errors", mutates_args=())

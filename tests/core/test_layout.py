@@ -43,11 +43,11 @@ def test_rows_go_out_and_come_back(mask: Tensor) -> None:
 
 
 @given(mask=masks())
-def test_sequence_ends_are_the_last_rows(mask: Tensor) -> None:
+def test_what_ends_with_a_sequence_is_0_at_its_last_row(mask: Tensor) -> None:
     packing: Packing = pack(mask=mask)
     lengths = [len(steps) for steps in reference.sequences(mask.shape, mask, None)]
-    expected = [t == length - 1 for length in lengths for t in range(length)]
-    assert layout.sequence_ends(packing.row_cu_seqlens, sum(lengths)).tolist() == expected
+    expected = [float(t < length - 1) for length in lengths for t in range(length)]
+    assert layout.zero_ends(torch.ones(sum(lengths)), packing.row_cu_seqlens).tolist() == expected
 
 
 def test_a_packing_is_searched_for_once() -> None:

@@ -73,7 +73,7 @@ def test_a_reference_in_16_bits(tmp_path: Path) -> None:
         ({"ref_placement": "disk"}, "^ref_placement: must be one of device, cpu, sharded; got 'disk'"),
         ({"reward_placement": "gpu"}, "^reward_placement: must be one of"),
         ({"ref_dtype": "int8"}, "^ref_dtype: must be one of float32, bfloat16, float16; got 'int8'"),
-        ({"head_sharding": "rows"}, "^head_sharding: must be tokens, head or None"),
+        ({"head_sharding": "rows"}, "^head_sharding: must be one of tokens, head"),
         ({"ref_placement": "sharded"}, "^ref_placement: 'sharded' needs an engine that shards"),
         ({"head_sharding": "tokens"}, "^head_sharding: 'tokens' needs FSDP2"),
     ],
