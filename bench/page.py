@@ -129,9 +129,9 @@ def _host(content: dict[str, Any]) -> str:
         "",
         f"`{environment['command']}` on {environment['device']}, one thread, torch {environment['torch']}, commit "
         f"{environment['commit']}: a CPU in the GPU's place (bench/host_profile.py). *Work* are the operators of "
-        "PyTorch that a GPU would launch something for, or that check on a CPU what a GPU leaves unchecked; the others "
-        f"hand out memory or views. The bars for the on-policy forward are {content['most_operators']} operators that "
-        f"work and {content['most_ms']:.2f} ms, a third of what it took before its metrics were one kernel.",
+        "PyTorch that a GPU would launch something for; the others hand out memory or views. The bars for the "
+        f"on-policy forward are {content['most_operators']} operators and {content['most_ms']:.2f} ms, a third of what "
+        "it took before its metrics were one kernel.",
         "",
         "| call | operators | of them work | median ms |",
         "|---|---:|---:|---:|",

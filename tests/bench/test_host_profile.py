@@ -24,5 +24,6 @@ def test_a_call_runs_few_operators() -> None:
     recorded = json.loads(host_profile.RESULT.read_text())["calls"]
     for now, then in zip(found, recorded, strict=True):
         assert now["call"] == then["call"]
-        assert now["working"] <= min(then["working"], host_profile.MOST_OPERATORS)
+        assert now["working"] <= then["working"]
         assert now["operators"] <= then["operators"], "run python -m bench.host_profile --write"
+    assert found[0]["operators"] <= host_profile.MOST_OPERATORS
