@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ from ..call.checks import require, require_number
 from .batches import Sequence
 from .data import columns_of, tokenize_prompt
 
+BOOLS = (bool, np.bool_)
 ROUNDING = 1e-2  # that a sampler's log-probability of a certain token may exceed 0 by
 
 
@@ -322,17 +324,19 @@ def check_room(prompt: int, completion: int, positions: int | None) -> None:
 
 
 def in_lists(completions: Completions) -> Completions:
-    """The completions with lists in place of tensors, arrays and tuples, also inside of lists.
+    """The completions with lists in place of tensors, arrays and tuples, as a field or as its entries.
 
     Raises:
         ValueError: naming the field that has no such entries.
     """
 
     def listed(value: Any) -> Any:
-        value = value.tolist() if hasattr(value, "tolist") else value
-        return [listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        return list(value) if isinstance(value, tuple) else value
 
     found = {each.name: listed(getattr(completions, each.name)) for each in fields(completions)}
+    found = {n: [listed(entry) for entry in value] if isinstance(value, list) else value for n, value in found.items()}
     for name, value in found.items():
         deep = name in ("completion_ids", "prompt_ids", "trained", "logprobs")
         optional = value is None and name != "completion_ids"
@@ -383,9 +387,10 @@ def check_completions(
             require(
                 len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
             )
-    for name, kinds, what in (("trained", bool, "bools"), ("truncated", bool, "bools"), ("logprobs", Real, "numbers")):
-        for row, entry in enumerate(columns.get(name, [])):
-            fits = all(isinstance(x, kinds) for x in (entry if isinstance(entry, list) else [entry]))
+    for name, kind, what in (("trained", BOOLS, "bools"), ("truncated", BOOLS, "bools"), ("logprobs", Real, "numbers")):
+        for row, entry in enumerate(getattr(completions, name) or []):
+            held = set(map(type, entry if isinstance(entry, list) else [entry]))
+            fits = all(issubclass(one, kind) for one in held)
             require(fits, f"rollout_func: {name}[{row}]", f"must hold {what}, got {entry!r:.80}")
     require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
     given = [("completion_ids", ids)]
