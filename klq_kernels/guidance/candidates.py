@@ -133,7 +133,7 @@ class CandidateScorer:
 
     def _refuse_padding(self, first: Tensor) -> None:
         """Raises a ValueError where some rows, by their ``first`` tokens, are padded and nothing says by what."""
-        pad = self.guide.backbone.config.get_text_config().pad_token_id
+        pad = getattr(self.guide.backbone.config.get_text_config(), "pad_token_id", None)
         padded = first == (-1 if pad is None else pad)
         require(
             not bool(padded.any()) or bool(padded.all()),

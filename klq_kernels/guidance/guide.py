@@ -55,7 +55,7 @@ class ValueGuide(nn.Module):
         config = backbone.config.get_text_config()
         require(not config.is_encoder_decoder, "backbone", "is an encoder-decoder; a decoder is needed")
         device = next(self.backbone.parameters()).device
-        self.head = nn.Linear(_width(self.backbone), self._rows(), dtype=torch.float32, device=device)
+        self.head = nn.Linear(width_of(self.backbone), self._rows(), dtype=torch.float32, device=device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -145,16 +145,22 @@ class ValueGuide(nn.Module):
         return guide
 
 
-def _width(backbone: Any) -> int:
-    """The size of the states, which some families project to another than that of their layers."""
-    was_training, token = backbone.training, torch.zeros(1, 1, dtype=torch.long)
+def width_of(backbone: Any) -> int:
+    """The size of a backbone's last hidden states: some families project them to another than ``hidden_size``.
+
+    Where it cannot read a token here (without memory, or on another device than its kernels want), its config says.
+    """
+    modes = {module: module.training for module in backbone.modules()}
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(backbone.parameters()).device)
     backbone.eval()
     try:
         with torch.no_grad():
-            states = backbone(input_ids=token.to(next(backbone.parameters()).device), use_cache=False)
+            return int(backbone(input_ids=token, use_cache=False).last_hidden_state.shape[-1])
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return int(backbone.config.get_text_config().hidden_size)
     finally:
-        backbone.train(was_training)
-    return int(states.last_hidden_state.shape[-1])
+        for module, training in modes.items():
+            module.training = training
 
 
 class ActionGuide(ValueGuide):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -22,6 +22,16 @@ from .resuming import MEANS, fitting_optimizer, last_complete_checkpoint, set_as
 from .sharding import check_parallelism
 
 T = TypeVar("T")
+
+
+class BeforeSteps(TrainerCallback):
+    """Does something before each optimizer step, on all processes."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._do()
 
 
 class BaseTrainer(Trainer):
@@ -34,6 +44,9 @@ class BaseTrainer(Trainer):
         require(self.args.n_gpu <= 1, "args", "DataParallel is not supported; use `accelerate launch` for several GPUs")
         check_parallelism(self.accelerator)
         self._forget_means()
+        self._begins_with: str | None = None  # the checkpoint that a run goes on from
+        self._took_over = True
+        self.add_callback(BeforeSteps(self.take_over))
 
     def _forget_means(self) -> None:
         self.means = Means()
@@ -49,25 +62,38 @@ class BaseTrainer(Trainer):
             folder = str(self.args.output_dir)
             resume_from_checkpoint = last_complete_checkpoint(Path(folder))
             require(resume_from_checkpoint is not None, "resume_from_checkpoint", f"none is complete in {folder}")
-        step = step_in(str(resume_from_checkpoint)) if resume_from_checkpoint else 0
         self._forget_means()
-        self._begin(step)
+        self._begin()
         if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))) is not None:
             return done
-        if step is not None and self.args.save_strategy != "no":
-            self._set_aside(step)
+        self._begins_with = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._took_over = False
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def take_over(self) -> None:
+        """Puts out of the way what another run, or this one before it went back, has left in ``output_dir``.
+
+        Called before each step; the first does it, when all that the run begins with has been loaded and fits.
+        """
+        if self._took_over:
+            return
+        self._took_over = True
+        step = 0 if self._begins_with is None else step_in(self._begins_with)
+        if step is not None and self.args.should_save:
+            self._set_aside(step)
+        self.accelerator.wait_for_everyone()
+
     def _set_aside(self, step: int) -> None:
-        """Renames the checkpoints that another run, or this one before it went back to ``step``, has left."""
-        folder = Path(str(self.args.output_dir))
-        if self.args.should_save and (renamed := set_aside(folder, step)):
+        """Of one process: renames the checkpoints at ``step`` or further, if this run is going to write any."""
+        folder, own = Path(str(self.args.output_dir)), self._begins_with
+        if self.args.save_strategy == "no":
+            return
+        if renamed := set_aside(folder, step, None if own is None else Path(own)):
             warnings.warn(
                 f"output_dir: held checkpoints of an earlier run that are further than step {step}, where this one "
                 f"begins; they are now {', '.join(renamed)} in {folder}",
-                stacklevel=3,
+                stacklevel=2,
             )
-        self.accelerator.wait_for_everyone()
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """Loads a checkpoint that is at ``max_steps``, or past it; None of one that has steps left.
@@ -90,8 +116,8 @@ class BaseTrainer(Trainer):
             self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
 
-    def _begin(self, step: int | None) -> None:
-        """Forgets what else belongs to another run; this one begins at ``step`` (None: unknown)."""
+    def _begin(self) -> None:
+        """Forgets what else belongs to another run."""
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """transformers' step of a micro-batch, whose loss enters the means, which a checkpoint holds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ class Checkpoints(Cycle):
     micro_step: int  # within the optimizer step
     step_rows: Tensor  # trained tokens of each optimizer step of the cycle, over all processes; empty until counted
 
-    def _begin(self, step: int | None) -> None:
-        if self.completions_log is not None and step is not None:
+    def _set_aside(self, step: int) -> None:
+        super()._set_aside(step)
+        if self.completions_log is not None:
             self.completions_log.begin(step)
+
+    def _begin(self) -> None:
         self.episodes = 0
         self.experience, self.micro_step, self.step_rows = None, 0, torch.zeros(0)
         self.running = {name: Running() for name in ("scores", "errors")}
@@ -102,11 +106,13 @@ class Checkpoints(Cycle):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        file = self._file_of_process(checkpoint, "running")
+        file, args = self._file_of_process(checkpoint, "running"), self.args
+        cycles = math.ceil(self.state.global_step / args.steps_per_cycle)
+        self.episodes = cycles * args.rollouts_per_device * self.accelerator.num_processes  # where it does not say
         if file.exists():
             running = torch.load(file, weights_only=True)
-            self.episodes = running["episodes"]
-            for name, state in running["spreads"].items():
+            self.episodes = running.get("episodes", self.episodes)
+            for name, state in running.get("spreads", {}).items():
                 self.running[name].load_state(state)
         memory = self._file_of_process(checkpoint, "memory")
         if self.args.replay_cycles and memory.exists():

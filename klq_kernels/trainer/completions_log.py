@@ -1,7 +1,7 @@
 """A log of completions: a few of each cycle as a table to read, all of them in ``completions.jsonl`` to keep.
 
 A resumed run samples again what came after its checkpoint. Those rows, and the rows of another run in the same folder,
-are moved to ``earlier-completions.jsonl``, so that the log holds each completion of this run once.
+are moved to ``_earlier-completions.jsonl``, so that the log holds each completion of this run once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CELL = 300  # characters of a text that the table shows
 
 
 class CompletionsLog:
-    """Of one process; every process writes a file of its own."""
+    """Of one process; every process writes a file of its own, and one of them begins for all."""
 
     def __init__(self, config: KLQConfig) -> None:
         self._config = config
@@ -28,17 +28,18 @@ class CompletionsLog:
         self._file = Path(str(config.output_dir)) / f"completions{suffix}.jsonl"
 
     def begin(self, step: int) -> None:
-        """Moves the rows of optimizer step ``step`` and later ones, which this run is going to write."""
-        if not self._file.exists():
-            return
-        lines = self._file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) < step]
-        if len(kept) < len(lines):
-            with self._file.with_name(EARLIER + self._file.name).open("a") as file:
-                file.writelines(line for line in lines if _step_of(line) >= step)
-            whole = self._file.with_suffix(".part")
-            whole.write_text("".join(kept))
-            whole.replace(self._file)
+        """Moves the rows of optimizer step ``step`` and later ones, which this run is going to write, of all processes
+        that an earlier one had.
+        """
+        for path in self._file.parent.glob("completions*.jsonl"):
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) < step]
+            if len(kept) < len(lines):
+                with path.with_name(EARLIER + path.name).open("a") as file:
+                    file.writelines(f"{line}\n" for line in lines if _step_of(line) >= step)
+                whole = path.with_suffix(".part")
+                whole.write_text("".join(f"{line}\n" for line in kept))
+                whole.replace(path)
 
     def add(self, step: int, prompts: list[Any], completions: list[str], scores: Scores, names: list[str]) -> None:
         """Logs one cycle: prompts as in the dataset, decoded completions, and ``names`` of the scores' columns."""

@@ -113,6 +113,7 @@ class KLQConfig(SamplingConfig, PolicyConfig):
         "as much smaller.",
     )
 
+    disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that sampled.")
     num_update_epochs: int = option(4, "Passes over each batch of rollouts.")
     num_mini_batches: int = option(1, "Optimizer steps in one such pass.")
     total_episodes: int | None = option(None, "Rollouts of the whole run; sets max_steps, so give one of the two.")
@@ -293,9 +294,11 @@ class KLQConfig(SamplingConfig, PolicyConfig):
             require_number("value_learning_rate", self.value_learning_rate, low=0.0)
         if self.missing_eos_penalty is not None:
             require_number("missing_eos_penalty", self.missing_eos_penalty)
-        check_counts(
-            self, ("num_update_epochs", "num_mini_batches", "total_episodes", "num_generations", "replay_epochs")
-        )
+        counts = (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "num_update_epochs", "num_mini_batches",
+            "total_episodes", "num_generations", "replay_epochs",
+        )  # fmt: skip
+        check_counts(self, counts)
         for name in ("value_warmup_steps", "replay_cycles"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, f"must be a whole number, not negative; got {value}")

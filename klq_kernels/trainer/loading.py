@@ -13,8 +13,8 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ..call.checks import require
-from .data import check_prompt
+from ..call.checks import renaming, require
+from .data import check_prompt, columns_of
 
 
 class Loading(Protocol):
@@ -149,12 +149,16 @@ def check_dataset(name: str, dataset: Any) -> None:
         require("prompt" in part[0], name, f"must have a column 'prompt', has {', '.join(part[0])}")
         for row, prompt in enumerate(column_of(part, "prompt")):
             check_prompt(prompt, f"{name}: prompt of row {row}")
+        if isinstance(part, (list, tuple)):
+            with renaming({"dataset": name}):
+                columns_of(part)
 
 
 def column_of(dataset: Any, name: str) -> Iterable[Any]:
     """A column of a table or of a list of rows; nothing of a dataset that computes its rows as they are asked for."""
     if hasattr(dataset, "column_names"):
-        return dataset[name]
+        computed = getattr(dataset, "format", {}).get("type") == "custom"  # set_transform
+        return dataset[name] if name in dataset.column_names and not computed else ()
     return (row.get(name) for row in dataset) if isinstance(dataset, (list, tuple)) else ()
 
 

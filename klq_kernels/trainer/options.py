@@ -27,7 +27,7 @@ UNUSED = {  # arguments of the parent without effect here, and what to set inste
     "dataloader_persistent_workers": "rows are read by the trainer itself",
     "dataloader_prefetch_factor": "rows are read by the trainer itself",
     "bf16_full_eval": "evaluation samples and scores in the precision of training; set bf16",
-    "include_num_input_tokens_seen": "tokens are counted as rollouts, in the log's episode",
+    "include_num_input_tokens_seen": "the tokens of a batch are not counted",
     "fp16_full_eval": "evaluation samples and scores in the precision of training; set fp16",
 }
 DATA_LOADER = (  # those of them that a trainer does use which leaves the data to transformers
@@ -102,7 +102,7 @@ class SamplingConfig(BaseConfig):
     """How completions are sampled and scored."""
 
     max_completion_length: int = option(128, "Tokens to generate at most.")
-    temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained, or guided.")
+    temperature: float = option(1.0, "Of sampling and, the same, of the policy that is trained.")
     generation_kwargs: dict[str, Any] | str | None = option(
         None,
         "Further GenerationConfig arguments, but for the temperature. top_k, top_p and penalties sample from another "
@@ -128,7 +128,7 @@ class SamplingConfig(BaseConfig):
 class PolicyConfig(BaseConfig):
     """How a policy and its reference compute."""
 
-    disable_dropout: bool = option(True, "No dropout: the policy that learns is the one that is compared.")
+    disable_dropout: bool = option(True, "No dropout: policy and reference are compared token by token.")
     ref_dtype: str | None = option(
         None, "Weights of the reference, such as 'bfloat16' for half the memory; by default those of the model."
     )

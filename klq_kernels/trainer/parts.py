@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..call.checks import require
+from ..guidance.guide import width_of
 from . import loading, probe
 from .actor_critic import ActorCritic, ValueFunction, trained_head
 from .config import KLQConfig
@@ -61,7 +62,7 @@ def proven_parts(
         )  # fmt: skip
         language_model = policies.language_model
         read: Any = language_model.backbone if critic is None else getattr(critic, "base_model", critic)
-        value = ValueFunction(probe.width_of(read), critic)
+        value = ValueFunction(width_of(read), critic)
         if not args.learns_values:
             value.requires_grad_(False)
         loading.warn_of_16_bit("value_model", value.backbone)

@@ -59,17 +59,6 @@ def logits_of(language_model: LanguageModel) -> Tensor:
         return language_model.model(input_ids=ids, use_cache=False).logits.float()
 
 
-def width_of(backbone: Any) -> int:
-    """The size of a backbone's last hidden states: some families project them to another than ``hidden_size``."""
-    device = next(backbone.parameters()).device
-    with mode(backbone, training=False):
-        try:
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            return backbone(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
-        except FAILURES:  # ``prove_padding`` says of what it fails
-            return backbone.config.get_text_config().hidden_size
-
-
 def prove_head(language_model: LanguageModel) -> None:
     """Holds softcap(lm_head(hidden) * scale), as the trainer computes it, against the model's own logits.
 
@@ -406,11 +395,11 @@ def positions_of(backbone: nn.Module, language_model: LanguageModel) -> int | No
             backbone(input_ids=ids, use_cache=False)
         except FAILURES:  # ``prove_padding`` says of what it fails
             return None
-    counting = torch.arange(LENGTH, device=ids.device)
+    counting, learned = torch.arange(LENGTH, device=ids.device), {id(p) for p in backbone.parameters()}
     known = [
         len(table) - int(rows[0])
         for rows, table in lookups.found
-        if rows.shape == counting.shape and torch.equal(rows - rows[0], counting)
+        if id(table) in learned and rows.shape == counting.shape and torch.equal(rows - rows[0], counting)
     ]
     return min(known, default=None)
 

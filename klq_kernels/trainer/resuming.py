@@ -4,9 +4,9 @@ A checkpoint is complete when its state file is there, which is written last, an
 are written after the optimiser. So whoever writes a checkpoint over an older one, of another run in the same folder or
 of this one before it was resumed from an earlier step, first takes away what would make the mixture of both look whole.
 
-The last of a folder's checkpoints is the one that is furthest, as in transformers, which also removes the others first
-(``save_total_limit``). So a run that begins anew, or again from an earlier checkpoint, sets aside those that are
-further than it is itself: they keep their content under another name.
+The last of a folder's checkpoints is the one that is furthest. So a run that begins anew, or again from an earlier
+checkpoint, sets aside those that are as far as it is itself, or further, once it has loaded what it begins with: they
+keep their content under a name that transformers neither counts nor uploads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STATE_FILES = (
 )  # fmt: skip
 ADAPTER_CONFIG = "adapter_config.json"
 NAMED = {False: "a whole model", True: "adapters (peft_config)"}
-EARLIER = "earlier-"  # in front of the name of what belongs to a run that is given up
+EARLIER = "_earlier-"  # in front of the name of what belongs to a run that is given up
 
 
 def take_apart(checkpoint: Path) -> None:
@@ -73,14 +73,25 @@ def step_in(checkpoint: str | Path) -> int | None:
     """The optimizer steps that a checkpoint has taken; None where it has no state file."""
     try:
         return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def set_aside(output_dir: Path, step: int) -> list[str]:
-    """Renames the checkpoints that are further than ``step``, and returns their new names."""
-    further = [f for f in _checkpoints(output_dir) if int(step_of(f)) > step and step_in(f) is not None]
-    return [folder.rename(_unused(folder.with_name(EARLIER + folder.name))).name for folder in further]
+def set_aside(output_dir: Path, step: int, own: Path | None = None) -> list[str]:
+    """Renames the checkpoints at ``step`` or further but for a run's ``own``, and returns their new names.
+
+    What they say of the best checkpoint names it as it is called then.
+    """
+    others = [f for f in _checkpoints(output_dir) if own is None or not f.samefile(own)]
+    further = [f for f in others if int(step_of(f)) >= step and step_in(f) is not None]
+    renamed = {folder.name: folder.rename(_unused(folder.with_name(EARLIER + folder.name))) for folder in further}
+    for folder in renamed.values():
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+        best = Path(state.get("best_model_checkpoint") or "")
+        if best.name in renamed:
+            state["best_model_checkpoint"] = str(renamed[best.name])
+            (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+    return [folder.name for folder in renamed.values()]
 
 
 def _unused(path: Path) -> Path:
@@ -110,15 +121,19 @@ def check_kind(checkpoint: str | Path, *, adapters: bool) -> None:
 
 @contextmanager
 def fitting_optimizer(optimizer: Any) -> Iterator[None]:
-    """A state that does not fit the optimizer it is loaded into, or is another kind's, is a ValueError about the
-    checkpoint. Of another kind it shows in its groups, which lack settings.
+    """A state that does not fit the optimizer it is loaded into, or its schedule, or is another kind's, is a
+    ValueError about the checkpoint. Of another kind it shows in its groups, which lack settings.
     """
-    advice = "resume with the optim, the trained weights and the value_learning_rate of the run that wrote it"
-    given = [set(group) for group in optimizer.param_groups]
+    advice = (
+        "resume with the optim, lr_scheduler_type, trained weights and value_learning_rate of the run that wrote it"
+    )
+    given = [set(group) - {"initial_lr"} for group in optimizer.param_groups]  # which is the schedule's
     try:
         yield
     except (ValueError, KeyError) as error:
-        raise ValueError(f"resume_from_checkpoint: its optimizer does not fit ({error}); {advice}") from error
+        raise ValueError(
+            f"resume_from_checkpoint: its optimizer or schedule does not fit ({error}); {advice}"
+        ) from error
     missing = sorted({name for old, new in zip(given, optimizer.param_groups, strict=True) for name in old - set(new)})
     message = f"its optimizer is of another kind, without {', '.join(missing)}; {advice}"
     require(not missing, "resume_from_checkpoint", message)

@@ -23,7 +23,6 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
@@ -32,7 +31,6 @@ from ..call.checks import require, require_number
 from .batches import Sequence
 from .data import columns_of, tokenize_prompt
 
-BOOLS = (bool, np.bool_)
 ROUNDING = 1e-2  # that a sampler's log-probability of a certain token may exceed 0 by
 
 
@@ -67,6 +65,7 @@ class RolloutContext(Protocol):
 class Completions:
     """The completions that one process sampled, in the order of the prompts, those of one prompt together.
 
+    Tensors and arrays serve as lists, and 0 and 1 as bools.
     ``prompt_ids`` may be left out where they are the tokenized prompts. ``trained`` marks the tokens the policy chose
     itself (all, by default); ``truncated`` says which completions were cut off (by default those without EOS);
     ``logprobs`` are the sampler's own, one per completion token, of the distribution that it sampled from: they are
@@ -219,6 +218,40 @@ def generate(
     return Completions(completions)
 
 
+def continued(
+    model: Any,
+    prefixes: list[list[int]],
+    most: list[int],
+    generation_config: GenerationConfig,
+    *,
+    device: torch.device,
+    positions: int | None,
+) -> list[list[int]]:
+    """What follows each prefix, at most so many tokens as ``most`` says of it.
+
+    A batch goes on until its longest continuation ends, also behind its longest prefix. So prefixes are divided into as
+    many batches as the ``positions`` ask for, those with as much ahead of them together.
+    """
+    found: list[list[int]] = [[] for _ in prefixes]
+
+    def sample(rows: list[int]) -> None:
+        longest = max(most[i] for i in rows)
+        if positions is not None and len(rows) > 1 and longest + max(len(prefixes[i]) for i in rows) > positions:
+            sample(rows[: len(rows) // 2])
+            sample(rows[len(rows) // 2 :])
+            return
+        out = generate(
+            model, [prefixes[i] for i in rows], generation_config, batch_size=len(rows), device=device,
+            max_new_tokens=longest, positions=positions,
+        )  # fmt: skip
+        for i, ids in zip(rows, out.completion_ids, strict=True):
+            found[i] = ids[: most[i]]
+
+    fits = positions is None or max(most) + max(map(len, prefixes)) <= positions
+    sample(list(range(len(prefixes))) if fits else sorted(range(len(prefixes)), key=most.__getitem__))
+    return found
+
+
 @contextmanager
 def replaced_config(model: nn.Module, generation_config: GenerationConfig) -> Iterator[None]:
     """Inside, ``generation_config`` is also the one that belongs to the model, and to whatever it wraps.
@@ -335,8 +368,14 @@ def in_lists(completions: Completions) -> Completions:
             return value.tolist()
         return list(value) if isinstance(value, tuple) else value
 
+    def plain(value: Any) -> Any:
+        """A row without tensors of one element."""
+        if not isinstance(value, list) or not any(hasattr(kind, "item") for kind in set(map(type, value))):
+            return value
+        return [x.item() if hasattr(x, "item") else x for x in value]
+
     found = {each.name: listed(getattr(completions, each.name)) for each in fields(completions)}
-    found = {n: [listed(entry) for entry in value] if isinstance(value, list) else value for n, value in found.items()}
+    found = {n: [plain(listed(x)) for x in value] if isinstance(value, list) else value for n, value in found.items()}
     for name, value in found.items():
         deep = name in ("completion_ids", "prompt_ids", "trained", "logprobs")
         optional = value is None and name != "completion_ids"
@@ -387,11 +426,10 @@ def check_completions(
             require(
                 len(entry) == len(completion), f"rollout_func: {name}[{row}]", f"must have {len(completion)} entries"
             )
-    for name, kind, what in (("trained", BOOLS, "bools"), ("truncated", BOOLS, "bools"), ("logprobs", Real, "numbers")):
+    for name in ("trained", "truncated"):
         for row, entry in enumerate(getattr(completions, name) or []):
-            held = set(map(type, entry if isinstance(entry, list) else [entry]))
-            fits = all(issubclass(one, kind) for one in held)
-            require(fits, f"rollout_func: {name}[{row}]", f"must hold {what}, got {entry!r:.80}")
+            fits = all(x in (True, False) for x in (entry if isinstance(entry, list) else [entry]))
+            require(fits, f"rollout_func: {name}[{row}]", f"must hold bools, got {entry!r:.80}")
     require(all(prompt_ids), "rollout_func: prompt_ids", "must not be empty: a completion needs a state to start from")
     given = [("completion_ids", ids)]
     if prompt_ids is not prompts:  # those were checked as they were tokenized
@@ -412,6 +450,8 @@ def check_completions(
             for entry, s in zip(completions.logprobs, sequences, strict=True)
         ]
         for row, entry in enumerate(chosen):
+            numbers = all(issubclass(kind, Real) for kind in set(map(type, entry)))
+            require(numbers, f"rollout_func: logprobs[{row}]", f"must hold numbers, got {entry!r:.80}")
             finite = torch.tensor(entry, dtype=torch.float32).isfinite().all()
             argument = f"rollout_func: logprobs[{row}]"
             require(bool(finite), argument, "must be finite at the trained tokens")

@@ -102,8 +102,8 @@ def test_transforms_that_differentiate_are_refused(name: str) -> None:
     for differentiated in (torch.func.grad(function), lambda x: torch.func.vjp(function, x)):
         with pytest.raises(RuntimeError, match=r": torch\.func\.grad and its relatives .* are not supported"):
             differentiated(x.detach())
-        with pytest.raises(RuntimeError, match=r"are not supported|nside"):
-            vmap(differentiated)(x.detach()[None])
+    with pytest.raises(RuntimeError, match=r": torch\.func\.grad and its relatives .* are not supported"):
+        vmap(torch.func.grad(function))(x.detach()[None])
 
 
 CONSTANTS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {

@@ -18,6 +18,7 @@ from klq_kernels.trainer.base import BaseTrainer
 from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.qsharp.examples import Example, Examples
 from klq_kernels.trainer.qsharp.quality import auroc
+from klq_kernels.trainer.resuming import set_aside
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "watch_failures": False}
 
@@ -220,7 +221,7 @@ def test_a_run_that_goes_back_is_resumed_on_its_own_branch(tmp_path: Path) -> No
         stopped(tmp_path, 8, learning_rate=0.1, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
     kept = {path.name for path in tmp_path.glob("*checkpoint-*")}
-    assert kept == {"checkpoint-3", "checkpoint-6", "earlier-checkpoint-6", "earlier-checkpoint-9"}
+    assert kept == {"checkpoint-3", "checkpoint-6", "_earlier-checkpoint-6", "_earlier-checkpoint-9"}
 
 
 def test_a_run_that_begins_anew_sets_the_checkpoints_of_another_aside(
@@ -234,7 +235,50 @@ def test_a_run_that_begins_anew_sets_the_checkpoints_of_another_aside(
     tiny.trainer(tmp_path, max_steps=3).train()  # which saves nothing, and so cannot be mistaken
     assert not any("checkpoints of an earlier run" in str(w.message) for w in recwarn)
     kept = {path.name for path in tmp_path.glob("*checkpoint-*")}
-    assert kept == {"checkpoint-1", "checkpoint-2", "earlier-checkpoint-1", "earlier-checkpoint-1.1"}
+    assert kept == {"checkpoint-1", "checkpoint-2", "_earlier-checkpoint-1", "_earlier-checkpoint-1.1"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resume_that_is_refused_or_has_nothing_to_do_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    tiny.trainer(tmp_path, log_completions=True, **LONG).train()
+    before = contents(tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: its optimizer"):
+        tiny.trainer(tmp_path, log_completions=True, optim="sgd", **LONG).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: was written in the middle of a cycle"):
+        tiny.trainer(tmp_path, log_completions=True, num_update_epochs=5, **LONG).train(
+            resume_from_checkpoint=checkpoint
+        )
+    with pytest.warns(UserWarning, match="nothing is trained"):
+        tiny.trainer(tmp_path, log_completions=True, **LONG | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+    assert contents(tmp_path) == before
+
+
+def test_a_branch_that_was_left_can_be_gone_back_to(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path, 7, **LONG).train()
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path, 8, learning_rate=0.1, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ConnectionError):
+        stopped(tmp_path, 8, **LONG).train(resume_from_checkpoint=str(tmp_path / "_earlier-checkpoint-6"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    kept = {path.name for path in tmp_path.glob("*checkpoint-*")}
+    assert kept == {"checkpoint-3", "_earlier-checkpoint-6", "_earlier-checkpoint-6.1"}
+
+
+def test_what_is_set_aside_names_the_best_checkpoint_as_it_is_called_then(tmp_path: Path) -> None:
+    for step in (3, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"global_step": step, "best_model_checkpoint": str(tmp_path / "checkpoint-6")}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("null")
+    assert set_aside(tmp_path, 4) == ["_earlier-checkpoint-6"]
+    state = json.loads((tmp_path / "_earlier-checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "_earlier-checkpoint-6")
 
 
 def test_a_log_says_the_losses_of_all_its_steps_also_of_those_before_the_checkpoint(tmp_path: Path) -> None:
@@ -251,7 +295,7 @@ def test_a_log_says_the_losses_of_all_its_steps_also_of_those_before_the_checkpo
     steps = [json.loads(row)["step"] for row in rows[0].splitlines()]
     assert steps == sorted(steps)
     assert set(steps) == {0, 4, 8}
-    again = (tmp_path / "stopped" / "earlier-completions.jsonl").read_text().splitlines()
+    again = (tmp_path / "stopped" / "_earlier-completions.jsonl").read_text().splitlines()
     assert {json.loads(row)["step"] for row in again} == {8}
 
 
@@ -282,7 +326,7 @@ def test_a_checkpoint_of_another_optimizer_or_of_adapters_is_refused_by_name(tmp
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({}, {"optim": "sgd"}, "its optimizer is of another kind, without .*momentum"),
-        ({}, {"value_learning_rate": 0.1}, "its optimizer does not fit .*value_learning_rate"),
+        ({}, {"value_learning_rate": 0.1}, "its optimizer or schedule does not fit .*value_learning_rate"),
         ({"peft_config": lora}, {}, r".* holds a whole model, and this run trains adapters"),
     ]
     for given, changes, message in refused:

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from processes import TWO_PROCESSES, start
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from watch import Watch
 
 from klq_kernels import klq_loss, reference
@@ -28,7 +28,7 @@ from klq_kernels.trainer.callbacks import FailureWatch
 from klq_kernels.trainer.experience import Plan
 from klq_kernels.trainer.means import Means
 from klq_kernels.trainer.processes import turns
-from klq_kernels.trainer.rollout import check_completions, replaced_config, until_eos
+from klq_kernels.trainer.rollout import check_completions, continued, replaced_config, until_eos
 from klq_kernels.trainer.sampler import CycleSampler
 from klq_kernels.trainer.seeds import Purpose, derived_seed
 
@@ -870,7 +870,7 @@ def test_a_rollout_function_must_return_completions(tmp_path: Path) -> None:
         ({"completion_ids": "text"}, "completion_ids: must be a list"),
         ({"completion_ids": [5, 6]}, r"completion_ids\[0\]: must be a list"),
         ({"truncated": [None, True]}, r"truncated\[0\]: must hold bools"),
-        ({"trained": [[True], [1, 0]]}, r"trained\[1\]: must hold bools"),
+        ({"trained": [[True], [1, 2]]}, r"trained\[1\]: must hold bools"),
         ({"logprobs": [[-1.0], [-1.0, None]]}, r"logprobs\[1\]: must hold numbers"),
         ({"logprobs": [-1.0, -2.0]}, r"logprobs\[0\]: must be a list"),
     ],
@@ -879,6 +879,26 @@ def test_completions_of_another_kind_are_refused_by_name(completions: dict[str, 
     given = Completions(**{"completion_ids": [[5], [6, 7]], **completions})
     with pytest.raises(ValueError, match=f"^rollout_func: {message}"):
         check_completions(given, [[3], [4]], {tiny.EOS}, tiny.VOCAB)
+
+
+def test_a_samplers_numbers_count_at_trained_tokens_alone() -> None:
+    given: list[Any] = [[[5, 6]], None, None, torch.tensor([[1, 0]]), [[torch.tensor(-1.0), None]]]
+    found = check_completions(Completions(*given), [[3]], {tiny.EOS}, tiny.VOCAB)
+    assert found.sampler_logprobs is not None
+    assert found.sampler_logprobs.tolist() == [-1.0]
+    assert found.sequences[0].trained.tolist() == [True, False]
+
+
+def test_batches_are_divided_where_positions_run_out() -> None:
+    """Each continuation fits, and the longest of a batch behind its longest prefix would not."""
+    config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=17, n_embd=32, n_layer=1, n_head=2, eos_token_id=tiny.EOS)
+    settings = GenerationConfig(do_sample=True, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
+    prefixes, most = [[5] * n for n in (5, 16, 9, 6)], [12, 1, 8, 11]
+    for model, positions in ((GPT2LMHeadModel(config), 17), (tiny.model(), None)):
+        found = continued(
+            model.eval(), prefixes, most, settings, device=torch.device("cpu"), positions=positions
+        )  # fmt: skip
+        assert all(0 < len(ids) <= n for ids, n in zip(found, most, strict=True))
 
 
 def test_completions_may_be_tensors_and_arrays() -> None:

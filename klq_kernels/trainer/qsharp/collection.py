@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ...guidance import GuidedLogits, ValueGuide
 from ..processes import Turn, turns
 from ..rewards import Rewards, scores_of
-from ..rollout import eos_ids, generate, prompt_ids
+from ..rollout import continued, eos_ids, generate, prompt_ids
 from ..seeds import Purpose, derived_seed, seeded
 from .config import QSharpConfig
 from .examples import Example
@@ -73,10 +73,8 @@ class Collection:
         template, longest = args.chat_template_kwargs, args.max_prompt_length
         return prompt_ids(prompt, self.tokenizer, self._vocab, template=template, longest=longest)
 
-    def sample(
-        self, prompts: list[list[int]], seed: int, *, guided: bool, max_new_tokens: int | None = None
-    ) -> Samples:
-        """One completion for each of at most a batch of prompts, of ``max_completion_length`` tokens by default."""
+    def sample(self, prompts: list[list[int]], seed: int, *, guided: bool) -> Samples:
+        """One completion for each of at most a batch of prompts."""
         processors: list[GuidedLogits] = []
 
         def processor(attention_mask: Tensor) -> GuidedLogits:
@@ -86,8 +84,7 @@ class Collection:
         with seeded(seed, self.args.device), self.accelerator.autocast():
             out = generate(
                 self.reference, prompts, self.generation_config, batch_size=len(prompts), device=self.args.device,
-                processor=processor if guided else None, max_new_tokens=max_new_tokens,
-                positions=self._positions,
+                processor=processor if guided else None, positions=self._positions,
             )  # fmt: skip
         kl = processors[0].kl.cpu() if processors else torch.zeros(len(prompts))
         return Samples(out.completion_ids, kl)
@@ -152,9 +149,12 @@ class Collection:
         ends, longest = eos_ids(self.generation_config), self.args.max_completion_length
         going_on = [i for i, c in enumerate(whole) if len(c) < longest and not (c and c[-1] in ends)]
         if going_on:
-            most = longest - min(len(whole[i]) for i in going_on)
-            prefixes = [prompts[i] + whole[i] for i in going_on]
-            rest = self.sample(prefixes, seed, guided=False, max_new_tokens=most)
-            for i, tokens in zip(going_on, rest.completions, strict=True):
-                whole[i] = (whole[i] + tokens)[:longest]
+            with seeded(seed, self.args.device), self.accelerator.autocast():
+                rest = continued(
+                    self.reference, [prompts[i] + whole[i] for i in going_on],
+                    [longest - len(whole[i]) for i in going_on], self.generation_config, device=self.args.device,
+                    positions=self._positions,
+                )  # fmt: skip
+            for i, tokens in zip(going_on, rest, strict=True):
+                whole[i] = whole[i] + tokens
         return whole

@@ -10,6 +10,7 @@ How the numbers hang together:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -47,6 +48,8 @@ class QSharpConfig(SamplingConfig):
     reward_low: float = option(0.0, "The lowest reward; a lower one is an error.")
     reward_high: float = option(1.0, "The highest reward; a higher one is an error.")
 
+    temperature: float = option(1.0, "Of the reference policy.")
+    generation_kwargs: dict[str, Any] | str | None = option(None, "Further GenerationConfig arguments.")
     eta: float = option(0.1, "Units of reward per nat, > 0: of the prefixes that are sampled, and in evaluation.")
     top_k: int = option(20, "Candidates of a guided step.")
     others: str = option("keep", "The other tokens 'keep' their probabilities, or are 'exclude'd.")

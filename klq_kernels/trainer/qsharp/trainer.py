@@ -306,7 +306,7 @@ class QSharpTrainer(BaseTrainer):
 
     # ---- saving, resuming ---------------------------------------------------------------------------------------
 
-    def _begin(self, step: int | None) -> None:
+    def _begin(self) -> None:
         self.examples = Examples()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

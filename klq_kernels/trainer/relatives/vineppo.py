@@ -28,7 +28,7 @@ from ..batches import Inputs, Sequence
 from ..config import IGNORED, KLQConfig
 from ..objectives import Scored, ppo
 from ..options import option
-from ..rollout import Completions, Rollout, check_completions, eos_ids, generate
+from ..rollout import Completions, Rollout, check_completions, continued, eos_ids
 from ..seeds import Purpose, derived_seed, seeded
 from ..sharding import shards_weights
 from ..trainer import KLQTrainer
@@ -139,8 +139,13 @@ class VinePPOTrainer(KLQTrainer):
             sequences = [rollout.sequences[state.sequence] for state in batch]
             kept = [s.completion[: state.at].tolist() for s, state in zip(sequences, batch, strict=True)]
             prompts = [s.prompt.tolist() for s in sequences]
-            rest = self._continued([p + k for p, k in zip(prompts, kept, strict=True)], longest - batch[0].at)
-            whole = [(k + r)[:longest] for k, r in zip(kept, rest, strict=True)]
+            prefixes = [p + k for p, k in zip(prompts, kept, strict=True)]
+            with self._inference() as model:
+                rest = continued(
+                    model, prefixes, [longest - state.at for state in batch], self.generation_config,
+                    device=self.args.device, positions=self.positions,
+                )  # fmt: skip
+            whole = [k + r for k, r in zip(kept, rest, strict=True)]
             ends = eos_ids(self.generation_config)
             finished = check_completions(Completions(whole), prompts, ends, self.language_model.vocab_size)
             scores = self.reward([rows[state.sequence] for state in batch], finished)
@@ -149,13 +154,6 @@ class VinePPOTrainer(KLQTrainer):
                     sums[state].append(score)
         require(all(sums.values()), "reward_funcs", "scored none of the completions that a value is the mean of")
         return [sum(found) / len(found) for found in sums.values()]
-
-    def _continued(self, prefixes: list[list[int]], most: int) -> list[list[int]]:
-        with self._inference() as model:
-            return generate(
-                model, prefixes, self.generation_config, batch_size=len(prefixes), device=self.args.device,
-                max_new_tokens=most,
-            ).completion_ids  # fmt: skip
 
 
 def step_starts(sequence: Sequence, config: VinePPOConfig, tokenizer: Any) -> list[int]:
