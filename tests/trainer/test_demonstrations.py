@@ -189,7 +189,12 @@ def test_all_of_a_pass(tmp_path: Path) -> None:
     ("given", "changes", "message"),
     [
         ({"demonstrations": [{"prompt": "a"}]}, {}, "demonstrations: row 0 must have a prompt and a completion"),
-        ({"demonstrations": [*written(), {"prompt": "a", "completion": ""}]}, {}, "demonstrations: row 6 must have"),
+        (
+            {"demonstrations": [*written(), {"prompt": "a", "completion": "", "worth": 0.0}]},
+            {},
+            "demonstrations: row 6 must have",
+        ),
+        ({"demonstrations": [*written(), {"prompt": "a", "completion": "b"}]}, {}, "demonstrations: .* column worth"),
         ({"demonstrations": {"train": written()}}, {}, "demonstrations: must be one dataset"),
         ({"demonstrations": "demos.jsonl"}, {}, "demonstrations: must be a dataset, got the text 'demos.jsonl'"),
         ({"demonstrations": []}, {}, "demonstrations: is empty"),
