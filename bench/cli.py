@@ -45,12 +45,10 @@ def command_line() -> str:
 
 def chosen_device(name: str | None) -> torch.device:
     """The device of a name, by default the GPU where there is one. ValueError where it is unknown or not here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device: must be cpu or cuda; got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: there is no GPU here that PyTorch can use; leave --device out, or give cpu")
     return device

@@ -71,7 +71,7 @@ def linear_kl(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the ``ref_`` tensor that
             requires a gradient. A head that is a DTensor is refused: every process takes a whole one.
-        RuntimeError: for a second derivative, and in forward mode.
+        RuntimeError: for a second derivative, in forward mode, and under ``torch.func.grad``.
     """
     reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     check_whole("linear_kl", hidden=hidden, weight=weight, bias=bias, **reference)

@@ -86,8 +86,8 @@ def linear_logprobs(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their log-prob is NaN.
-        RuntimeError: for a second derivative, and in forward mode; in backward, where a sampled gradient is asked for
-            one by the entropy.
+        RuntimeError: for a second derivative, in forward mode, and under ``torch.func.grad``; in backward, where a
+            sampled gradient is asked for one by the entropy.
     """
     head = split_head(hidden, weight, bias, process_group, sharding)
     hidden = head.hidden

@@ -121,7 +121,8 @@ def fused_klq_loss(
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Token ids out of range at valid
             positions are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise the loss is NaN.
-        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; in forward
+            mode, and under ``torch.func.grad``.
     """
     head, spans = split_head(hidden, weight, bias, process_group, sharding), group_of(time_group, "time_group")
     require(time_group is None or targets is None, "time_group", "is for on-policy calls; klq_targets takes the spans'")
@@ -280,7 +281,8 @@ def klq_loss(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
-        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; and in forward mode.
+        RuntimeError: in backward, under ``create_graph=True``: there is no second derivative; in forward
+            mode, and under ``torch.func.grad``.
     """
     layout = layout_of(logprobs, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="logprobs")
     require(targets is not None, "targets", WANTED)

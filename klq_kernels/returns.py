@@ -47,7 +47,7 @@ def reverse_scan(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong.
-        RuntimeError: in forward mode.
+        RuntimeError: in forward mode, and under ``torch.func.grad``.
     """
     layout = layout_of(delta, mask=mask, cu_seqlens=cu_seqlens, packing=packing, name="delta")
     flat = layout.flat("delta", delta)

@@ -55,7 +55,7 @@ def linear_select(
         ValueError: naming the argument whose shape, dtype, device or value is wrong. Ids out of range at valid tokens
             are found on CPU tensors, on a GPU under ``KLQ_CHECK=1``; otherwise their logit is NaN. A head that is a
             DTensor is refused: every process takes a whole one.
-        RuntimeError: for a second derivative, and in forward mode.
+        RuntimeError: for a second derivative, in forward mode, and under ``torch.func.grad``.
     """
     check_whole("linear_select", hidden=hidden, weight=weight, bias=bias)
     require(hidden.dim() >= 1, "hidden", "must be [..., H], got a number")

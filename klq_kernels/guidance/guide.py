@@ -28,6 +28,7 @@ from ..call.checks import require
 from ..selected import linear_select
 from .laws import Law
 
+FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)  # of models in a probe
 SETTINGS, HEAD = "guide.json", "guide_head.safetensors"
 
 
@@ -39,7 +40,7 @@ class ValueGuide(nn.Module):
         law: what the head's outputs mean.
 
     Raises:
-        ValueError: where the model is no decoder with states.
+        ValueError: where the model is no decoder with states, or ``law`` is no ``Law``.
     """
 
     def __init__(self, backbone: PreTrainedModel, law: Law | None = None) -> None:
@@ -156,7 +157,7 @@ def width_of(backbone: Any) -> int:
     try:
         with torch.no_grad():
             return int(backbone(input_ids=token, use_cache=False).last_hidden_state.shape[-1])
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+    except FAILURES:
         return int(backbone.config.get_text_config().hidden_size)
     finally:
         for module, training in modes.items():

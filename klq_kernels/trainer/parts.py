@@ -144,8 +144,7 @@ def prove_backbones(
         probe.check_head_dropout(language_model)
     if reference is not None:
         backbones = {**backbones, "ref_model": reference.language_model.backbone}
-    known = [probe.positions_of(backbone, language_model) for backbone in backbones.values()]
-    positions = min((number for number in known if number is not None), default=None)
+    positions = probe.shared_positions(backbones.values(), language_model)
     return Reading(_padding_free(padding_free, backbones, language_model), positions)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LogitsProcessor
 
 from ..call.checks import require
+from ..guidance.guide import FAILURES
 from ..logprobs import linear_logprobs
 from .batches import Sequence, collate
 from .models import LanguageModel, backbone_states
@@ -25,7 +26,6 @@ from .rollout import generate
 
 LENGTH = 6  # tokens of a probe
 PROMPTS, SAMPLED = (3, 20), 4  # tokens of the prompts that sampling is probed with, and of their completions
-FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 # Names that modules and configs give to rates at which training mode changes something at random.
 RANDOM_RATE = re.compile(r"drop|jitter|noise", re.IGNORECASE)
 # PEFT initialisations that take the adapter's first value out of the base weights.
@@ -381,6 +381,12 @@ def prove_settings(language_model: LanguageModel, generation_config: GenerationC
                 "generation_kwargs: generate fails with them on a batch of prompts "
                 f"({type(failure).__name__}: {' '.join(str(failure).split())}); leave out what it cannot do"
             ) from failure
+
+
+def shared_positions(backbones: Iterable[nn.Module], language_model: LanguageModel) -> int | None:
+    """The smallest ``positions_of`` backbones that read the same sequences."""
+    known = (positions_of(backbone, language_model) for backbone in backbones)
+    return min((number for number in known if number is not None), default=None)
 
 
 def positions_of(backbone: nn.Module, language_model: LanguageModel) -> int | None:

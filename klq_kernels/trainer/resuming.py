@@ -49,11 +49,7 @@ def last_complete_checkpoint(output_dir: Path) -> str | None:
     Those of ``save_only_model`` cannot: they have neither the optimiser nor the run in progress.
     """
     for folder in reversed(_checkpoints(output_dir)):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            continue
-        if any(folder.glob(f"{MEANS}_[0-9]*.pt")):
+        if _state_of(folder) is not None and any(folder.glob(f"{MEANS}_[0-9]*.pt")):
             return str(folder)
     return None
 
@@ -71,10 +67,17 @@ def step_of(checkpoint: Path) -> str:
 
 def step_in(checkpoint: str | Path) -> int | None:
     """The optimizer steps that a checkpoint has taken; None where it has no state file."""
+    step = (_state_of(Path(checkpoint)) or {}).get("global_step")
+    return None if step is None else int(step)
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What the state file says; None where there is none, or none that was written to its end."""
     try:
-        return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
         return None
+    return state if isinstance(state, dict) else None
 
 
 def set_aside(output_dir: Path, step: int, own: Path | None = None) -> list[str]:
@@ -86,7 +89,7 @@ def set_aside(output_dir: Path, step: int, own: Path | None = None) -> list[str]
     further = [f for f in others if int(step_of(f)) >= step and step_in(f) is not None]
     renamed = {folder.name: folder.rename(_unused(folder.with_name(EARLIER + folder.name))) for folder in further}
     for folder in renamed.values():
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+        state = _state_of(folder) or {}
         best = Path(state.get("best_model_checkpoint") or "")
         if best.name in renamed:
             state["best_model_checkpoint"] = str(renamed[best.name])

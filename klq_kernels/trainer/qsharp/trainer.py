@@ -82,7 +82,7 @@ class QSharpTrainer(BaseTrainer):
         tokenizer = loading.tokenizer(processing_class, reference)
         language_model = LanguageModel(reference)
         proven = proven_guide(guide, args, language_model)
-        learned = [probe.positions_of(each, language_model) for each in (language_model.backbone, proven.backbone)]
+        positions = probe.shared_positions((language_model.backbone, proven.backbone), language_model)
         super().__init__(
             model=proven,
             args=args,
@@ -115,7 +115,7 @@ class QSharpTrainer(BaseTrainer):
         self.collection = Collection(
             args, reference=self.reference, guide=lambda: self.guide, tokenizer=tokenizer, rewards=rewards,
             vocab=language_model.vocab_size, generation_config=generation_config, accelerator=self.accelerator,
-            positions=min((number for number in learned if number is not None), default=None),
+            positions=positions,
         )  # fmt: skip
         self.examples = Examples()
         self._held_out: list[tuple[Any, list[Example]]] = []  # of datasets
